@@ -1,0 +1,32 @@
+"""Which device to run on, in which dtype, and how much of its memory is free. Knows nothing of models."""
+
+import psutil
+import torch
+
+
+def default_device() -> torch.device:
+    """CUDA where there is one, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on CUDA; float32 elsewhere (bfloat16 on a CPU is tens of times slower)."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that a new tensor on the device may take, counting what torch holds in reserve and would reuse."""
+    if device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved
+    return int(psutil.virtual_memory().available)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it, so that a clock read next means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,137 @@
+"""From a request and up to two LoRAs to images: a pure function of its inputs. Knows no file, form or HTTP."""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from PIL import Image
+
+from klora.device import synchronize
+from klora.errors import RequestError
+from klora.fusion import Schedule, fuse
+from klora.layers import attached
+from klora.lora import LoRA, Plan
+from klora.models import Family, SampleConfig
+from klora.request import Request
+
+Record = Callable[[str, Any], Any]
+"""(name, number) -> ignored. Told what a run measured: fuse_seconds, denoise_seconds, style_share, ..."""
+
+
+def generate(
+    model: Family,
+    request: Request,
+    *,
+    content: LoRA | None = None,
+    style: LoRA | None = None,
+    record: Record = lambda name, value: None,
+    on_step: Callable[[int, int], None] = lambda step, steps: None,
+) -> list[Image.Image]:
+    """Make request.num_outputs images in one batch; image i uses seed + i.
+
+    K-LoRA needs both LoRAs; one alone acts everywhere, none leaves the base as it is. on_step(i, steps) is called as
+    denoising reaches step i, and with i = steps at its end. Raises RequestError for what this base cannot do.
+    """
+    sampling, clock = _sampling(model, request), _Stopwatch(model, record)
+    plan = combine(request, sampling.steps, content, style, record)
+    clock.lap("fuse_seconds")
+    with ExitStack() as loans:
+        for component, encoder in model.text_encoders().items():
+            loans.enter_context(attached(encoder, _always(component, request, content, style)))
+        negative = [request.negative_prompt] if request.negative_prompt else None
+        conditioning = model.encode_prompt([request.prompt], negative)
+    clock.lap("encode_seconds")
+    with attached(model.denoiser, plan) as gate:
+
+        def reached(step: int) -> None:
+            gate.set_step(step)
+            if step == sampling.steps:
+                clock.lap("denoise_seconds")
+            on_step(step, sampling.steps)
+
+        images = model.sample(conditioning, sampling, reached)
+    clock.lap("decode_seconds")
+    record("engine", gate.engine)
+    return images
+
+
+def combine(
+    request: Request, steps: int, content: LoRA | None, style: LoRA | None, record: Record = lambda name, value: None
+) -> Plan:
+    """Who acts where and when in the denoiser."""
+    if request.fusion == "klora" and content is not None and style is not None:
+        schedule = Schedule.from_pattern(request.pattern, request.alpha, request.beta)
+        fusion = fuse(content, style)
+        wins = fusion.content_wins(schedule, steps, request.style_bias)
+        record("gamma", fusion.gamma)
+        record("style_share", 1 - wins.double().mean().item())
+        return fusion.plan(
+            schedule,
+            steps=steps,
+            style_bias=request.style_bias,
+            content_scale=request.content_scale,
+            style_scale=request.style_scale,
+        )
+    acting = _acting(request, content, style)
+    return Plan.constant(tuple(lora for lora, _ in acting), tuple(scale for _, scale in acting))
+
+
+def _acting(request: Request, content: LoRA | None, style: LoRA | None) -> list[tuple[LoRA, float]]:
+    """The LoRAs that this request lets act at all, with their scales."""
+    acting = []
+    for name, lora, scale in (("content", content, request.content_scale), ("style", style, request.style_scale)):
+        if request.fusion == name and lora is None:
+            raise RequestError(f"fusion is {name} but {name}_lora is not given. Give it, or choose another fusion.")
+        if lora is not None and request.fusion in (name, "sum", "klora"):
+            acting.append((lora, scale))
+    return acting
+
+
+def _always(component: str, request: Request, content: LoRA | None, style: LoRA | None) -> Plan:
+    """A text encoder's share of the LoRAs: at their scales, outside the choice, which is about denoising steps."""
+    acting = _acting(request, content, style)
+    parts = tuple(lora.text_encoders.get(component, {}) for lora, _ in acting)
+    return Plan.constant(parts, tuple(scale for _, scale in acting))
+
+
+def _sampling(model: Family, request: Request) -> SampleConfig:
+    """The batch, with the base's own defaults filled in."""
+    steps = request.num_inference_steps or model.steps
+    width, height = request.size(model.native_size, model.size_multiple)
+    if width % model.size_multiple or height % model.size_multiple:
+        raise RequestError(
+            f"The size is {width}x{height}. Expected multiples of {model.size_multiple} on {model.name}."
+        )
+    if request.negative_prompt and not model.negative_prompts:
+        raise RequestError(f"negative_prompt is given, but {model.name} takes none. Leave it empty, or use SDXL.")
+    if request.scheduler and request.scheduler not in model.schedulers:
+        raise RequestError(f"scheduler is {request.scheduler}, but {model.name} has its own. Leave it blank.")
+    if request.image is not None and int(steps * request.prompt_strength) < 1:
+        raise RequestError(f"prompt_strength {request.prompt_strength} of {steps} steps is no step. Raise either.")
+    return SampleConfig(
+        width=width,
+        height=height,
+        steps=steps,
+        guidance_scale=model.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+        seeds=tuple(request.seed + index for index in range(request.num_outputs)),
+        scheduler=request.scheduler,
+        image=request.image,
+        mask=request.mask,
+        strength=request.prompt_strength,
+    )
+
+
+class _Stopwatch:
+    """Records the seconds since the last lap, once the device has caught up."""
+
+    def __init__(self, model: Family, record: Record) -> None:
+        self._device = next(model.denoiser.parameters()).device
+        self._record = record
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        synchronize(self._device)
+        now = time.perf_counter()
+        self._record(name, now - self._last)
+        self._last = now

@@ -1,0 +1,193 @@
+"""Lend low-rank updates to a module tree for the length of a `with` block. The only code that touches one.
+
+Both LoRAs are stacked along the rank and the rank is gated:
+
+    y = W x + b + B (g * (A x))        A = [A_1; A_2; ...]  [R, I]     B = [B_1, B_2, ...]  [O, R]     g  [R]
+
+Two engines, equal up to rounding:   gated   computes that formula; needs little memory, works on any base weight.
+                                     merged  gives each touched layer an active weight W + B diag(g) A, rewritten only
+                                             where g changed and always from the pristine W; costs nothing per step.
+
+Knows no fusion, no pipeline and no file. The base's own parameters are never written to.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from klora.device import free_bytes
+from klora.errors import LoRAError
+from klora.lora import LowRank, Plan
+
+Engine = Literal["gated", "merged"]
+HEADROOM_BYTES = 6 << 30  # left free by the merged engine: activations of a batch of four at 1024 px, and the VAE
+
+
+Apply = Callable[[list[Tensor], list[int]], None]
+"""(every layer's gate [R], the indices of the layers whose gate changed) -> None"""
+
+Loan = tuple[dict[str, Any], str, Any]
+"""(the module's own table of parts, key, what was there): Any, because parts are modules or parameters."""
+
+
+class Planner(Protocol):
+    """What can say which LoRA acts where and when: a Fusion."""
+
+    def plan(self, schedule: Any, **options: Any) -> Plan: ...  # Any: the schedule is the planner's own affair
+
+
+class LoRALinear(nn.Module):
+    """base(x) + B (gate * (A x)); serves training (gate of ones), one LoRA, a weighted sum and a switching pair.
+
+    lora_A [R, I], lora_B [O, R], gate [R]. The factors are cast to the activation's dtype, so trained ones stay fp32.
+    """
+
+    def __init__(self, base: nn.Module, lora_A: Tensor, lora_B: Tensor, gate: Tensor) -> None:
+        super().__init__()
+        self.base = base
+        self.lora_A, self.lora_B = lora_A, lora_B
+        self.gate = gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.linear(x, self.lora_A.to(x.dtype)) * self.gate.to(x.dtype)
+        return self.base(x) + F.linear(hidden, self.lora_B.to(x.dtype))
+
+
+class Gate:
+    """What attached() yields: moves the attached LoRAs to a denoising step."""
+
+    def __init__(self, plan: Plan, engine: Engine, apply: Apply) -> None:
+        self.engine = engine
+        self.flips = 0
+        self._gates = plan.gates
+        self._apply = apply
+        ranks = [[lora[n].rank if n in lora else 0 for lora in plan.loras] for n in plan.layers]
+        repeats = torch.tensor(ranks, dtype=torch.long).flatten()
+        self._owner = torch.arange(len(repeats)).repeat_interleave(repeats)  # rank -> its gate among [layers, LoRAs]
+        self._sizes = [sum(rank) for rank in ranks]
+        self._current = torch.full_like(plan.gates[0], torch.nan)
+        self.set_step(0)
+        self.flips = 0  # the first writing is no flip
+
+    def set_step(self, step: int) -> Self:
+        """Let the LoRAs act as planned for this step, 0-based; steps beyond the last keep its choice."""
+        gates = self._gates[min(max(step, 0), len(self._gates) - 1)]
+        changed = (gates != self._current).any(-1).nonzero().flatten().tolist()
+        if changed:
+            self._apply(list(gates.flatten().float()[self._owner].split(self._sizes)), changed)
+        self._current = gates
+        self.flips += len(changed)
+        return self
+
+
+@contextmanager
+def attached(
+    denoiser: nn.Module, lora: Plan | Planner, schedule: Any = None, *, engine: Engine | None = None, **options: Any
+) -> Iterator[Gate]:
+    """Lend LoRAs to a module: `attached(unet, fusion, schedule, steps=50)`, or `attached(unet, plan)`.
+
+    Yields a Gate standing at step 0; gate.set_step(i) moves it. engine: None takes merged where a copy of the touched
+    weights fits in memory, else gated. On leaving, by whatever exception, every module and parameter is back.
+    Raises LoRAError when a layer is not a linear of the module, or has another shape.
+    """
+    plan = lora if isinstance(lora, Plan) else lora.plan(schedule, **options)
+    linears = [_linear(denoiser, name) for name in plan.layers]
+    pairs = [_stacked(plan, name, linear) for name, linear in zip(plan.layers, linears, strict=True)]
+    engine = engine or ("merged" if _fits(linears) else "gated")
+    loans: list[Loan] = []
+    try:
+        lend = _lend_merged if engine == "merged" else _lend_gated
+        yield Gate(plan, engine, lend(denoiser, plan, pairs, loans))
+    finally:
+        _give_back(loans)
+
+
+def _lend_merged(denoiser: nn.Module, plan: Plan, pairs: list[LowRank], loans: list[Loan]) -> Apply:
+    linears = [denoiser.get_submodule(name) for name in plan.layers]
+    pristine = [_weight(linear).detach() for linear in linears]
+    active = [torch.empty_like(weight) for weight in pristine]
+    for linear, weight in zip(linears, active, strict=True):
+        _lend(loans, linear._parameters, "weight", nn.Parameter(weight, requires_grad=False))
+
+    def apply(gates: list[Tensor], changed: list[int]) -> None:
+        for index in changed:
+            pair, gate = pairs[index], gates[index]
+            torch.addmm(pristine[index], pair.B * gate.to(pair.B), pair.A, out=active[index])
+
+    return apply
+
+
+def _lend_gated(denoiser: nn.Module, plan: Plan, pairs: list[LowRank], loans: list[Loan]) -> Apply:
+    # One buffer holds every layer's gate: a step is one copy, the addresses never change, compiled code never retraces.
+    sizes = [pair.rank for pair in pairs]
+    everywhere = torch.zeros(sum(sizes), device=pairs[0].A.device if pairs else None)
+    for name, pair, gate in zip(plan.layers, pairs, everywhere.split(sizes), strict=True):
+        path, _, child = name.rpartition(".")
+        slots = denoiser.get_submodule(path)._modules
+        _lend(loans, slots, child, LoRALinear(denoiser.get_submodule(name), pair.A, pair.B, gate))
+
+    def apply(gates: list[Tensor], changed: list[int]) -> None:
+        everywhere.copy_(torch.cat(gates))
+
+    return apply
+
+
+def _stacked(plan: Plan, name: str, linear: nn.Module) -> LowRank:
+    """The layer's LoRAs, stacked along the rank, on the base weight's device and in its dtype."""
+    weight = _weight(linear)
+    dtype = weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else torch.bfloat16  # quantised bases
+    pairs = [lora[name] for lora in plan.loras if name in lora]
+    return LowRank(
+        torch.cat([pair.A.to(weight.device, dtype) for pair in pairs]),
+        torch.cat([pair.B.to(weight.device, dtype) for pair in pairs], dim=1),
+    )
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    weight = linear._parameters["weight"]
+    assert weight is not None
+    return weight
+
+
+def _linear(denoiser: nn.Module, name: str) -> nn.Module:
+    try:
+        module = denoiser.get_submodule(name)
+    except AttributeError:
+        module = None
+    if not isinstance(module, nn.Linear):
+        raise LoRAError(
+            f"{name!r} is no linear layer of {type(denoiser).__name__}. Expected a LoRA read for this base."
+        )
+    return module
+
+
+def _fits(linears: list[nn.Module]) -> bool:
+    """Whether an active copy of these weights fits beside the pristine ones."""
+    weights = [_weight(linear) for linear in linears]
+    if any(type(linear) is not nn.Linear for linear in linears) or any(w.itemsize < 2 for w in weights):
+        return False  # a quantised base: its weights cannot be written as W + dW
+    return not weights or sum(w.nbytes for w in weights) + HEADROOM_BYTES <= free_bytes(weights[0].device)
+
+
+def _lend(loans: list[Loan], slots: dict[str, Any], key: str, loan: Any) -> None:
+    loans.append((slots, key, slots[key]))  # before the swap, so that an exception in between loses nothing
+    slots[key] = loan
+
+
+def _give_back(loans: list[Loan]) -> None:
+    """Undo every loan, also when a cancellation lands in the middle: Cog injects one at any bytecode."""
+    interruption: BaseException | None = None
+    while loans:
+        try:
+            while loans:
+                slots, key, original = loans[-1]
+                slots[key] = original
+                loans.pop()
+        except BaseException as error:
+            interruption = error
+    if interruption is not None:
+        raise interruption

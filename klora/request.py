@@ -1,0 +1,125 @@
+"""What a user may ask for: the form's fields, their bounds and what their absence means. Knows no Cog and no model.
+
+predict.py repeats the names and bounds, because Cog reads its form from source text; a test holds the two together.
+"""
+
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from klora.errors import RequestError
+
+MODELS = ("sdxl", "illustrious-xl", "flux-dev", "flux-schnell")
+FUSIONS = ("klora", "sum", "content", "style")
+SCHEDULERS = ("DDIM", "DPMSolverMultistep", "HeunDiscrete", "KarrasDPM", "K_EULER_ANCESTRAL", "K_EULER", "PNDM")
+ASPECT_RATIOS = {
+    "1:1": (1024, 1024), "16:9": (1344, 768), "21:9": (1536, 640), "3:2": (1216, 832), "2:3": (832, 1216),
+    "4:5": (896, 1088), "5:4": (1088, 896), "3:4": (896, 1152), "4:3": (1152, 896), "9:16": (768, 1344),
+    "9:21": (640, 1536),
+}  # fmt: skip
+"""Pixels at one megapixel, the sizes that FLUX on Replicate makes."""
+
+MAX_PIXELS = 64 << 20  # of an uploaded image, once decoded
+
+
+def _ask(default: Any, help: str, **bounds: Any) -> Any:  # Any, as dataclasses.field itself is typed
+    return field(default=default, metadata={"help": help, **bounds})
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request, checked on creation. None means a default that depends on the base or on other inputs.
+
+    The names are the form's. Raises RequestError.
+    """
+
+    prompt: str = field(metadata={"help": "What the image shows, with the LoRAs' trigger words."})
+    content_lora: str | None = _ask(None, "LoRA of the subject.")
+    style_lora: str | None = _ask(None, "LoRA of the style.")
+    model: str | None = _ask(None, "Base model. Default: the one that the LoRAs were made for.", choices=MODELS)
+    negative_prompt: str = _ask("", "What the image should not show; SDXL only.")
+    content_scale: float = _ask(
+        1.0, "Strength of the content LoRA where it acts; never enters the choice.", ge=-1, le=3
+    )
+    style_scale: float = _ask(1.0, "Strength of the style LoRA where it acts; never enters the choice.", ge=-1, le=3)
+    fusion: str = _ask("klora", "K-LoRA, the sum of both LoRAs, or one of them alone.", choices=FUSIONS)
+    pattern: str = _ask("auto", "How style gains on content over the steps; auto is s*.", choices=("auto", "s", "s*"))
+    style_bias: float = _ask(1.0, "Above 1 style acts in more layers and steps, below 1 in fewer.", ge=0, le=10)
+    alpha: float | None = _ask(None, "Slope of the schedule. Default: 1.5.", ge=0, le=10)
+    beta: float | None = _ask(None, "Start of the schedule. Default: 0.5 for s, 1.275 for s*.", ge=0, le=10)
+    aspect_ratio: str | None = _ask(
+        None,
+        "Shape of the image. Default: the input image's, custom when width or height is given, else 1:1.",
+        choices=(*ASPECT_RATIOS, "custom", "match_input_image"),
+    )
+    width: int | None = _ask(None, "Width in pixels, for a custom aspect ratio.", ge=64, le=2048)
+    height: int | None = _ask(None, "Height in pixels, for a custom aspect ratio.", ge=64, le=2048)
+    megapixels: str = _ask("1", "Area of the image, as a share of the base's own.", choices=("0.25", "0.5", "1", "2"))
+    image: Image.Image | None = _ask(None, "Image to start from.")
+    mask: Image.Image | None = _ask(None, "Where to repaint the image: white is repainted.")
+    prompt_strength: float = _ask(0.8, "How much of the input image is redrawn.", ge=0, le=1)
+    num_outputs: int = _ask(1, "Number of images.", ge=1, le=4)
+    num_inference_steps: int | None = _ask(None, "Denoising steps. Default: the base's own.", ge=1, le=500)
+    guidance_scale: float | None = _ask(None, "Adherence to the prompt. Default: the base's own.", ge=0, le=50)
+    scheduler: str | None = _ask(None, "Noise schedule; SDXL only. Default: K_EULER.", choices=SCHEDULERS)
+    seed: int = field(
+        default_factory=lambda: secrets.randbelow(1 << 31),
+        metadata={"help": "Image i uses seed + i. Default: chosen at random.", "ge": 0, "le": 4294967295},
+    )
+    output_format: str = _ask("webp", "File format.", choices=("webp", "jpg", "png"))
+    output_quality: int = _ask(80, "Quality of webp and jpg.", ge=0, le=100)
+    go_fast: bool = _ask(False, "Accepted; changes nothing yet.")
+    disable_safety_checker: bool = _ask(False, "Show images without checking them.")
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            _check(item.name, getattr(self, item.name), item.metadata)
+        if not self.prompt.strip():
+            raise RequestError("prompt is empty. Expected what the image shows.")
+        sized = self.width is not None or self.height is not None
+        if sized and self.aspect_ratio not in (None, "custom"):
+            raise RequestError(f"width or height is given with aspect_ratio {self.aspect_ratio}. Expected custom.")
+        if self.aspect_ratio == "custom" and not sized:
+            raise RequestError("aspect_ratio is custom but neither width nor height is given. Give one or both.")
+        if self.aspect_ratio == "match_input_image" and self.image is None:
+            raise RequestError("aspect_ratio is match_input_image but image is not given. Give it, or a ratio.")
+        if self.mask is not None and self.image is None:
+            raise RequestError("mask is given without image. Expected the image to repaint, too.")
+
+    def size(self, native: int, multiple: int) -> tuple[int, int]:
+        """(width, height) in pixels on a base of this native side, in multiples of `multiple` unless named outright."""
+        if self.width is not None or self.height is not None:
+            return self.width or native, self.height or native
+        if self.image is not None and self.aspect_ratio in (None, "match_input_image"):
+            stretch = math.sqrt(self.image.width / self.image.height)
+            sides = native * stretch, native / stretch
+        else:
+            width, height = ASPECT_RATIOS[self.aspect_ratio or "1:1"]
+            sides = width * native / 1024, height * native / 1024
+        zoom = math.sqrt(float(self.megapixels)) / multiple
+        return max(1, round(sides[0] * zoom)) * multiple, max(1, round(sides[1] * zoom)) * multiple
+
+
+def open_image(name: str, path: Path, mode: str) -> Image.Image:
+    """An upload as its maker saw it, turned as its EXIF says, in this mode. Raises RequestError naming the input."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise RequestError(f"{name} has {image.width}x{image.height} pixels. Expected at most {MAX_PIXELS}.")
+            return ImageOps.exif_transpose(image).convert(mode)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
+        raise RequestError(f"{name} cannot be read as an image. Expected a PNG, JPEG or WebP file.") from error
+
+
+def _check(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
+    if value is None:
+        return
+    if "choices" in bounds and value not in bounds["choices"]:
+        raise RequestError(f"{name} is {value!r}. Expected one of {', '.join(bounds['choices'])}.")
+    if "ge" in bounds and not bounds["ge"] <= value <= bounds["le"]:
+        raise RequestError(f"{name} is {value}. Expected {bounds['ge']} to {bounds['le']}.")

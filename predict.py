@@ -1,0 +1,254 @@
+"""The web form and the HTTP inputs of K-LoRA, for Cog. What they mean is in klora.request; this file knows only Cog.
+
+Cog reads the form from this source text, so every string is one literal and every bound a number (script/schema).
+"""
+
+import logging
+import shutil
+import sys
+import tempfile
+from pathlib import Path as LocalPath
+from typing import Any, Optional
+
+import torch
+from cog import BasePredictor, Input, Path, Secret, current_scope
+from tqdm import tqdm
+
+import weights
+from klora.errors import RequestError
+from klora.request import Request, open_image
+from klora.studio import Studio, save_images
+
+ALIASES = {
+    "lora_weights": "content_lora",
+    "replicate_weights": "content_lora",
+    "lora_scale": "content_scale",
+    "extra_lora": "style_lora",
+    "extra_lora_scale": "style_scale",
+    "guidance": "guidance_scale",
+}
+TOKENS = ("hf_api_token", "civitai_api_token", "replicate_api_token")
+
+
+class Predictor(BasePredictor):
+    """Images by K-LoRA: a subject from one LoRA in the style of another."""
+
+    def setup(self) -> None:
+        """Load the bases named by KLORA_BASES, or every installed one."""
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+        self.outputs = LocalPath(tempfile.mkdtemp(prefix="klora-"))
+        self.studio = Studio(weights.find_base, weights.safety_checker_path())
+        for base in weights.resident_bases():
+            self.studio.load(*base)
+
+    def predict(
+        self,
+        prompt: str = Input(description="What the image shows. Include the LoRAs' trigger words."),
+        content_lora: Optional[str] = Input(
+            description="LoRA of the subject: the path of a .safetensors file in the server's LoRA folder. Leave blank for none.",
+            default=None,
+        ),
+        style_lora: Optional[str] = Input(
+            description="LoRA of the style: the path of a .safetensors file in the server's LoRA folder. Leave blank for none.",
+            default=None,
+        ),
+        model: Optional[str] = Input(
+            description="Base model. Leave blank for the one that the LoRAs were made for.",
+            choices=["sdxl", "illustrious-xl", "flux-dev", "flux-schnell"],
+            default=None,
+        ),
+        negative_prompt: str = Input(description="What the image should not show. SDXL bases only.", default=""),
+        content_scale: Optional[float] = Input(
+            description="Strength of the content LoRA where it acts; never changes where that is. Blank means 1.",
+            ge=-1,
+            le=3,
+            default=None,
+        ),
+        style_scale: Optional[float] = Input(
+            description="Strength of the style LoRA where it acts; never changes where that is. Blank means 1.",
+            ge=-1,
+            le=3,
+            default=None,
+        ),
+        fusion: str = Input(
+            description="How the two LoRAs meet: klora chooses one per layer and step, sum adds them, content and style use one alone.",
+            choices=["klora", "sum", "content", "style"],
+            default="klora",
+        ),
+        pattern: str = Input(
+            description="Schedule of the choice. s: content first, style last. s*: style's palette first, then content, then style. auto is s*.",
+            choices=["auto", "s", "s*"],
+            default="auto",
+        ),
+        style_bias: float = Input(
+            description="The slider between subject and style: above 1 the style acts in more layers and steps, below 1 in fewer.",
+            ge=0,
+            le=10,
+            default=1.0,
+        ),
+        alpha: Optional[float] = Input(
+            description="For experts: slope of the schedule. Blank means 1.5.", ge=0, le=10, default=None
+        ),
+        beta: Optional[float] = Input(
+            description="For experts: start of the schedule. Blank means 0.5 for s and 1.275 for s*.",
+            ge=0,
+            le=10,
+            default=None,
+        ),
+        aspect_ratio: Optional[str] = Input(
+            description="Shape of the image. Blank means the input image's, else custom when width or height is given, else 1:1.",
+            choices=[
+                "1:1",
+                "16:9",
+                "21:9",
+                "3:2",
+                "2:3",
+                "4:5",
+                "5:4",
+                "3:4",
+                "4:3",
+                "9:16",
+                "9:21",
+                "custom",
+                "match_input_image",
+            ],
+            default=None,
+        ),
+        width: Optional[int] = Input(
+            description="Width in pixels for a custom aspect ratio: a multiple of 8 on SDXL, of 16 on FLUX. Blank means the base's own.",
+            ge=64,
+            le=2048,
+            default=None,
+        ),
+        height: Optional[int] = Input(
+            description="Height in pixels for a custom aspect ratio: a multiple of 8 on SDXL, of 16 on FLUX. Blank means the base's own.",
+            ge=64,
+            le=2048,
+            default=None,
+        ),
+        megapixels: str = Input(
+            description="Area of the image in megapixels, unless width or height is given.",
+            choices=["0.25", "0.5", "1", "2"],
+            default="1",
+        ),
+        image: Optional[Path] = Input(
+            description="Image to start from. Leave blank to start from noise.", accept="image/*", default=None
+        ),
+        mask: Optional[Path] = Input(
+            description="Where to repaint the image: white is repainted, black is kept. Leave blank to redraw all of it.",
+            accept="image/*",
+            default=None,
+        ),
+        prompt_strength: float = Input(
+            description="How much of the input image is redrawn: near 0 keeps it, 1 ignores it.",
+            ge=0,
+            le=1,
+            default=0.8,
+        ),
+        num_outputs: int = Input(description="Number of images, made in one batch.", ge=1, le=4, default=1),
+        num_inference_steps: Optional[int] = Input(
+            description="Denoising steps. Blank means the base's own: 30 on SDXL, 28 on flux-dev, 4 on flux-schnell.",
+            ge=1,
+            le=500,
+            default=None,
+        ),
+        guidance_scale: Optional[float] = Input(
+            description="Adherence to the prompt. Blank means the base's own: 7.5 on SDXL, 3.5 on flux-dev, 0 on flux-schnell.",
+            ge=0,
+            le=50,
+            default=None,
+        ),
+        scheduler: Optional[str] = Input(
+            description="Noise schedule. SDXL bases only; blank means K_EULER.",
+            choices=["DDIM", "DPMSolverMultistep", "HeunDiscrete", "KarrasDPM", "K_EULER_ANCESTRAL", "K_EULER", "PNDM"],
+            default=None,
+        ),
+        seed: Optional[int] = Input(
+            description="Image i uses seed + i. Blank means a random one, which the log and the metrics report.",
+            ge=0,
+            le=4294967295,
+            default=None,
+        ),
+        output_format: str = Input(
+            description="File format of the images.", choices=["webp", "jpg", "png"], default="webp"
+        ),
+        output_quality: int = Input(
+            description="Quality of webp and jpg images, from 0 to 100; png is always exact.", ge=0, le=100, default=80
+        ),
+        go_fast: bool = Input(description="Accepted for old requests; it changes nothing yet.", default=False),
+        disable_safety_checker: bool = Input(
+            description="Show the images without checking them for unsafe content.", default=False
+        ),
+        hf_api_token: Optional[Secret] = Input(
+            description="Hugging Face token for private LoRAs. LoRAs are files on the server so far, which need none.",
+            default=None,
+        ),
+        civitai_api_token: Optional[Secret] = Input(
+            description="CivitAI token for LoRAs that need a login. LoRAs are files on the server so far, which need none.",
+            default=None,
+        ),
+        replicate_api_token: Optional[Secret] = Input(
+            description="Replicate token for private trainings. LoRAs are files on the server so far, which need none.",
+            default=None,
+        ),
+        lora_weights: Optional[str] = Input(description="Old name of content_lora.", default=None, deprecated=True),
+        lora_scale: Optional[float] = Input(
+            description="Old name of content_scale.", ge=-1, le=3, default=None, deprecated=True
+        ),
+        extra_lora: Optional[str] = Input(description="Old name of style_lora.", default=None, deprecated=True),
+        extra_lora_scale: Optional[float] = Input(
+            description="Old name of style_scale.", ge=-1, le=3, default=None, deprecated=True
+        ),
+        replicate_weights: Optional[str] = Input(
+            description="Old name of content_lora.", default=None, deprecated=True
+        ),
+        guidance: Optional[float] = Input(
+            description="Old name of guidance_scale.", ge=0, le=50, default=None, deprecated=True
+        ),
+    ) -> list[Path]:
+        """Make the images."""
+        given = {name: value for name, value in locals().items() if name != "self" and value is not None}
+        shutil.rmtree(self.outputs, ignore_errors=True)  # Cog never deletes what it has sent
+        with torch.inference_mode():
+            request = _request(given)
+            _record("seed", request.seed)
+            print(f"seed {request.seed}")
+            loras = {
+                name: weights.lora_path(getattr(request, name), weights.lora_root(), name)
+                for name in ("content_lora", "style_lora")
+                if getattr(request, name)
+            }
+            images = self.studio.make(request, loras, _record, _show_progress)
+            return [Path(path) for path in save_images(images, self.outputs, request)]
+
+
+def _request(given: dict[str, Any]) -> Request:
+    """The request under the new names, its uploads opened."""
+    given = {name: value for name, value in given.items() if value != "" or name == "prompt"}  # a form's blank field
+    inputs = {name: value for name, value in given.items() if name not in ALIASES and name not in TOKENS}
+    for alias, name in ALIASES.items():
+        if alias in given and given[alias] != inputs.setdefault(name, given[alias]):
+            raise RequestError(
+                f"{alias} is {given[alias]!r} and {name} is {inputs[name]!r}. {alias} is {name}'s old name: give one."
+            )
+    for name, mode in (("image", "RGB"), ("mask", "L")):
+        if name in inputs:
+            inputs[name] = open_image(name, _upload(name, inputs[name]), mode)
+    return Request(**inputs)
+
+
+def _upload(name: str, path: Path) -> LocalPath:
+    """Cog's temporary copy of an upload: a bare string would open any file of the container."""
+    local = LocalPath(str(path)).resolve()
+    if not local.is_relative_to(LocalPath(tempfile.gettempdir()).resolve()):
+        raise RequestError(f"{name} is {str(path)!r}. Expected an uploaded file, an http(s) URL or a data URI.")
+    return local
+
+
+def _record(name: str, value: Any) -> None:
+    current_scope().record_metric(name, value)
+
+
+def _show_progress(step: int, steps: int) -> None:
+    """A line that Replicate's clients parse; they need a newline after each and no description before it."""
+    print(tqdm.format_meter(step, steps, elapsed=0, bar_format="{percentage:3.0f}%|{bar:20}| {n}/{total}"), flush=True)

@@ -1,0 +1,156 @@
+"""A LoRA reference or a base's name -> a path on disk; the table of base models. The environment is read here only.
+
+Knows nothing of torch, pipelines or the web form.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+
+from klora.errors import BaseModelError, LoRAError
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where a base model comes from. family: a key of klora.models.FAMILIES, None for what makes no images.
+
+    files: the patterns of what to fetch from the repository, at this revision.  gated: needs a Hugging Face token
+    whose owner has accepted the licence.
+    """
+
+    family: str | None
+    repository: str
+    revision: str
+    files: tuple[str, ...]
+    licence: str
+    gated: bool = False
+
+
+class Installed(NamedTuple):
+    """A base model on disk. family: a key of klora.models.FAMILIES; path: its diffusers-format folder."""
+
+    name: str
+    family: str
+    path: Path
+
+
+_CONFIGS = ("*.json", "*/*.json", "*/*.txt", "*/*.model")
+_SDXL_FILES = (*_CONFIGS, "*/*.fp16.safetensors")
+_FLUX_FILES = (*_CONFIGS, "*/*.safetensors")
+
+BASES: Mapping[str, Base] = {
+    "sdxl": Base(
+        "sdxl",
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "462165984030d82259a11f4367a4eed129e94a7b",
+        _SDXL_FILES,
+        "CreativeML Open RAIL++-M",
+    ),
+    "illustrious-xl": Base(
+        "sdxl", "OnomaAIResearch/Illustrious-XL-v1.0", "main", _FLUX_FILES, "Illustrious Community Licence"
+    ),
+    "flux-dev": Base(
+        "flux",
+        "black-forest-labs/FLUX.1-dev",
+        "3de623fc3c33e44ffbe2bad470d0f45bccf2eb21",
+        _FLUX_FILES,
+        "FLUX.1 [dev] Non-Commercial License",
+        gated=True,
+    ),
+    "flux-schnell": Base(
+        "flux",
+        "black-forest-labs/FLUX.1-schnell",
+        "741f7c3ce8b383c54771c7003378a50191e9efe9",
+        _FLUX_FILES,
+        "Apache-2.0",
+    ),
+    "safety-checker": Base(
+        None,
+        "CompVis/stable-diffusion-safety-checker",
+        "cb41f3a270d63d454d385fc2e4f571c487c253c5",
+        ("*.json", "*.safetensors"),
+        "CreativeML Open RAIL-M",
+    ),
+}
+
+
+def models_folder() -> Path:
+    """KLORA_MODELS, else ~/.cache/klora/models: one folder a base."""
+    return Path(os.environ.get("KLORA_MODELS") or Path.home() / ".cache" / "klora" / "models")
+
+
+def installed_bases() -> list[str]:
+    """The bases whose folders are there, in the order of the table."""
+    folder = models_folder()
+    return [name for name, base in BASES.items() if base.family and (folder / name / "model_index.json").is_file()]
+
+
+def resident_bases() -> list[Installed]:
+    """The bases to load at set-up: KLORA_BASES, separated by commas, else every installed one."""
+    named = [name.strip() for name in os.environ.get("KLORA_BASES", "").split(",") if name.strip()]
+    return [find_base(name) for name in named or installed_bases()]
+
+
+def find_base(name: str | None, family: str | None = None) -> Installed:
+    """The base of this name; without one, the first installed base of the family, or of any. Raises BaseModelError."""
+    installed = installed_bases()
+    fitting = [base for base in installed if name == base or (name is None and family in (None, BASES[base].family))]
+    if not fitting:
+        raise BaseModelError(
+            f"{name or family or 'A base model'} is not installed. Installed: {', '.join(installed) or 'none'}; "
+            f"KLORA_MODELS is {models_folder()}."
+        )
+    return Installed(fitting[0], BASES[fitting[0]].family or "", models_folder() / fitting[0])
+
+
+def safety_checker_path() -> Path:
+    """The folder of the safety checker, whether or not it is there."""
+    return models_folder() / "safety-checker"
+
+
+def lora_root() -> Path | None:
+    """KLORA_LORA_ROOT: the one folder from which requests may name local LoRA files. None, the default: none may."""
+    root = os.environ.get("KLORA_LORA_ROOT")
+    return Path(root) if root else None
+
+
+def lora_path(reference: str, root: Path | None, name: str) -> Path:
+    """The file below root that a LoRA reference names. name: the input, for the message. Raises LoRAError.
+
+    The message says nothing of what lies elsewhere.
+    """
+    if root is None:
+        raise LoRAError(f"{name} is {reference!r}, but this server takes no LoRA paths: KLORA_LORA_ROOT is not set.")
+    path = (root / reference).resolve()
+    if not path.is_relative_to(root.resolve()) or not path.is_file():
+        raise LoRAError(
+            f"{name} is {reference!r}. Expected the path of a .safetensors file in the server's LoRA folder."
+        )
+    return path
+
+
+def download_base(name: str, folder: Path | None = None, token: str | None = None) -> Path:
+    """Fetch a base from the Hugging Face hub into folder/name, resuming what is there. Raises BaseModelError."""
+    if name not in BASES:
+        raise BaseModelError(f"There is no base model {name!r}. Expected one of {', '.join(BASES)}.")
+    base, target = BASES[name], (folder or models_folder()) / name
+    try:
+        snapshot_download(
+            base.repository,
+            revision=base.revision,
+            allow_patterns=list(base.files),
+            local_dir=target,
+            token=token or False,  # never the machine's own login
+        )
+    except GatedRepoError as error:
+        raise BaseModelError(
+            f"{name} is gated: accept the licence at huggingface.co/{base.repository} and give a token."
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise BaseModelError(f"{name} cannot be fetched from {base.repository}: {error}") from error
+    return target
