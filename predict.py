@@ -7,10 +7,10 @@ import logging
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path as LocalPath
 from typing import Any, Optional
 
-import torch
 from cog import BasePredictor, Input, Path, Secret, current_scope
 from tqdm import tqdm
 
@@ -209,17 +209,16 @@ class Predictor(BasePredictor):
         """Make the images."""
         given = {name: value for name, value in locals().items() if name != "self" and value is not None}
         shutil.rmtree(self.outputs, ignore_errors=True)  # Cog never deletes what it has sent
-        with torch.inference_mode():
-            request = _request(given)
-            _record("seed", request.seed)
-            print(f"seed {request.seed}")
-            loras = {
-                name: weights.lora_path(getattr(request, name), weights.lora_root(), name)
-                for name in ("content_lora", "style_lora")
-                if getattr(request, name)
-            }
-            images = self.studio.make(request, loras, _record, _show_progress)
-            return [Path(path) for path in save_images(images, self.outputs, request)]
+        started = time.perf_counter()
+        request = _request(given)
+        _record("seed", request.seed)
+        print(f"seed {request.seed}")
+        named = {name: getattr(request, name) for name in ("content_lora", "style_lora")}
+        root = weights.lora_root()
+        loras = {name: weights.lora_path(reference, root, name) for name, reference in named.items() if reference}
+        _record("fetch_seconds", time.perf_counter() - started)
+        images = self.studio.make(request, loras, _record, _show_progress)
+        return [Path(path) for path in save_images(images, self.outputs, request)]
 
 
 def _request(given: dict[str, Any]) -> Request:

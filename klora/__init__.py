@@ -1,7 +1,7 @@
 """K-LoRA (CVPR 2025, arXiv:2502.18461): the subject of one LoRA in the style of another, with no training.
 
-For every adapted layer and every denoising step the paper chooses one of the two LoRAs by the size of their largest
-weights. `fuse` makes that choice, `attached` lends the chosen LoRAs to a diffusers model, `generate` does the whole job.
+For every adapted layer and every denoising step the paper chooses one of the two LoRAs by their largest weights.
+`fuse` makes that choice, `attached` lends the LoRAs to a diffusers model accordingly, `generate` does the whole job.
 """
 
 from klora.errors import KLoRAError
@@ -9,7 +9,9 @@ from klora.fusion import Fusion, Schedule, fuse
 from klora.generate import generate
 from klora.layers import attached
 from klora.lora import LoRA, LowRank, save_lora
-from klora.models import FAMILIES, SDXL, Flux, following, load_model
+from klora.models import FAMILIES, following, load_model
+from klora.models.flux import Flux
+from klora.models.sdxl import SDXL
 from klora.request import Request
 
 __all__ = [

@@ -7,7 +7,6 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-import torch
 import typer
 from PIL import Image
 
@@ -37,9 +36,8 @@ def fuse(out: Path, **given: Any) -> None:
         loras = {name: weights.lora_path(reference, Path.cwd(), name) for name, reference in named.items()}
         facts: dict[str, Any] = {}
         started = time.perf_counter()
-        with torch.inference_mode():
-            studio = Studio(weights.find_base, weights.safety_checker_path())
-            images = studio.make(request, loras, facts.__setitem__)
+        studio = Studio(weights.find_base, weights.safety_checker_path())
+        images = studio.make(request, loras, facts.__setitem__)
     except KLoRAError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error

@@ -9,6 +9,7 @@ Knows no module tree, no pipeline and no file.   Shape suffixes: O outputs, I in
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from typing import Literal
 
 import torch
@@ -157,13 +158,6 @@ def _tau(steps: int, layers: int, clock: Clock) -> Tensor:
 def _merged_order(first: list[str], second: list[str]) -> list[str]:
     """Both lists in one, keeping the order of each; they share one order, that of execution."""
     merged: list[str] = []
-    waiting = dict.fromkeys(first)
-    for name in second:
-        if name in waiting:
-            while (head := next(iter(waiting))) != name:
-                merged.append(head)
-                del waiting[head]
-            del waiting[name]
-        if name not in merged:
-            merged.append(name)
-    return merged + list(waiting)
+    for _, i, i_end, j, j_end in SequenceMatcher(None, first, second, autojunk=False).get_opcodes():
+        merged += first[i:i_end] + second[j:j_end]
+    return list(dict.fromkeys(merged))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from PIL import Image
 
 from klora.device import synchronize
@@ -12,13 +13,14 @@ from klora.errors import RequestError
 from klora.fusion import Schedule, fuse
 from klora.layers import attached
 from klora.lora import LoRA, Plan
-from klora.models import Family, SampleConfig
+from klora.models import Family
 from klora.request import Request
 
 Record = Callable[[str, Any], Any]
 """(name, number) -> ignored. Told what a run measured: fuse_seconds, denoise_seconds, style_share, ..."""
 
 
+@torch.no_grad()
 def generate(
     model: Family,
     request: Request,
@@ -33,25 +35,26 @@ def generate(
     K-LoRA needs both LoRAs; one alone acts everywhere, none leaves the base as it is. on_step(i, steps) is called as
     denoising reaches step i, and with i = steps at its end. Raises RequestError for what this base cannot do.
     """
-    sampling, clock = _sampling(model, request), _Stopwatch(model, record)
-    plan = combine(request, sampling.steps, content, style, record)
-    clock.lap("fuse_seconds")
+    steps = _checked_steps(model, request)
+    lap = _stopwatch(model, record)
+    plan = combine(request, steps, content, style, record)
+    lap("fuse_seconds")
     with ExitStack() as loans:
-        for component, encoder in model.text_encoders().items():
-            loans.enter_context(attached(encoder, _always(component, request, content, style)))
+        for component, encoder in model.text_encoders.items():
+            loans.enter_context(attached(encoder, _constant(request, content, style, component)))
         negative = [request.negative_prompt] if request.negative_prompt else None
         conditioning = model.encode_prompt([request.prompt], negative)
-    clock.lap("encode_seconds")
+    lap("encode_seconds")
     with attached(model.denoiser, plan) as gate:
 
         def reached(step: int) -> None:
             gate.set_step(step)
-            if step == sampling.steps:
-                clock.lap("denoise_seconds")
-            on_step(step, sampling.steps)
+            if step == steps:
+                lap("denoise_seconds")
+            on_step(step, steps)
 
-        images = model.sample(conditioning, sampling, reached)
-    clock.lap("decode_seconds")
+        images = model.sample(conditioning, request, reached)
+    lap("decode_seconds")
     record("engine", gate.engine)
     return images
 
@@ -73,30 +76,23 @@ def combine(
             content_scale=request.content_scale,
             style_scale=request.style_scale,
         )
-    acting = _acting(request, content, style)
-    return Plan.constant(tuple(lora for lora, _ in acting), tuple(scale for _, scale in acting))
+    return _constant(request, content, style)
 
 
-def _acting(request: Request, content: LoRA | None, style: LoRA | None) -> list[tuple[LoRA, float]]:
-    """The LoRAs that this request lets act at all, with their scales."""
+def _constant(request: Request, content: LoRA | None, style: LoRA | None, encoder: str | None = None) -> Plan:
+    """The LoRAs that this request lets act at all, at their scales: in the denoiser without K-LoRA's choice, or in a
+    text encoder, which is outside the choice because that is about denoising steps."""
     acting = []
     for name, lora, scale in (("content", content, request.content_scale), ("style", style, request.style_scale)):
         if request.fusion == name and lora is None:
             raise RequestError(f"fusion is {name} but {name}_lora is not given. Give it, or choose another fusion.")
         if lora is not None and request.fusion in (name, "sum", "klora"):
-            acting.append((lora, scale))
-    return acting
+            acting.append((lora.text_encoders.get(encoder, {}) if encoder else lora, scale))
+    return Plan.constant(tuple(layers for layers, _ in acting), tuple(scale for _, scale in acting))
 
 
-def _always(component: str, request: Request, content: LoRA | None, style: LoRA | None) -> Plan:
-    """A text encoder's share of the LoRAs: at their scales, outside the choice, which is about denoising steps."""
-    acting = _acting(request, content, style)
-    parts = tuple(lora.text_encoders.get(component, {}) for lora, _ in acting)
-    return Plan.constant(parts, tuple(scale for _, scale in acting))
-
-
-def _sampling(model: Family, request: Request) -> SampleConfig:
-    """The batch, with the base's own defaults filled in."""
+def _checked_steps(model: Family, request: Request) -> int:
+    """The number of steps, once all that this base cannot do is refused."""
     steps = request.num_inference_steps or model.steps
     width, height = request.size(model.native_size, model.size_multiple)
     if width % model.size_multiple or height % model.size_multiple:
@@ -109,29 +105,17 @@ def _sampling(model: Family, request: Request) -> SampleConfig:
         raise RequestError(f"scheduler is {request.scheduler}, but {model.name} has its own. Leave it blank.")
     if request.image is not None and int(steps * request.prompt_strength) < 1:
         raise RequestError(f"prompt_strength {request.prompt_strength} of {steps} steps is no step. Raise either.")
-    return SampleConfig(
-        width=width,
-        height=height,
-        steps=steps,
-        guidance_scale=model.guidance_scale if request.guidance_scale is None else request.guidance_scale,
-        seeds=tuple(request.seed + index for index in range(request.num_outputs)),
-        scheduler=request.scheduler,
-        image=request.image,
-        mask=request.mask,
-        strength=request.prompt_strength,
-    )
+    return steps
 
 
-class _Stopwatch:
-    """Records the seconds since the last lap, once the device has caught up."""
+def _stopwatch(model: Family, record: Record) -> Callable[[str], None]:
+    """lap(name) records the seconds since the last lap, once the device has caught up."""
+    device, last = next(model.denoiser.parameters()).device, time.perf_counter()
 
-    def __init__(self, model: Family, record: Record) -> None:
-        self._device = next(model.denoiser.parameters()).device
-        self._record = record
-        self._last = time.perf_counter()
+    def lap(name: str) -> None:
+        nonlocal last
+        synchronize(device)
+        last, before = time.perf_counter(), last
+        record(name, last - before)
 
-    def lap(self, name: str) -> None:
-        synchronize(self._device)
-        now = time.perf_counter()
-        self._record(name, now - self._last)
-        self._last = now
+    return lap

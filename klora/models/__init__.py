@@ -1,12 +1,11 @@
 """Base-model families. Each is one file that answers six questions; FAMILIES is the one line that adds it.
 
-What the families share is here: the protocol, the request to sample, and two small pieces that ask a diffusers
-pipeline where it stands and a denoiser which linear layers it runs, in which order.
+What the families share is here: the protocol, one call of a diffusers pipeline, and two small pieces that ask such a
+pipeline where it stands, and a denoiser which linear layers it runs and in which order.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -17,43 +16,25 @@ from torch import Tensor, nn
 from klora.device import default_device, default_dtype
 from klora.errors import BaseModelError
 from klora.lora import Inventory, LoRA
+from klora.request import Request
 
 Conditioning = Mapping[str, Tensor]
 """A prompt as the denoiser reads it, by the names of the diffusers pipeline's own arguments; batch first."""
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """One batch of images. width, height: pixels.  seeds: one per image.  strength: in (0, 1], with an image only."""
-
-    width: int
-    height: int
-    steps: int
-    guidance_scale: float
-    seeds: tuple[int, ...]
-    scheduler: str | None = None
-    image: Image.Image | None = None
-    mask: Image.Image | None = None
-    strength: float = 1.0
 
 
 class Family(Protocol):
     """A base model, loaded. No base class: whatever has these is a family."""
 
     name: ClassVar[str]
+    component: ClassVar[str]  # what diffusers calls the denoiser
     schedulers: ClassVar[Mapping[str, Any]]  # Any: diffusers' scheduler classes share no typed base
     size_multiple: ClassVar[int]
     negative_prompts: ClassVar[bool]
-    component: ClassVar[str]
-
-    @property
-    def denoiser(self) -> nn.Module: ...
-    @property
-    def native_size(self) -> int: ...
-    @property
-    def steps(self) -> int: ...
-    @property
-    def guidance_scale(self) -> float: ...
+    denoiser: nn.Module
+    text_encoders: dict[str, nn.Module]  # by component, in the order of kohya's lora_te1_, lora_te2_
+    native_size: int  # side in pixels of the square that the base was trained on
+    steps: int  # and guidance_scale: what suits the base when a request does not say
+    guidance_scale: float
 
     @classmethod
     def load(cls, path: Path, device: torch.device, dtype: torch.dtype) -> "Family":
@@ -62,9 +43,6 @@ class Family(Protocol):
     @staticmethod
     def recognises(keys: list[str]) -> bool:
         """Whether a LoRA file with these tensor names was made for this family."""
-
-    def text_encoders(self) -> dict[str, nn.Module]:
-        """{component: text encoder}, in the order of kohya's lora_te1_, lora_te2_."""
 
     def read_lora(self, path: Path) -> LoRA:
         """Read a LoRA file, its layers in execution order. Raises LoRAError."""
@@ -78,10 +56,8 @@ class Family(Protocol):
     def loss(self, latents: Tensor, conditioning: Conditioning, generator: torch.Generator) -> Tensor:
         """Training loss of each example, float32 [N]; noise and timesteps come from the CPU generator."""
 
-    def sample(
-        self, conditioning: Conditioning, config: SampleConfig, on_step: Callable[[int], None]
-    ) -> list[Image.Image]:
-        """One image a seed. on_step(i) is called before the denoiser runs step i of the full schedule, 0-based, and
+    def sample(self, conditioning: Conditioning, request: Request, on_step: Callable[[int], None]) -> list[Image.Image]:
+        """Image i by seed + i. on_step(i) is called before the denoiser runs step i of the full schedule, 0-based, and
         with i = steps when denoising is over and decoding begins."""
 
 
@@ -113,22 +89,28 @@ def following(pipe: Any, on_step: Callable[[int], Any]) -> Iterator[Callable[...
 
 
 def denoise(
-    pipe: Any, conditioning: Conditioning, config: SampleConfig, on_step: Callable[[int], None], **options: Any
+    pipe: Any,
+    model: Family,
+    conditioning: Conditioning,
+    request: Request,
+    on_step: Callable[[int], None],
+    **options: Any,
 ) -> Tensor:
-    """Run a diffusers pipeline to its final latents, the seeds in one batch; options: what this pipeline alone takes."""
+    """A diffusers pipeline's final latents, the seeds in one batch. options: what this pipeline alone takes."""
     pipe.set_progress_bar_config(disable=True)
+    steps = request.num_inference_steps or model.steps
     with following(pipe, on_step) as on_step_end:
         latents: Tensor = pipe(
             **conditioning,
             **options,
-            num_inference_steps=config.steps,
-            guidance_scale=config.guidance_scale,
-            num_images_per_prompt=len(config.seeds),
-            generator=[torch.Generator().manual_seed(seed) for seed in config.seeds],
+            num_inference_steps=steps,
+            guidance_scale=model.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+            num_images_per_prompt=request.num_outputs,
+            generator=[torch.Generator().manual_seed(request.seed + i) for i in range(request.num_outputs)],
             callback_on_step_end=on_step_end,
             output_type="latent",
         ).images
-    on_step(config.steps)
+    on_step(steps)
     return latents
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from klora.lora import Inventory, LoRA, read_lora
-from klora.models import Conditioning, SampleConfig, denoise, inventory
+from klora.models import Conditioning, denoise, inventory
+from klora.request import Request
 
 
 class Flux:
@@ -26,35 +27,22 @@ class Flux:
 
     def __init__(self, pipe: FluxPipeline) -> None:
         self.pipe = pipe
+        self.denoiser: nn.Module = pipe.transformer
+        self.text_encoders = {"text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}
+        self.native_size: int = pipe.vae.config.sample_size
+        self._guided: bool = pipe.transformer.config.guidance_embeds
+        self.steps, self.guidance_scale = (28, 3.5) if self._guided else (4, 0.0)
 
     @classmethod
     def load(cls, path: Path, device: torch.device, dtype: torch.dtype) -> "Flux":
         pipe = FluxPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True, local_files_only=True)
+        pipe.vae.enable_slicing()  # one image at a time: less memory, and a batch decodes as its images alone would
         return cls(pipe.to(device))
 
     @staticmethod
     def recognises(keys: list[str]) -> bool:
         own = r"(single|double)_blocks|single_transformer_blocks|transformer_blocks[._]\d+[._](attn[._]|norm1_|ff_con)"
         return any(re.search(own, key) for key in keys)
-
-    @property
-    def denoiser(self) -> nn.Module:
-        return self.pipe.transformer
-
-    @property
-    def native_size(self) -> int:
-        return self.pipe.vae.config.sample_size
-
-    @property
-    def steps(self) -> int:
-        return 28 if self._guided else 4
-
-    @property
-    def guidance_scale(self) -> float:
-        return 3.5 if self._guided else 0.0
-
-    def text_encoders(self) -> dict[str, nn.Module]:
-        return {"text_encoder": self.pipe.text_encoder, "text_encoder_2": self.pipe.text_encoder_2}
 
     def read_lora(self, path: Path) -> LoRA:
         def rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -91,27 +79,21 @@ class Flux:
         ).sample
         return (predicted.float() - _packed(noise - latents)).square().mean(dim=(1, 2))
 
-    def sample(
-        self, conditioning: Conditioning, config: SampleConfig, on_step: Callable[[int], None]
-    ) -> list[Image.Image]:
-        vae, scheduler = self.pipe.vae, self.pipe.scheduler
-        parts = self.pipe.components | {"scheduler": type(scheduler).from_config(scheduler.config)}
-        pipeline, options = FluxPipeline, dict[str, Any](width=config.width, height=config.height)
-        if config.image is not None:
-            pixels = self.pipe.image_processor.preprocess(config.image, config.height, config.width)
-            options |= {"image": self.encode_images(pixels), "strength": config.strength}
-            pipeline = FluxImg2ImgPipeline
-        if config.mask is not None:
-            options |= {"mask_image": config.mask, "masked_image_latents": options["image"]}
+    def sample(self, conditioning: Conditioning, request: Request, on_step: Callable[[int], None]) -> list[Image.Image]:
+        vae, processor, scheduler = self.pipe.vae, self.pipe.image_processor, self.pipe.scheduler
+        scheduler = type(scheduler).from_config(scheduler.config)  # of the request's own: it keeps state between steps
+        width, height = request.size(self.native_size, self.size_multiple)
+        pipeline, options = FluxPipeline, dict[str, Any](width=width, height=height)
+        if request.image is not None:
+            latents = self.encode_images(processor.preprocess(request.image, height, width))
+            pipeline, options = FluxImg2ImgPipeline, options | {"image": latents, "strength": request.prompt_strength}
+        if request.mask is not None:
             pipeline = FluxInpaintPipeline
-        packed = denoise(pipeline(**parts), conditioning, config, on_step, **options)
-        latents = FluxPipeline._unpack_latents(packed, config.height, config.width, self.pipe.vae_scale_factor)
-        pixels = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
-        return self.pipe.image_processor.postprocess(pixels)
-
-    @property
-    def _guided(self) -> bool:
-        return self.pipe.transformer.config.guidance_embeds
+            options |= {"mask_image": request.mask, "masked_image_latents": options["image"]}
+        pipe = pipeline(**self.pipe.components | {"scheduler": scheduler})
+        packed = denoise(pipe, self, conditioning, request, on_step, **options)
+        latents = FluxPipeline._unpack_latents(packed, height, width, self.pipe.vae_scale_factor)
+        return processor.postprocess(vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample)
 
     @cached_property
     def _inventory(self) -> Inventory:

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from klora.lora import Inventory, LoRA, read_lora
-from klora.models import Conditioning, SampleConfig, denoise, inventory
+from klora.models import Conditioning, denoise, inventory
+from klora.request import Request
 
 
 class SDXL:
@@ -23,8 +24,6 @@ class SDXL:
     component: ClassVar[str] = "unet"
     size_multiple: ClassVar[int] = 8
     negative_prompts: ClassVar[bool] = True
-    steps: ClassVar[int] = 30
-    guidance_scale: ClassVar[float] = 7.5
     schedulers: ClassVar[Mapping[str, Any]] = {
         "DDIM": (diffusers.DDIMScheduler, {}),
         "DPMSolverMultistep": (diffusers.DPMSolverMultistepScheduler, {}),
@@ -37,6 +36,10 @@ class SDXL:
 
     def __init__(self, pipe: StableDiffusionXLPipeline) -> None:
         self.pipe = pipe
+        self.denoiser: nn.Module = pipe.unet
+        self.text_encoders = {"text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}
+        self.native_size: int = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        self.steps, self.guidance_scale = 30, 7.5
 
     @classmethod
     def load(cls, path: Path, device: torch.device, dtype: torch.dtype) -> "SDXL":
@@ -49,22 +52,12 @@ class SDXL:
             local_files_only=True,
             add_watermarker=False,
         )
+        pipe.vae.enable_slicing()  # one image at a time: less memory, and a batch decodes as its images alone would
         return cls(pipe.to(device))
 
     @staticmethod
     def recognises(keys: list[str]) -> bool:
         return any(re.search(r"(down|up|input|output)_blocks|mid(dle)?_block", key) for key in keys)
-
-    @property
-    def denoiser(self) -> nn.Module:
-        return self.pipe.unet
-
-    @property
-    def native_size(self) -> int:
-        return self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
-
-    def text_encoders(self) -> dict[str, nn.Module]:
-        return {"text_encoder": self.pipe.text_encoder, "text_encoder_2": self.pipe.text_encoder_2}
 
     def read_lora(self, path: Path) -> LoRA:
         def rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -104,26 +97,23 @@ class SDXL:
         target = ddpm.get_velocity(latents, noise, timesteps) if v_prediction else noise
         return (predicted.float() - target).square().mean(dim=(1, 2, 3))
 
-    def sample(
-        self, conditioning: Conditioning, config: SampleConfig, on_step: Callable[[int], None]
-    ) -> list[Image.Image]:
-        vae, parts = self.pipe.vae, self.pipe.components | {"scheduler": self._scheduler(config.scheduler)}
-        pipeline, options = StableDiffusionXLPipeline, dict[str, Any](width=config.width, height=config.height)
-        if config.image is not None:
-            pixels = self.pipe.image_processor.preprocess(config.image, config.height, config.width)
-            image = {"image": self.encode_images(pixels), "strength": config.strength}
-            if config.mask is None:  # this pipeline takes its size from the image
+    def sample(self, conditioning: Conditioning, request: Request, on_step: Callable[[int], None]) -> list[Image.Image]:
+        vae, processor = self.pipe.vae, self.pipe.image_processor
+        # A scheduler of the request's own: one that keeps state between steps must not outlive it.
+        scheduler, options = self.schedulers[request.scheduler or "K_EULER"]
+        scheduler = scheduler.from_config(self.pipe.scheduler.config, **options)
+        width, height = request.size(self.native_size, self.size_multiple)
+        pipeline, options = StableDiffusionXLPipeline, {"width": width, "height": height}
+        if request.image is not None:
+            latents = self.encode_images(processor.preprocess(request.image, height, width))
+            image = {"image": latents, "strength": request.prompt_strength}
+            if request.mask is None:  # this pipeline takes its size from the image
                 pipeline, options = StableDiffusionXLImg2ImgPipeline, image
             else:
-                pipeline, options = StableDiffusionXLInpaintPipeline, options | image | {"mask_image": config.mask}
-        latents = denoise(pipeline(**parts, add_watermarker=False), conditioning, config, on_step, **options)
-        pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
-        return self.pipe.image_processor.postprocess(pixels)
-
-    def _scheduler(self, name: str | None) -> Any:
-        """A scheduler of this request's own: one that keeps state between steps must not outlive it."""
-        kind, options = self.schedulers[name or "K_EULER"]
-        return kind.from_config(self.pipe.scheduler.config, **options)
+                pipeline, options = StableDiffusionXLInpaintPipeline, options | image | {"mask_image": request.mask}
+        pipe = pipeline(**self.pipe.components | {"scheduler": scheduler}, add_watermarker=False)
+        latents = denoise(pipe, self, conditioning, request, on_step, **options)
+        return processor.postprocess(vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample)
 
     @cached_property
     def _inventory(self) -> Inventory:

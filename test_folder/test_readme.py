@@ -1,0 +1,55 @@
+"""What the README shows is what works."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from klora import Request, generate, load_model
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+
+
+def test_the_plug_in_lines_do_what_generate_does(
+    bases: Path, loras: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, role in (("dog", "content"), ("oil", "style")):
+        (tmp_path / f"{name}.safetensors").write_bytes((loras / f"sdxl_{role}.safetensors").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(bases / "sdxl")
+    pipe.set_progress_bar_config(disable=True)
+    # The lines draw from the global generator, ours from a seed: the same start is what makes them comparable.
+    names: dict[str, Any] = {"pipe": Seeded(pipe, torch.Generator().manual_seed(3))}
+    [lines] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(lines, names)
+
+    model = load_model("sdxl", bases / "sdxl")
+    request = Request("a sbu dog in szn style", num_inference_steps=30, guidance_scale=5.0, seed=3)
+    content, style = (model.read_lora(tmp_path / f"{name}.safetensors") for name in ("dog", "oil"))
+    [expected] = generate(model, request, content=content, style=style)
+    # The pipeline decodes by its own path; one level of 255.
+    assert np.abs(np.asarray(names["image"], dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
+
+
+class Seeded:
+    """A pipeline that starts every call from one generator."""
+
+    def __init__(self, pipe: Any, generator: Any) -> None:
+        self._pipe, self._generator = pipe, generator
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipe, name)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self._pipe(*args, **options, generator=[self._generator])
+
+
+def test_every_file_and_script_that_the_readme_names_exists() -> None:
+    root = Path(__file__).resolve().parent.parent
+    named = set(re.findall(r"\b(?:script|klora|test_folder)/[\w./]*\w|\b(?:predict|weights)\.py\b", README))
+    assert len(named) >= 8
+    assert [name for name in named if not (root / name).exists()] == []
