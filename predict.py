@@ -27,6 +27,7 @@ ALIASES = {
     "extra_lora_scale": "style_scale",
     "guidance": "guidance_scale",
 }
+WHOLE = ("width", "height", "num_outputs", "num_inference_steps", "seed", "output_quality")
 TOKENS = ("hf_api_token", "civitai_api_token", "replicate_api_token")
 
 
@@ -230,6 +231,8 @@ def _request(given: dict[str, Any]) -> Request:
             raise RequestError(
                 f"{alias} is {given[alias]!r} and {name} is {inputs[name]!r}. {alias} is {name}'s old name: give one."
             )
+    for name in inputs.keys() & set(WHOLE):
+        inputs[name] = int(inputs[name])  # Cog lets 2.0 pass for a whole number, as JSON does
     for name, mode in (("image", "RGB"), ("mask", "L")):
         if name in inputs:
             inputs[name] = open_image(name, _upload(name, inputs[name]), mode)

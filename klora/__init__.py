@@ -9,7 +9,8 @@ from klora.fusion import Fusion, Schedule, fuse
 from klora.generate import generate
 from klora.layers import attached
 from klora.lora import LoRA, LowRank, save_lora
-from klora.models import FAMILIES, following, load_model
+from klora.models import FAMILIES, load_model
+from klora.models.family import following
 from klora.models.flux import Flux
 from klora.models.sdxl import SDXL
 from klora.request import Request

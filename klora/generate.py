@@ -13,7 +13,7 @@ from klora.errors import RequestError
 from klora.fusion import Schedule, fuse
 from klora.layers import attached
 from klora.lora import LoRA, Plan
-from klora.models import Family
+from klora.models.family import Family
 from klora.request import Request
 
 Record = Callable[[str, Any], Any]

@@ -143,7 +143,8 @@ def _paired(tensors: Mapping[str, Tensor]) -> dict[str, LowRank]:
     for key, tensor in tensors.items():
         if match := _FACTOR.match(key):
             part = {"down": "A", "up": "B"}.get(match[2], match[2])
-            factors.setdefault(match[1], {})[part] = tensor
+            # One-byte floats hold values but can compute nothing.
+            factors.setdefault(match[1], {})[part] = tensor.bfloat16() if tensor.itemsize == 1 else tensor
         elif not key.endswith(".alpha"):
             kind = next((kind for mark, kind in _UNSUPPORTED.items() if mark in key), "no LoRA factor")
             raise LoRAError(f"holds {key!r}, which is {kind}. Expected plain LoRA factors (lora_A and lora_B).")
@@ -190,13 +191,17 @@ def _matched(
 ) -> tuple[dict[tuple[str, str], LowRank], dict[str, LowRank]]:
     """Split pairs into ({(component, module name): pair}, those whose spelling the inventory does not know)."""
     lookups = {part: _lookup(names) for part, names in inventory.items()}
-    found, foreign = {}, {}
+    found: dict[tuple[str, str], LowRank] = {}
+    foreign = {}
     for stem, pair in pairs.items():
         part, spelled = _component(stem, list(inventory))
-        if name := lookups[part].get(spelled):
-            found[part, name] = pair
-        else:
+        name = lookups[part].get(spelled)
+        if (part, name) in found:
+            raise LoRAError(f"adapts {name!r} twice, once as {stem!r}. Expected one pair of factors a layer.")
+        if name is None:
             foreign[stem] = pair
+        else:
+            found[part, name] = pair
     return found, foreign
 
 

@@ -17,7 +17,8 @@ from klora.errors import LoRAError, SafetyError
 from klora.generate import Record, generate
 from klora.layers import HEADROOM_BYTES
 from klora.lora import LoRA, read_keys
-from klora.models import FAMILIES, Family, family_of, load_model
+from klora.models import FAMILIES, family_of, load_model
+from klora.models.family import Family
 from klora.models.safety import SafetyChecker
 from klora.request import Request
 

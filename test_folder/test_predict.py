@@ -191,6 +191,11 @@ def test_seed_zero_is_a_seed_and_an_absent_one_is_reported(server: Server) -> No
     assert server.predict(**QUICK | {"seed": seed})["output"] == chosen["output"]
 
 
+def test_a_whole_number_may_be_written_as_json_writes_a_float(server: Server) -> None:
+    floats = {"num_inference_steps": 4.0, "seed": 7.0, "num_outputs": 1.0, "width": 64.0, "height": 64.0}
+    assert np.array_equal(server.images(**QUICK | floats)[0], server.images(**QUICK)[0])
+
+
 REFUSED_BY_SCHEMA = [
     ({"fusion": "blend"}, "fusion", "is not one of"),
     ({"num_outputs": 5}, "num_outputs", "maximum"),

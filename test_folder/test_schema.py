@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Optional
+from typing import Any
 
 import cog
 import pytest
@@ -208,6 +208,7 @@ def test_choices_take_the_type_of_their_input(tmp_path: Path, choices: str) -> N
         ('x: int = Input(description="d", choices=[True, 2])', "[True, 2]", ""),
         ('x: list[str] = Input(description="d", choices=["a"])', 'choices=["a"]` on list[str]', ""),
         ('x: Path = Input(description="d", choices=["a"])', "on Path", ""),
+        ('x: bool = Input(description="d", choices=[True, False])', "on bool", ""),
         # defaults that Cog drops, or does not check
         ('x: int = Input(description="d", default=2 * 512)', "default=2 * 512", ""),
         ('x: int = Input(description="d", default=N)', "default=N", "N = 2 * 512"),
@@ -373,10 +374,15 @@ def test_decorator_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "seen"),
     [
-        ("predict(", "forecast(", "saw 0 definitions"),
-        ("        return None\n", "        return None\n    def run(self) -> str: ...\n", "saw 2 definitions"),
-        ("class Predictor", "class Other", "saw 0 definitions"),
-        ("class Predictor", "class Predictor: ...\nclass Predictor", "saw 2 definitions"),
+        ("predict(", "forecast(", "saw no predict; accepted: one"),
+        ("predict(", "run(", "saw `def run(`; accepted: one"),
+        (
+            "        return None\n",
+            "        return None\n    def run(self) -> str: ...\n",
+            "saw `def predict(` and `def run(self)",
+        ),
+        ("class Predictor", "class Other", "saw no Predictor; accepted: one"),
+        ("class Predictor", "class Predictor: ...\nclass Predictor", "saw `class Predictor: ...` and `class"),
         ("        self,\n", "", "saw no self"),
         ("        self,\n", "        self: 'Predictor',\n", "saw no self"),
         ('"d"),', '"d"), /,', "given by name"),
@@ -429,12 +435,12 @@ def test_choices_may_not_take_the_name_of_a_component(tmp_path: Path, name: str)
 
 
 def test_train_must_be_one_plain_function(tmp_path: Path) -> None:
-    root = write_training(write_project(tmp_path), "class train:\n    def train(self) -> Path: ...\n")
-    assert "accepted: one function" in refusal(root)
+    root = write_training(write_project(tmp_path), "class train:\n    def predict(self) -> Path: ...\n")
+    assert refusal(root) == "train.py:3: train: saw `class train:`; accepted: one function."
 
 
 def test_training_has_its_own_components_and_paths(tmp_path: Path) -> None:
-    model = "class Result(BaseModel):\n    weights: Path\n    loss_curve: Optional[str] = None\n\n"
+    model = "class Result(BaseModel):\n    weights: Path\n    loss_curve: Optional[str]\n    note: str = ''\n\n"
     train = 'def train(images: Path = Input(description="d")) -> Result:\n    return None\n'
     root = write_training(write_project(tmp_path, output="list[Path]"), model + train)
     document = schema.schema_of(root)
@@ -454,6 +460,7 @@ def test_training_has_its_own_components_and_paths(tmp_path: Path) -> None:
         "properties": {
             "weights": {"title": "Weights", "type": "string", "format": "uri"},
             "loss_curve": {"title": "Loss Curve", "type": "string", "nullable": True},
+            "note": {"title": "Note", "type": "string"},
         },
         "required": ["weights"],
     }
@@ -476,6 +483,105 @@ def test_every_reference_in_the_document_resolves(tmp_path: Path) -> None:
     assert set(references(document)) == known - {"#/components/schemas/Status"}
 
 
+def test_document_has_the_fixed_components_of_cog(tmp_path: Path) -> None:
+    date = {"type": "string", "format": "date-time"}
+    assert components(write_project(tmp_path)) == {
+        "Input": {"title": "Input", "type": "object", "properties": {}},
+        "Output": {"title": "Output", "type": "string"},
+        "PredictionRequest": {
+            "title": "PredictionRequest",
+            "type": "object",
+            "properties": {"id": {"title": "Id", "type": "string"}, "input": {"$ref": "#/components/schemas/Input"}},
+        },
+        "PredictionResponse": {
+            "title": "PredictionResponse",
+            "type": "object",
+            "properties": {
+                "input": {"$ref": "#/components/schemas/Input"},
+                "output": {"$ref": "#/components/schemas/Output"},
+                "id": {"title": "Id", "type": "string"},
+                "version": {"title": "Version", "type": "string"},
+                "created_at": {"title": "Created At"} | date,
+                "started_at": {"title": "Started At"} | date,
+                "completed_at": {"title": "Completed At"} | date,
+                "status": {"title": "Status", "type": "string"},
+                "error": {"title": "Error", "type": "string"},
+                "logs": {"title": "Logs", "type": "string"},
+                "metrics": {"title": "Metrics", "type": "object"},
+            },
+        },
+        "Status": {
+            "title": "Status",
+            "description": "An enumeration.",
+            "enum": ["starting", "processing", "succeeded", "canceled", "failed"],
+            "type": "string",
+        },
+        "HTTPValidationError": {
+            "title": "HTTPValidationError",
+            "type": "object",
+            "properties": {
+                "detail": {
+                    "title": "Detail",
+                    "type": "array",
+                    "items": {"$ref": "#/components/schemas/ValidationError"},
+                }
+            },
+        },
+        "ValidationError": {
+            "title": "ValidationError",
+            "required": ["loc", "msg", "type"],
+            "type": "object",
+            "properties": {
+                "loc": {
+                    "title": "Location",
+                    "type": "array",
+                    "items": {"anyOf": [{"type": "string"}, {"type": "integer"}]},
+                },
+                "msg": {"title": "Message", "type": "string"},
+                "type": {"title": "Error Type", "type": "string"},
+            },
+        },
+    }
+
+
+def test_prediction_endpoints_are_those_of_cog(tmp_path: Path) -> None:
+    def answer(description: str, content: dict[str, Any]) -> dict[str, Any]:
+        return {"description": description, "content": {"application/json": {"schema": content}}}
+
+    invalid = answer("Validation Error", {"$ref": "#/components/schemas/HTTPValidationError"})
+    paths = schema.schema_of(write_project(tmp_path))["paths"]
+    assert paths["/predictions"]["post"] == {
+        "summary": "Predict",
+        "description": "Run a single prediction on the model",
+        "operationId": "predict_predictions_post",
+        "requestBody": {
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/PredictionRequest"}}}
+        },
+        "responses": {
+            "200": answer("Successful Response", {"$ref": "#/components/schemas/PredictionResponse"}),
+            "422": invalid,
+        },
+    }
+    assert paths["/predictions/{prediction_id}/cancel"]["post"] == {
+        "summary": "Cancel",
+        "operationId": "cancel_predictions__prediction_id__cancel_post",
+        "parameters": [
+            {
+                "required": True,
+                "schema": {"title": "Prediction Id", "type": "string"},
+                "name": "prediction_id",
+                "in": "path",
+            }
+        ],
+        "responses": {"200": answer("Successful Response", {}), "422": invalid},
+    }
+    assert paths["/health-check"]["get"] == {
+        "summary": "Healthcheck",
+        "operationId": "healthcheck_health_check_get",
+        "responses": {"200": answer("Successful Response", {})},
+    }
+
+
 def test_document_names_the_cog_that_is_installed(tmp_path: Path) -> None:
     info = schema.schema_of(write_project(tmp_path))["info"]
     assert info == {"title": "Cog", "version": importlib.metadata.version("cog")}
@@ -490,9 +596,9 @@ def test_document_names_the_cog_that_is_installed(tmp_path: Path) -> None:
         ("bool", bool),
         ("Path", cog.Path),
         ("Secret", cog.Secret),
-        ("Optional[Path]", Optional[cog.Path]),
+        ("Optional[Path]", cog.Path | None),
         ("list[Path]", list[cog.Path]),
-        ("List[str] | None", Optional[list[str]]),
+        ("List[str] | None", list[str] | None),
     ],
 )
 def test_input_type_has_the_shape_that_cogs_own_inspector_gives(tmp_path: Path, annotation: str, kind: Any) -> None:
@@ -602,7 +708,7 @@ class Server:
 
     def predict(self, **inputs: Any) -> tuple[int, dict[str, Any]]:
         """Answer to a prediction, asked for when the server is ready: right after another it answers 409."""
-        deadline = time.monotonic() + 8
+        deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             try:
                 if self.call("/health-check")[1]["status"] == "READY":
@@ -612,7 +718,7 @@ class Server:
             except urllib.error.URLError:
                 assert self.process.poll() is None, "the server ended"
             time.sleep(0.02)
-        raise TimeoutError("the server was not ready within 8 seconds")
+        raise TimeoutError("the server was not ready within 30 seconds")
 
 
 @pytest.fixture(scope="module")
@@ -640,6 +746,7 @@ def server(sample: Path) -> Iterator[Server]:
         ({"prompt": "x", "steps": 0}, "steps", "0 is less than the minimum of 1"),
         ({"prompt": "x", "steps": 1001}, "steps", "1001 is greater than the maximum of 1000"),
         ({"prompt": "x", "steps": "2"}, "steps", '"2" is not of type "integer"'),
+        ({"prompt": "x", "scale": 3}, "scale", "3 is greater than the maximum of 2"),
         ({"prompt": "x", "scale": -2.6}, "scale", "-2.6 is less than the minimum of -2.5"),
         ({"prompt": "x", "word": "toolong"}, "word", '"toolong" is longer than 5 characters'),
         ({"prompt": "x", "word": "a b"}, "word", '"a b" does not match "^\\w+$"'),

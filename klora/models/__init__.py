@@ -1,145 +1,16 @@
-"""Base-model families. Each is one file that answers six questions; FAMILIES is the one line that adds it.
+"""The families of base models. Each is one file that answers six questions; one line here adds it."""
 
-What the families share is here: the protocol, one call of a diffusers pipeline, and two small pieces that ask such a
-pipeline where it stands, and a denoiser which linear layers it runs and in which order.
-"""
-
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
 
 import torch
-from PIL import Image
-from torch import Tensor, nn
 
 from klora.device import default_device, default_dtype
 from klora.errors import BaseModelError
-from klora.lora import Inventory, LoRA
-from klora.request import Request
+from klora.models.family import Family
+from klora.models.flux import Flux
+from klora.models.sdxl import SDXL
 
-Conditioning = Mapping[str, Tensor]
-"""A prompt as the denoiser reads it, by the names of the diffusers pipeline's own arguments; batch first."""
-
-
-class Family(Protocol):
-    """A base model, loaded. No base class: whatever has these is a family."""
-
-    name: ClassVar[str]
-    component: ClassVar[str]  # what diffusers calls the denoiser
-    schedulers: ClassVar[Mapping[str, Any]]  # Any: diffusers' scheduler classes share no typed base
-    size_multiple: ClassVar[int]
-    negative_prompts: ClassVar[bool]
-    denoiser: nn.Module
-    text_encoders: dict[str, nn.Module]  # by component, in the order of kohya's lora_te1_, lora_te2_
-    native_size: int  # side in pixels of the square that the base was trained on
-    steps: int  # and guidance_scale: what suits the base when a request does not say
-    guidance_scale: float
-
-    @classmethod
-    def load(cls, path: Path, device: torch.device, dtype: torch.dtype) -> "Family":
-        """Read a diffusers-format folder."""
-
-    @staticmethod
-    def recognises(keys: list[str]) -> bool:
-        """Whether a LoRA file with these tensor names was made for this family."""
-
-    def read_lora(self, path: Path) -> LoRA:
-        """Read a LoRA file, its layers in execution order. Raises LoRAError."""
-
-    def encode_prompt(self, prompts: list[str], negative_prompts: list[str] | None = None) -> Conditioning:
-        """Conditioning of N prompts, and of what to steer away from."""
-
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """pixels [N, 3, H, W] in [-1, 1] -> the posterior's mode as the denoiser scales it, [N, C, H/8, W/8]."""
-
-    def loss(self, latents: Tensor, conditioning: Conditioning, generator: torch.Generator) -> Tensor:
-        """Training loss of each example, float32 [N]; noise and timesteps come from the CPU generator."""
-
-    def sample(self, conditioning: Conditioning, request: Request, on_step: Callable[[int], None]) -> list[Image.Image]:
-        """Image i by seed + i. on_step(i) is called before the denoiser runs step i of the full schedule, 0-based, and
-        with i = steps when denoising is over and decoding begins."""
-
-
-@contextmanager
-def following(pipe: Any, on_step: Callable[[int], Any]) -> Iterator[Callable[..., dict[str, Any]]]:
-    """Call on_step(i) before the denoiser of a diffusers pipeline runs step i of the full schedule, i in [0, steps).
-
-    i is the place of the timestep in the scheduler's list, not a count of calls: image-to-image starts part-way,
-    second-order schedulers call twice a step. Yields the pipeline's `callback_on_step_end`.
-    """
-    done = 0
-
-    def before_forward(*_: Any) -> None:
-        total = len(pipe.scheduler.timesteps)
-        position = total - pipe.num_timesteps + done
-        on_step(position * pipe.scheduler.num_inference_steps // total)
-
-    def on_step_end(_: Any, index: int, __: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        nonlocal done
-        done = index + 1
-        return kwargs
-
-    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-    hook = denoiser.register_forward_pre_hook(before_forward)
-    try:
-        yield on_step_end
-    finally:
-        hook.remove()
-
-
-def denoise(
-    pipe: Any,
-    model: Family,
-    conditioning: Conditioning,
-    request: Request,
-    on_step: Callable[[int], None],
-    **options: Any,
-) -> Tensor:
-    """A diffusers pipeline's final latents, the seeds in one batch. options: what this pipeline alone takes."""
-    pipe.set_progress_bar_config(disable=True)
-    steps = request.num_inference_steps or model.steps
-    with following(pipe, on_step) as on_step_end:
-        latents: Tensor = pipe(
-            **conditioning,
-            **options,
-            num_inference_steps=steps,
-            guidance_scale=model.guidance_scale if request.guidance_scale is None else request.guidance_scale,
-            num_images_per_prompt=request.num_outputs,
-            generator=[torch.Generator().manual_seed(request.seed + i) for i in range(request.num_outputs)],
-            callback_on_step_end=on_step_end,
-            output_type="latent",
-        ).images
-    on_step(steps)
-    return latents
-
-
-def execution_order(denoiser: Any, inputs: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """{name: (outputs, inputs)} of a denoiser's linear layers in the order of their first call.
-
-    Found by running a twin without weights on the meta device; inputs: keyword arguments on that device.
-    """
-    with torch.device("meta"):
-        twin = type(denoiser).from_config(denoiser.config)
-    shapes = linear_shapes(twin)
-    called: dict[str, tuple[int, int]] = {}
-    for name, shape in shapes.items():
-        twin.get_submodule(name).register_forward_pre_hook(lambda *_, n=name, s=shape: called.setdefault(n, s) and None)
-    with torch.no_grad():
-        twin(**inputs)
-    return called | shapes
-
-
-def inventory(pipe: Any, component: str, inputs: Mapping[str, Any]) -> Inventory:
-    """What a LoRA may adapt: the linear layers of the denoiser, in execution order, and of both text encoders."""
-    encoders = {name: linear_shapes(getattr(pipe, name)) for name in ("text_encoder", "text_encoder_2")}
-    return {component: execution_order(getattr(pipe, component), inputs)} | encoders
-
-
-def linear_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """{name: (outputs, inputs)} of a module's linear layers, as registered."""
-    linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
-    return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+FAMILIES: dict[str, type[Family]] = {"sdxl": SDXL, "flux": Flux}
 
 
 def load_model(
@@ -159,9 +30,3 @@ def load_model(
 def family_of(keys: list[str]) -> str | None:
     """The family that a LoRA file with these tensor names was made for; None when they tell nothing."""
     return next((name for name, family in FAMILIES.items() if family.recognises(keys)), None)
-
-
-from klora.models.flux import Flux  # noqa: E402  the families use what is defined above
-from klora.models.sdxl import SDXL  # noqa: E402
-
-FAMILIES: dict[str, type[Family]] = {"sdxl": SDXL, "flux": Flux}

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from klora.lora import Inventory, LoRA, read_lora
-from klora.models import Conditioning, denoise, inventory
+from klora.models.family import Conditioning, denoise, inventory
 from klora.request import Request
 
 
@@ -108,7 +108,7 @@ class Flux:
                 "img_ids": torch.zeros(1, 3),
                 "txt_ids": torch.zeros(1, 3),
             }
-        return inventory(self.pipe, self.component, inputs)
+        return inventory(self, inputs)
 
 
 def _packed(latents: Tensor) -> Tensor:

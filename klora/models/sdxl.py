@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from klora.lora import Inventory, LoRA, read_lora
-from klora.models import Conditioning, denoise, inventory
+from klora.models.family import Conditioning, denoise, inventory
 from klora.request import Request
 
 
@@ -127,7 +127,7 @@ class SDXL:
                 "encoder_hidden_states": torch.zeros(1, 1, config.cross_attention_dim),
                 "added_cond_kwargs": added,
             }
-        return inventory(self.pipe, self.component, inputs)
+        return inventory(self, inputs)
 
     @cached_property
     def _ddpm(self) -> diffusers.DDPMScheduler:
