@@ -6,6 +6,7 @@ linear layers and their shapes, so no layer is ever listed by hand.
 Shape suffixes: O output features, I input features, R rank.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -26,15 +27,19 @@ MAX_ALPHA = 1e4
 Inventory = Mapping[str, Mapping[str, tuple[int, int]]]
 """{component: {module name: (O, I)}}, the denoiser first, its modules in execution order."""
 
+Place = tuple[str, str]
+"""(component, module name)"""
+
 Rename = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 """Turns kohya-spelled tensors under foreign module names (sgm, BFL) into diffusers-spelled ones."""
 
 _FACTOR = re.compile(r"^(.+?)(?:\.lora_|\.lora\.|_lora\.|\.lora_linear_layer\.)(A|B|down|up)(?:\.\w+)?\.weight$")
+_UNKNOWN = "adapts {!r}, which this base does not have. Expected layers of the base that this request runs."
 _WRAPPERS = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
 _UNSUPPORTED = {
-    "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "lora_mid": "Tucker LoCon",
-    "oft_": "OFT", "boft_": "OFT", "bundle_emb": "a bundled embedding", ".diff": "a full weight difference",
-    "w_norm": "a norm difference", "b_norm": "a norm difference",
+    r"dora_scale|lora_magnitude_vector": "DoRA", r"hada_": "LoHa", r"lokr_": "LoKr", r"lora_mid": "a Tucker LoCon",
+    r"oft_": "OFT", r"bundle_emb": "a bundled embedding", r"\.diff(_b)?$": "a full weight difference",
+    r"[wb]_norm$": "a norm difference",
 }  # fmt: skip
 
 
@@ -105,6 +110,7 @@ def read_lora(path: Path, inventory: Inventory, rename: Rename) -> LoRA:
     with _opened(path) as file:
         tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
         found = _located(_paired(tensors), inventory, rename)
+        found = _with_metadata_alphas(found, metadata.pop("lora_adapter_metadata", "{}"))
     ordered = {part: {n: found[part, n] for n in names if (part, n) in found} for part, names in inventory.items()}
     denoiser = next(iter(inventory))
     return LoRA(ordered.pop(denoiser), {part: layers for part, layers in ordered.items() if layers}, metadata)
@@ -142,21 +148,27 @@ def _paired(tensors: Mapping[str, Tensor]) -> dict[str, LowRank]:
     alphas = {key.removesuffix(".alpha"): tensor for key, tensor in tensors.items() if key.endswith(".alpha")}
     for key, tensor in tensors.items():
         if match := _FACTOR.match(key):
-            part = {"down": "A", "up": "B"}.get(match[2], match[2])
-            # One-byte floats hold values but can compute nothing.
-            factors.setdefault(match[1], {})[part] = tensor.bfloat16() if tensor.itemsize == 1 else tensor
+            stem, part = match[1], {"down": "A", "up": "B"}.get(match[2], match[2])
+            if part in factors.setdefault(stem, {}):
+                raise LoRAError(f"holds lora_{part} of {stem!r} twice. Expected one adapter.")
+            factors[stem][part] = tensor
         elif not key.endswith(".alpha"):
-            kind = next((kind for mark, kind in _UNSUPPORTED.items() if mark in key), "no LoRA factor")
+            kind = next((kind for mark, kind in _UNSUPPORTED.items() if re.search(mark, key)), "no LoRA factor")
             raise LoRAError(f"holds {key!r}, which is {kind}. Expected plain LoRA factors (lora_A and lora_B).")
     if orphans := alphas.keys() - factors.keys():
         raise LoRAError(f"has an alpha but no factors for {min(orphans)!r}. Expected both; the file is damaged.")
+    if not factors:
+        raise LoRAError("holds no tensors. Expected LoRA factors (lora_A and lora_B).")
     return {stem: _pair(stem, pair, alphas.get(stem)) for stem, pair in factors.items()}
 
 
 def _pair(stem: str, factors: Mapping[str, Tensor], alpha: Tensor | None) -> LowRank:
     if factors.keys() != {"A", "B"}:
         raise LoRAError(f"has only lora_{min(factors)} for {stem!r}. Expected lora_A and lora_B; the file is damaged.")
-    A, B = factors["A"], factors["B"]
+    # One-byte floats hold values but can compute nothing.
+    A, B = (factor.bfloat16() if factor.itemsize == 1 else factor for factor in (factors["A"], factors["B"]))
+    if not (factors["A"].is_floating_point() and factors["B"].is_floating_point()):
+        raise LoRAError(f"has {A.dtype} values for {stem!r}. Expected floating-point ones.")
     if A.ndim != 2 or B.ndim != 2:
         raise LoRAError(f"adapts the convolution {stem!r}. Expected linear layers only.")
     if A.shape[0] != B.shape[1] or A.shape[0] == 0:
@@ -165,44 +177,41 @@ def _pair(stem: str, factors: Mapping[str, Tensor], alpha: Tensor | None) -> Low
         raise LoRAError(f"has values for {stem!r} that are not finite. Expected numbers; the file is damaged.")
     if alpha is None:
         return LowRank(A, B)
-    value = float(alpha) if alpha.numel() == 1 else math.nan
-    if not 0 < value <= MAX_ALPHA:
-        raise LoRAError(f"has alpha {value} for {stem!r}. Expected one number in (0, {MAX_ALPHA:g}].")
-    return LowRank(A, B if value == A.shape[0] else B.float() * (value / A.shape[0]))
+    return _scaled(stem, LowRank(A, B), float(alpha) if alpha.numel() == 1 else math.nan, A.shape[0])
 
 
-def _located(pairs: Mapping[str, LowRank], inventory: Inventory, rename: Rename) -> dict[tuple[str, str], LowRank]:
-    """{(component, module name): pair}, every pair with a place in the base and of that place's shape."""
-    found, foreign = _matched(pairs, inventory)
-    if foreign:
-        renamed, unknown = _matched(_paired(_renamed(foreign, rename)), inventory)
-        found |= renamed
-        if unknown:
-            raise _not_of_this_base(unknown, inventory)
-    for (part, name), pair in found.items():
-        seen, expected = (pair.B.shape[0], pair.A.shape[1]), inventory[part][name]
-        if seen != expected:
-            raise LoRAError(f"was made for another base: {name!r} is {seen} there. Expected {expected}.")
-    return found
+def _scaled(stem: str, pair: LowRank, alpha: float, divisor: float) -> LowRank:
+    if not 0 < alpha <= MAX_ALPHA:
+        raise LoRAError(f"has alpha {alpha} for {stem!r}. Expected one number in (0, {MAX_ALPHA:g}].")
+    return pair if alpha == divisor else LowRank(pair.A, pair.B.float() * (alpha / divisor))
 
 
-def _matched(
-    pairs: Mapping[str, LowRank], inventory: Inventory
-) -> tuple[dict[tuple[str, str], LowRank], dict[str, LowRank]]:
-    """Split pairs into ({(component, module name): pair}, those whose spelling the inventory does not know)."""
+def _located(pairs: Mapping[str, LowRank], inventory: Inventory, rename: Rename) -> dict[Place, LowRank]:
+    """Every pair with its place in the base, of that place's shape."""
     lookups = {part: _lookup(names) for part, names in inventory.items()}
-    found: dict[tuple[str, str], LowRank] = {}
+    found: dict[Place, LowRank] = {}
     foreign = {}
     for stem, pair in pairs.items():
         part, spelled = _component(stem, list(inventory))
-        name = lookups[part].get(spelled)
-        if (part, name) in found:
-            raise LoRAError(f"adapts {name!r} twice, once as {stem!r}. Expected one pair of factors a layer.")
-        if name is None:
-            foreign[stem] = pair
+        if name := lookups[part].get(spelled):
+            _place(found, (part, name), pair, stem, inventory)
         else:
-            found[part, name] = pair
-    return found, foreign
+            foreign[stem] = f"lora_unet_{spelled.replace('.', '_')}"
+    for stem, spelled, pair in _renamed(foreign, pairs, rename):
+        part, spelled = _component(spelled, list(inventory))
+        if (name := lookups[part].get(spelled)) is None:
+            raise LoRAError(_UNKNOWN.format(stem))
+        _place(found, (part, name), pair, stem, inventory)
+    return found
+
+
+def _place(found: dict[Place, LowRank], place: Place, pair: LowRank, stem: str, inventory: Inventory) -> None:
+    seen, expected = (pair.B.shape[0], pair.A.shape[1]), inventory[place[0]][place[1]]
+    if seen != expected:
+        raise LoRAError(f"was made for another base: {stem!r} is {seen} there. Expected {expected}.")
+    if place in found:
+        raise LoRAError(f"adapts {place[1]!r} twice, once as {stem!r}. Expected one pair of factors a layer.")
+    found[place] = pair
 
 
 def _lookup(names: Mapping[str, tuple[int, int]]) -> dict[str, str]:
@@ -214,8 +223,8 @@ def _lookup(names: Mapping[str, tuple[int, int]]) -> dict[str, str]:
 def _component(stem: str, components: list[str]) -> tuple[str, str]:
     """(component, module name as spelled) of a key's stem, its wrappers taken off."""
     denoiser, *encoders = components
-    for number, encoder in enumerate(encoders, start=1):
-        if match := re.match(rf"({encoder}\.|lora_te{number}_)(text_model[._])?", stem):
+    for encoder, kohya in zip(encoders, ("lora_te1?_", "lora_te[23]_"), strict=False):  # FLUX's T5 is te3
+        if match := re.match(rf"({encoder}\.|{kohya})(text_model[._])?", stem):
             return encoder, stem[match.end() :]
     while prefix := next((wrapper for wrapper in _WRAPPERS if stem.startswith(wrapper)), ""):
         stem = stem.removeprefix(prefix)
@@ -223,15 +232,42 @@ def _component(stem: str, components: list[str]) -> tuple[str, str]:
     return denoiser, re.sub(r"([._])to_out$", r"\1to_out\g<1>0", stem)
 
 
-def _renamed(foreign: Mapping[str, LowRank], rename: Rename) -> dict[str, Tensor]:
-    spelled = {f"{stem}.lora_down.weight": pair.A for stem, pair in foreign.items()}
-    spelled |= {f"{stem}.lora_up.weight": pair.B for stem, pair in foreign.items()}
+def _renamed(
+    foreign: Mapping[str, str], pairs: Mapping[str, LowRank], rename: Rename
+) -> Iterator[tuple[str, str, LowRank]]:
+    """(stem, new spelling, pair) of what a converter makes of {stem: kohya spelling}; one stem may become several.
+
+    Converters drop names that they do not know. So each runs twice, once with every A filled with its stem's number.
+    """
+    stems = list(foreign)
+    ups = {f"{foreign[stem]}.lora_up.weight": pairs[stem].B for stem in stems}
+    downs = {f"{foreign[stem]}.lora_down.weight": pairs[stem].A for stem in stems}
+    numbered = {key: torch.full(A.shape, float(number)) for number, (key, A) in enumerate(downs.items())}
     try:
-        return rename(spelled)
+        numbers = {key: int(pair.A[0, 0]) for key, pair in _paired(rename(numbered | ups)).items()} if stems else {}
+        renamed = _paired(rename(downs | ups)) if stems else {}
     except Exception as error:  # converters raise KeyError, ValueError, RuntimeError, AssertionError ... for one cause
-        raise _not_of_this_base(foreign, {}) from error
+        raise LoRAError(_UNKNOWN.format(min(stems))) from error
+    if dropped := set(range(len(stems))) - set(numbers.values()):
+        raise LoRAError(_UNKNOWN.format(stems[min(dropped)]))
+    yield from ((stems[numbers[spelled]], spelled, pair) for spelled, pair in renamed.items())
 
 
-def _not_of_this_base(unknown: Mapping[str, LowRank], inventory: Inventory) -> LoRAError:
-    denoiser = next(iter(inventory), "denoiser")
-    return LoRAError(f"adapts {min(unknown)!r}, which this base does not have. Expected layers of its {denoiser}.")
+def _with_metadata_alphas(found: Mapping[Place, LowRank], metadata: str) -> dict[Place, LowRank]:
+    """Fold in the alphas that diffusers and PEFT write beside the tensors; read as plain numbers and names."""
+    try:
+        config = dict(json.loads(metadata))
+        return {place: _with_metadata_alpha(*place, pair, config) for place, pair in found.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise LoRAError(
+            f"has adapter metadata that cannot be read ({error}). Expected lora_alpha as a number."
+        ) from error
+
+
+def _with_metadata_alpha(part: str, name: str, pair: LowRank, config: Mapping[str, Any]) -> LowRank:
+    special = config.get(f"{part}.alpha_pattern") or {}
+    alpha = next((value for end, value in special.items() if f".{name}".endswith(f".{end}")), None)
+    alpha = config.get(f"{part}.lora_alpha") if alpha is None else alpha
+    if alpha is None:
+        return pair
+    return _scaled(name, pair, float(alpha), math.sqrt(pair.rank) if config.get(f"{part}.use_rslora") else pair.rank)

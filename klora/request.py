@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from klora.errors import RequestError
@@ -97,6 +98,10 @@ class Request:
             return self.width or native, self.height or native
         if self.image is not None and self.aspect_ratio in (None, "match_input_image"):
             stretch = math.sqrt(self.image.width / self.image.height)
+            if not 1 / 2 <= stretch <= 2:
+                raise RequestError(
+                    f"image is {self.image.width}x{self.image.height}. Expected sides of at most 4 to 1."
+                )
             sides = native * stretch, native / stretch
         else:
             width, height = ASPECT_RATIOS[self.aspect_ratio or "1:1"]
@@ -108,10 +113,13 @@ class Request:
 def open_image(name: str, path: Path, mode: str) -> Image.Image:
     """An upload as its maker saw it, turned as its EXIF says, in this mode. Raises RequestError naming the input."""
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise RequestError(f"{name} has {image.width}x{image.height} pixels. Expected at most {MAX_PIXELS}.")
-            return ImageOps.exif_transpose(image).convert(mode)
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise RequestError(f"{name} has {file.width}x{file.height} pixels. Expected at most {MAX_PIXELS}.")
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert(mode)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
         raise RequestError(f"{name} cannot be read as an image. Expected a PNG, JPEG or WebP file.") from error
 

@@ -8,6 +8,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -16,13 +17,14 @@ from klora.device import default_device, default_dtype, free_bytes
 from klora.errors import LoRAError, SafetyError
 from klora.generate import Record, generate
 from klora.layers import HEADROOM_BYTES
-from klora.lora import LoRA, read_keys
+from klora.lora import read_keys
 from klora.models import FAMILIES, family_of, load_model
 from klora.models.family import Family
 from klora.models.safety import SafetyChecker
 from klora.request import Request
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 FindBase = Callable[[str | None, str | None], tuple[str, str, Path]]
@@ -70,7 +72,7 @@ class Studio:
         loras: files by input, "content_lora" and "style_lora". Without request.model the LoRAs choose the base.
         """
         checker = None if request.disable_safety_checker else self._safety()
-        made_for = {name: family_of(read_keys(path)) for name, path in loras.items()}
+        made_for = {name: family_of(_said_of(name, read_keys, path)) for name, path in loras.items()}
         needed = next((family for family in made_for.values() if family), None)
         base, family, path = self._find_base(request.model, needed)
         for name, other in made_for.items():
@@ -80,7 +82,7 @@ class Studio:
                     f"{name} was made for {seen}, but this request runs {base}. Expected one for {expected}."
                 )
         model = self.load(base, family, path)
-        read = {name.removesuffix("_lora"): _read(model, name, file) for name, file in loras.items()}
+        read = {name.removesuffix("_lora"): _said_of(name, model.read_lora, file) for name, file in loras.items()}
         images = generate(model, request, **read, record=record, on_step=on_step)
         return _shown(images, checker)
 
@@ -108,9 +110,10 @@ def save_images(images: Mapping[int, Image.Image], folder: Path, request: Reques
     return list(paths.values())
 
 
-def _read(model: Family, name: str, path: Path) -> LoRA:
+def _said_of(name: str, read: Callable[[Path], T], path: Path) -> T:
+    """read(path), what is wrong with the file being said of the input that names it."""
     try:
-        return model.read_lora(path)
+        return read(path)
     except LoRAError as error:
         raise LoRAError(f"{name}: {error}") from error
 

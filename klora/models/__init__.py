@@ -19,12 +19,20 @@ def load_model(
     """Load a diffusers-format folder; family: a key of FAMILIES. Raises BaseModelError."""
     device = device or default_device()
     path = Path(path)
-    if not (path / "model_index.json").is_file():
-        raise BaseModelError(f"{path} is no diffusers-format folder: it has no model_index.json.")
+    _refuse_incomplete(path)
     try:
         return FAMILIES[family].load(path, device, dtype or default_dtype(device))
-    except (OSError, KeyError) as error:
+    except Exception as error:  # for a damaged folder the libraries raise whatever they stumble on
         raise BaseModelError(f"The base in {path} cannot be loaded as {family}: {error}") from error
+
+
+def _refuse_incomplete(path: Path) -> None:
+    """Raise BaseModelError where the libraries would make up what is missing: an empty tokenizer, random weights."""
+    if not (path / "model_index.json").is_file():
+        raise BaseModelError(f"{path} is no diffusers-format folder: it has no model_index.json.")
+    for part in ("tokenizer", "tokenizer_2"):
+        if not any((path / part / name).is_file() for name in ("tokenizer.json", "vocab.json", "spiece.model")):
+            raise BaseModelError(f"{path} lacks the vocabulary of its {part}. Fetch the base again.")
 
 
 def family_of(keys: list[str]) -> str | None:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import CLIPImageProcessorPil
 
 from klora.errors import SafetyError
@@ -25,10 +26,14 @@ class SafetyChecker:
         if not (path / "config.json").is_file():
             raise SafetyError(f"The safety checker is not installed. {_ADVICE}")
         try:
-            model = StableDiffusionSafetyChecker.from_pretrained(path, local_files_only=True, use_safetensors=True)
+            model, info = StableDiffusionSafetyChecker.from_pretrained(
+                path, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
             processor = CLIPImageProcessorPil.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise SafetyError(f"The safety checker cannot be loaded: {error} {_ADVICE}") from error
+        if info["missing_keys"]:  # transformers would fill them with random numbers, which flag nothing
+            raise SafetyError(f"The safety checker lacks {min(info['missing_keys'])}. {_ADVICE}")
         return cls(model.to(device).eval(), processor)
 
     def flagged(self, images: list[Image.Image]) -> list[bool]:

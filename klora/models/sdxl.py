@@ -25,7 +25,7 @@ class SDXL:
     size_multiple: ClassVar[int] = 8
     negative_prompts: ClassVar[bool] = True
     schedulers: ClassVar[Mapping[str, Any]] = {
-        "DDIM": (diffusers.DDIMScheduler, {}),
+        "DDIM": (diffusers.DDIMScheduler, {"clip_sample": False}),  # latents go beyond [-1, 1]
         "DPMSolverMultistep": (diffusers.DPMSolverMultistepScheduler, {}),
         "HeunDiscrete": (diffusers.HeunDiscreteScheduler, {}),
         "KarrasDPM": (diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
