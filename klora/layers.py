@@ -46,11 +46,21 @@ class LoRALinear(nn.Module):
     lora_A [R, I], lora_B [O, R], gate [R]. The factors are cast to the activation's dtype, so trained ones stay fp32.
     """
 
-    def __init__(self, base: nn.Module, lora_A: Tensor, lora_B: Tensor, gate: Tensor) -> None:
+    def __init__(self, base: nn.Linear, lora_A: Tensor, lora_B: Tensor, gate: Tensor) -> None:
         super().__init__()
         self.base = base
         self.lora_A, self.lora_B = lora_A, lora_B
         self.gate = gate
+        # Pipelines and text encoders ask a linear for these.
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.linear(x, self.lora_A.to(x.dtype)) * self.gate.to(x.dtype)
@@ -103,12 +113,24 @@ def attached(
         lend = _lend_merged if engine == "merged" else _lend_gated
         yield Gate(plan, engine, lend(denoiser, plan, pairs, loans))
     finally:
-        _give_back(loans)
+        # Cog injects a cancellation at any bytecode that begins a call or ends a loop, here too. Hence no function, and
+        # one more round of what was interrupted.
+        interruption: BaseException | None = None
+        while loans:
+            try:
+                while loans:
+                    slots, key, original = loans[-1]
+                    slots[key] = original
+                    loans.pop()
+            except BaseException as error:
+                interruption = error
+        if interruption is not None:
+            raise interruption
 
 
 def _lend_merged(denoiser: nn.Module, plan: Plan, pairs: list[LowRank], loans: list[Loan]) -> Apply:
-    linears = [denoiser.get_submodule(name) for name in plan.layers]
-    pristine = [_weight(linear).detach() for linear in linears]
+    linears = [_linear(denoiser, name) for name in plan.layers]
+    pristine = [linear.weight.detach() for linear in linears]
     active = [torch.empty_like(weight) for weight in pristine]
     for linear, weight in zip(linears, active, strict=True):
         _lend(loans, linear._parameters, "weight", nn.Parameter(weight, requires_grad=False))
@@ -128,7 +150,7 @@ def _lend_gated(denoiser: nn.Module, plan: Plan, pairs: list[LowRank], loans: li
     for name, pair, gate in zip(plan.layers, pairs, everywhere.split(sizes), strict=True):
         path, _, child = name.rpartition(".")
         slots = denoiser.get_submodule(path)._modules
-        _lend(loans, slots, child, LoRALinear(denoiser.get_submodule(name), pair.A, pair.B, gate))
+        _lend(loans, slots, child, LoRALinear(_linear(denoiser, name), pair.A, pair.B, gate))
 
     def apply(gates: list[Tensor], changed: list[int]) -> None:
         everywhere.copy_(torch.cat(gates))
@@ -136,24 +158,22 @@ def _lend_gated(denoiser: nn.Module, plan: Plan, pairs: list[LowRank], loans: li
     return apply
 
 
-def _stacked(plan: Plan, name: str, linear: nn.Module) -> LowRank:
+def _stacked(plan: Plan, name: str, linear: nn.Linear) -> LowRank:
     """The layer's LoRAs, stacked along the rank, on the base weight's device and in its dtype."""
-    weight = _weight(linear)
+    weight = linear.weight
     dtype = weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else torch.bfloat16  # quantised bases
     pairs = [lora[name] for lora in plan.loras if name in lora]
+    for pair in pairs:
+        seen, expected = (len(pair.B), pair.A.shape[1]), (linear.out_features, linear.in_features)
+        if seen != expected:
+            raise LoRAError(f"{name!r} is {seen} in the LoRA. Expected {expected}: one made for this base.")
     return LowRank(
         torch.cat([pair.A.to(weight.device, dtype) for pair in pairs]),
         torch.cat([pair.B.to(weight.device, dtype) for pair in pairs], dim=1),
     )
 
 
-def _weight(linear: nn.Module) -> Tensor:
-    weight = linear._parameters["weight"]
-    assert weight is not None
-    return weight
-
-
-def _linear(denoiser: nn.Module, name: str) -> nn.Module:
+def _linear(denoiser: nn.Module, name: str) -> nn.Linear:
     try:
         module = denoiser.get_submodule(name)
     except AttributeError:
@@ -165,9 +185,9 @@ def _linear(denoiser: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def _fits(linears: list[nn.Module]) -> bool:
+def _fits(linears: list[nn.Linear]) -> bool:
     """Whether an active copy of these weights fits beside the pristine ones."""
-    weights = [_weight(linear) for linear in linears]
+    weights = [linear.weight for linear in linears]
     if any(type(linear) is not nn.Linear for linear in linears) or any(w.itemsize < 2 for w in weights):
         return False  # a quantised base: its weights cannot be written as W + dW
     return not weights or sum(w.nbytes for w in weights) + HEADROOM_BYTES <= free_bytes(weights[0].device)
@@ -176,18 +196,3 @@ def _fits(linears: list[nn.Module]) -> bool:
 def _lend(loans: list[Loan], slots: dict[str, Any], key: str, loan: Any) -> None:
     loans.append((slots, key, slots[key]))  # before the swap, so that an exception in between loses nothing
     slots[key] = loan
-
-
-def _give_back(loans: list[Loan]) -> None:
-    """Undo every loan, also when a cancellation lands in the middle: Cog injects one at any bytecode."""
-    interruption: BaseException | None = None
-    while loans:
-        try:
-            while loans:
-                slots, key, original = loans[-1]
-                slots[key] = original
-                loans.pop()
-        except BaseException as error:
-            interruption = error
-    if interruption is not None:
-        raise interruption

@@ -139,7 +139,10 @@ def test_image_to_image_keeps_more_at_lower_strength(server: Server, loras_of: d
     weak, strong = (server.images(**request, prompt_strength=strength)[0] for strength in (0.1, 1))
     kept = server.images(**request, prompt_strength=0.1, model="sdxl" if loras_of is SDXL else "flux-dev")[0]
     assert np.array_equal(weak, kept)
-    assert np.abs(weak - np.asarray(gradient(), dtype=int)).mean() < np.abs(strong - np.asarray(gradient(), dtype=int)).mean()
+    assert (
+        np.abs(weak - np.asarray(gradient(), dtype=int)).mean()
+        < np.abs(strong - np.asarray(gradient(), dtype=int)).mean()
+    )
 
 
 @pytest.mark.parametrize("loras_of", [SDXL, FLUX], ids=["sdxl", "flux"])

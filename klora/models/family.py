@@ -77,11 +77,13 @@ def following(pipe: Any, on_step: Callable[[int], Any]) -> Iterator[Callable[...
         return kwargs
 
     denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-    hook = denoiser.register_forward_pre_hook(before_forward)
+    # Stored by hand, not by register_forward_pre_hook: a cancellation must not fall between a hook and its handle.
+    hooks, key = denoiser._forward_pre_hooks, object()
     try:
+        hooks[key] = before_forward
         yield on_step_end
     finally:
-        hook.remove()
+        hooks.pop(key, None)
 
 
 def denoise(
