@@ -7,9 +7,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
 from klora.errors import BaseModelError, LoRAError
@@ -126,8 +126,12 @@ def lora_path(reference: str, root: Path | None, name: str) -> Path:
     """
     if root is None:
         raise LoRAError(f"{name} is {reference!r}, but this server takes no LoRA paths: KLORA_LORA_ROOT is not set.")
-    path = (root / reference).resolve()
-    if not path.is_relative_to(root.resolve()) or not path.is_file():
+    try:
+        path = (root / reference).resolve()
+        inside = path.is_relative_to(root.resolve()) and path.is_file()
+    except (OSError, RuntimeError, ValueError):  # a name that the file system cannot take, a link that goes round
+        inside = False
+    if not inside:
         raise LoRAError(
             f"{name} is {reference!r}. Expected the path of a .safetensors file in the server's LoRA folder."
         )
@@ -139,13 +143,12 @@ def download_base(name: str, folder: Path | None = None, token: str | None = Non
     if name not in BASES:
         raise BaseModelError(f"There is no base model {name!r}. Expected one of {', '.join(BASES)}.")
     base, target = BASES[name], (folder or models_folder()) / name
+    asking: str | Literal[False] = token or False  # never the machine's own login
     try:
+        # Asked first: where the folder has begun, snapshot_download only warns of a refusal and returns what is there.
+        HfApi().list_repo_files(base.repository, revision=base.revision, token=asking)
         snapshot_download(
-            base.repository,
-            revision=base.revision,
-            allow_patterns=list(base.files),
-            local_dir=target,
-            token=token or False,  # never the machine's own login
+            base.repository, revision=base.revision, allow_patterns=list(base.files), local_dir=target, token=asking
         )
     except GatedRepoError as error:
         raise BaseModelError(
@@ -153,4 +156,8 @@ def download_base(name: str, folder: Path | None = None, token: str | None = Non
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise BaseModelError(f"{name} cannot be fetched from {base.repository}: {error}") from error
+    if not any((target / index).is_file() for index in ("model_index.json", "config.json")):
+        raise BaseModelError(
+            f"{base.repository} at {base.revision} holds nothing of {name}. Expected a diffusers folder."
+        )
     return target

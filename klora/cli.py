@@ -53,7 +53,7 @@ def _options() -> list[inspect.Parameter]:
     options = [
         inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, **_option(f, hints[f.name])) for f in fields(Request)
     ]
-    out = Annotated[Path, typer.Option(help="Folder for the images.")]
+    out = Annotated[Path, typer.Option(help="Folder for the images.", file_okay=False)]
     return [*options, inspect.Parameter("out", inspect.Parameter.KEYWORD_ONLY, default=Path("out"), annotation=out)]
 
 

@@ -110,7 +110,10 @@ def read_lora(path: Path, inventory: Inventory, rename: Rename) -> LoRA:
     with _opened(path) as file:
         tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
         found = _located(_paired(tensors), inventory, rename)
-        found = _with_metadata_alphas(found, metadata.pop("lora_adapter_metadata", "{}"))
+        adapter = metadata.pop("lora_adapter_metadata", "{}")
+        if "lora_alpha" in adapter and any(key.endswith(".alpha") for key in tensors):
+            raise LoRAError("states alpha in its tensors and in its metadata. Expected one of the two.")
+        found = _with_metadata_alphas(found, adapter)
     ordered = {part: {n: found[part, n] for n in names if (part, n) in found} for part, names in inventory.items()}
     denoiser = next(iter(inventory))
     return LoRA(ordered.pop(denoiser), {part: layers for part, layers in ordered.items() if layers}, metadata)
@@ -168,7 +171,7 @@ def _pair(stem: str, factors: Mapping[str, Tensor], alpha: Tensor | None) -> Low
     # One-byte floats hold values but can compute nothing.
     A, B = (factor.bfloat16() if factor.itemsize == 1 else factor for factor in (factors["A"], factors["B"]))
     if not (factors["A"].is_floating_point() and factors["B"].is_floating_point()):
-        raise LoRAError(f"has {A.dtype} values for {stem!r}. Expected floating-point ones.")
+        raise LoRAError(f"has {factors['A'].dtype} values for {stem!r}. Expected floating-point ones.")
     if A.ndim != 2 or B.ndim != 2:
         raise LoRAError(f"adapts the convolution {stem!r}. Expected linear layers only.")
     if A.shape[0] != B.shape[1] or A.shape[0] == 0:
@@ -190,13 +193,16 @@ def _located(pairs: Mapping[str, LowRank], inventory: Inventory, rename: Rename)
     """Every pair with its place in the base, of that place's shape."""
     lookups = {part: _lookup(names) for part, names in inventory.items()}
     found: dict[Place, LowRank] = {}
-    foreign = {}
+    foreign: dict[str, str] = {}
     for stem, pair in pairs.items():
         part, spelled = _component(stem, list(inventory))
         if name := lookups[part].get(spelled):
             _place(found, (part, name), pair, stem, inventory)
         else:
-            foreign[stem] = f"lora_unet_{spelled.replace('.', '_')}"
+            kohya = f"lora_unet_{spelled.replace('.', '_')}"
+            if kohya in foreign.values():
+                raise LoRAError(f"adapts {spelled!r} twice, once as {stem!r}. Expected one pair of factors a layer.")
+            foreign[stem] = kohya
     for stem, spelled, pair in _renamed(foreign, pairs, rename):
         part, spelled = _component(spelled, list(inventory))
         if (name := lookups[part].get(spelled)) is None:
@@ -240,17 +246,25 @@ def _renamed(
     Converters drop names that they do not know. So each runs twice, once with every A filled with its stem's number.
     """
     stems = list(foreign)
-    ups = {f"{foreign[stem]}.lora_up.weight": pairs[stem].B for stem in stems}
-    downs = {f"{foreign[stem]}.lora_down.weight": pairs[stem].A for stem in stems}
-    numbered = {key: torch.full(A.shape, float(number)) for number, (key, A) in enumerate(downs.items())}
-    try:
-        numbers = {key: int(pair.A[0, 0]) for key, pair in _paired(rename(numbered | ups)).items()} if stems else {}
-        renamed = _paired(rename(downs | ups)) if stems else {}
-    except Exception as error:  # converters raise KeyError, ValueError, RuntimeError, AssertionError ... for one cause
-        raise LoRAError(_UNKNOWN.format(min(stems))) from error
+    numbered = {stem: LowRank(torch.full(pairs[stem].A.shape, float(i)), pairs[stem].B) for i, stem in enumerate(stems)}
+    numbers = {spelled: int(pair.A[0, 0]) for spelled, pair in _converted(foreign, numbered, rename).items()}
     if dropped := set(range(len(stems))) - set(numbers.values()):
         raise LoRAError(_UNKNOWN.format(stems[min(dropped)]))
-    yield from ((stems[numbers[spelled]], spelled, pair) for spelled, pair in renamed.items())
+    for spelled, pair in _converted(foreign, pairs, rename).items():
+        yield stems[numbers[spelled]], spelled, pair
+
+
+def _converted(foreign: Mapping[str, str], pairs: Mapping[str, LowRank], rename: Rename) -> dict[str, LowRank]:
+    if not foreign:
+        return {}
+    tensors = {f"{kohya}.lora_down.weight": pairs[stem].A for stem, kohya in foreign.items()}
+    tensors |= {f"{kohya}.lora_up.weight": pairs[stem].B for stem, kohya in foreign.items()}
+    try:
+        return _paired(rename(tensors))
+    except Exception as error:  # converters raise KeyError, ValueError, RuntimeError, AssertionError ... for one cause
+        for stem, kohya in foreign.items() if len(foreign) > 1 else ():
+            _converted({stem: kohya}, pairs, rename)  # raises for the one that is to blame
+        raise LoRAError(_UNKNOWN.format(min(foreign))) from error
 
 
 def _with_metadata_alphas(found: Mapping[Place, LowRank], metadata: str) -> dict[Place, LowRank]:
@@ -258,7 +272,7 @@ def _with_metadata_alphas(found: Mapping[Place, LowRank], metadata: str) -> dict
     try:
         config = dict(json.loads(metadata))
         return {place: _with_metadata_alpha(*place, pair, config) for place, pair in found.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise LoRAError(
             f"has adapter metadata that cannot be read ({error}). Expected lora_alpha as a number."
         ) from error
@@ -266,7 +280,11 @@ def _with_metadata_alphas(found: Mapping[Place, LowRank], metadata: str) -> dict
 
 def _with_metadata_alpha(part: str, name: str, pair: LowRank, config: Mapping[str, Any]) -> LowRank:
     special = config.get(f"{part}.alpha_pattern") or {}
-    alpha = next((value for end, value in special.items() if f".{name}".endswith(f".{end}")), None)
+    # PEFT's patterns may be regular expressions; names, at most anchored, are what trainers write and all we read.
+    ends = {pattern.lstrip("^").rstrip("$"): value for pattern, value in special.items()}
+    if odd := [end for end in ends if not re.fullmatch(r"[\w.]+", end)]:
+        raise ValueError(f"alpha_pattern {odd[0]!r}")
+    alpha = next((value for end, value in ends.items() if f".{name}".endswith(f".{end}")), None)
     alpha = config.get(f"{part}.lora_alpha") if alpha is None else alpha
     if alpha is None:
         return pair

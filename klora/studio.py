@@ -18,7 +18,7 @@ from klora.errors import LoRAError, SafetyError
 from klora.generate import Record, generate
 from klora.layers import HEADROOM_BYTES
 from klora.lora import read_keys
-from klora.models import FAMILIES, family_of, load_model
+from klora.models import FAMILIES, family_of, load_model, weight_files
 from klora.models.family import Family
 from klora.models.safety import SafetyChecker
 from klora.request import Request
@@ -54,7 +54,8 @@ class Studio:
     def load(self, name: str, family: str, path: Path) -> Family:
         """The base, loaded if need be; others leave the accelerator when its memory is short. Raises BaseModelError."""
         if name not in self._bases:
-            self._make_room(_weight_bytes(path))
+            parts = [part for part in path.iterdir() if part.is_dir()]
+            self._make_room(sum(file.stat().st_size for part in parts for file in weight_files(part)))
             self._bases[name] = load_model(family, path, self.device, default_dtype(self.device))
             logger.info("loaded %s from %s", name, path)
         self._bases.move_to_end(name)
@@ -129,10 +130,3 @@ def _shown(images: list[Image.Image], checker: SafetyChecker | None) -> dict[int
     if withheld:
         logger.warning("The safety checker withheld these images of the batch: %s.", withheld)
     return {index: image for index, (image, flag) in enumerate(zip(images, flags, strict=True)) if not flag}
-
-
-def _weight_bytes(path: Path) -> int:
-    """Bytes of the weights that loading this folder puts on the device; of two variants only one is loaded."""
-    files = list(path.glob("*/*.safetensors"))
-    halves = [file for file in files if ".fp16." in file.name]
-    return sum(file.stat().st_size for file in halves or files)

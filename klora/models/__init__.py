@@ -6,6 +6,7 @@ import torch
 
 from klora.device import default_device, default_dtype
 from klora.errors import BaseModelError
+from klora.lora import read_keys
 from klora.models.family import Family
 from klora.models.flux import Flux
 from klora.models.sdxl import SDXL
@@ -21,13 +22,24 @@ def load_model(
     path = Path(path)
     _refuse_incomplete(path)
     try:
-        return FAMILIES[family].load(path, device, dtype or default_dtype(device))
+        model = FAMILIES[family].load(path, device, dtype or default_dtype(device))
     except Exception as error:  # for a damaged folder the libraries raise whatever they stumble on
         raise BaseModelError(f"The base in {path} cannot be loaded as {family}: {error}") from error
+    for part, module in model.text_encoders.items():
+        stored = sum(not key.endswith("position_ids") for file in weight_files(path / part) for key in read_keys(file))
+        if stored < len(list(module.parameters())):  # transformers fills what is missing with random numbers
+            raise BaseModelError(f"The base in {path} lacks tensors of its {part}. Fetch the base again.")
+    return model
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that loading a part of a base reads: where there are halves, those alone."""
+    files = list(folder.glob("*.safetensors"))
+    return [file for file in files if ".fp16." in file.name] or files
 
 
 def _refuse_incomplete(path: Path) -> None:
-    """Raise BaseModelError where the libraries would make up what is missing: an empty tokenizer, random weights."""
+    """Raise BaseModelError where the libraries would make up a vocabulary."""
     if not (path / "model_index.json").is_file():
         raise BaseModelError(f"{path} is no diffusers-format folder: it has no model_index.json.")
     for part in ("tokenizer", "tokenizer_2"):

@@ -34,6 +34,8 @@ class SafetyChecker:
             raise SafetyError(f"The safety checker cannot be loaded: {error} {_ADVICE}") from error
         if info["missing_keys"]:  # transformers would fill them with random numbers, which flag nothing
             raise SafetyError(f"The safety checker lacks {min(info['missing_keys'])}. {_ADVICE}")
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):  # NaN flags nothing either
+            raise SafetyError(f"The safety checker has values that are not finite. {_ADVICE}")
         return cls(model.to(device).eval(), processor)
 
     def flagged(self, images: list[Image.Image]) -> list[bool]:

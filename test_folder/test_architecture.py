@@ -1,0 +1,202 @@
+"""The rules of the house, checked in the source: who may import whom, how long things are, what is never written."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = [ROOT / name for name in ("predict.py", "train.py", "weights.py")]
+PACKAGE = sorted((ROOT / "klora").rglob("*.py"))
+FILES = [path for path in PROGRAMS if path.exists()] + PACKAGE
+FAMILIES = [path for path in PACKAGE if path.parent.name == "models" and path.name not in ("__init__.py", "family.py")]
+
+# Library: the only files that may import it, by their beginning.
+BORDERS = {
+    "cog": ("predict.py", "train.py"),
+    "diffusers": ("klora/models/", "klora/lora.py"),
+    "transformers": ("klora/models/", "klora/lora.py"),
+    "requests": ("weights.py", "klora/sources.py"),
+    "urllib": ("weights.py", "klora/sources.py"),
+    "urllib3": ("weights.py", "klora/sources.py"),
+    "http": ("weights.py", "klora/sources.py"),
+    "huggingface_hub": ("weights.py", "klora/sources.py"),
+}
+# What the lower files may import of ours; the files above them may import what they like, but for the programs.
+LAYERS = {
+    "klora/errors.py": set(),
+    "klora/device.py": {"klora.errors"},
+    "klora/lora.py": {"klora.errors"},
+    "klora/fusion.py": {"klora.errors", "klora.lora"},
+    "klora/layers.py": {"klora.errors", "klora.device", "klora.lora"},
+    "klora/sources.py": {"klora.errors"},
+    "klora/request.py": {"klora.errors"},
+    "klora/models/": {"klora.errors", "klora.device", "klora.lora", "klora.request", "klora.models.family"},
+    "weights.py": {"klora.errors", "klora.sources"},
+}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of what a file imports, also inside functions: a module, or a module and a name in it."""
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = relative(path.parents[node.level - 1]).replace("/", ".") if node.level else ""
+            module = ".".join(part for part in (package, node.module or "") if part)
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def is_below(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
+
+
+def modules_of(path: Path) -> set[str]:
+    """Our own modules that a file imports: the longest beginning of each name that is a file or a folder."""
+    found = set()
+    for name in imports(path):
+        parts = name.split(".")
+        known = [".".join(parts[:n]) for n in range(1, len(parts) + 1) if source(".".join(parts[:n]))]
+        found |= set(known[-1:])
+    return found
+
+
+def source(module: str) -> bool:
+    path = ROOT / module.replace(".", "/")
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    yield from (n for n in ast.walk(parsed(path)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+every_file = pytest.mark.parametrize("path", FILES, ids=relative)
+every_module = pytest.mark.parametrize("path", PACKAGE, ids=relative)
+
+
+def test_the_files_are_found() -> None:
+    names = {relative(path) for path in FILES}
+    assert {"klora/lora.py", "klora/fusion.py", "klora/models/sdxl.py", "klora/models/flux.py", "weights.py"} <= names
+
+
+# Who may import whom.
+
+
+@every_file
+def test_a_library_is_imported_at_its_border_only(path: Path) -> None:
+    name = relative(path)
+    closed = [library for library, files in BORDERS.items() if not name.startswith(files)]
+    assert not [seen for seen in imports(path) if any(is_below(seen, library) for library in closed)]
+
+
+@pytest.mark.parametrize(("place", "allowed"), LAYERS.items(), ids=LAYERS)
+def test_lower_files_know_nothing_of_upper_ones(place: str, allowed: set[str]) -> None:
+    table = {f"klora.models.{family.stem}" for family in FAMILIES}
+    for path in (path for path in FILES if relative(path).startswith(place)):
+        lists_families = relative(path) == "klora/models/__init__.py"
+        assert modules_of(path) <= (allowed | table if lists_families else allowed), path
+
+
+@pytest.mark.parametrize("path", FAMILIES, ids=relative)
+def test_a_family_imports_no_other_family(path: Path) -> None:
+    others = {f"klora.models.{other.stem}" for other in FAMILIES if other != path}
+    assert not modules_of(path) & others
+
+
+def test_fusion_is_torch_and_arithmetic() -> None:
+    """Nothing but torch, the low-rank pairs, the errors and the standard library."""
+    allowed = {"torch", "klora"} | sys.stdlib_module_names
+    assert {name.split(".")[0] for name in imports(ROOT / "klora" / "fusion.py")} <= allowed
+
+
+@every_module
+def test_the_package_knows_no_form(path: Path) -> None:
+    """Only the command may know the programs, and of them only where bases and files are."""
+    allowed = {"weights"} if path.name == "cli.py" else set()
+    assert not modules_of(path) & {"predict", "train", "weights"} - allowed
+
+
+@every_file
+def test_the_environment_is_read_in_weights_only(path: Path) -> None:
+    if path.name == "weights.py":
+        return
+    named = [ast.unparse(node) for node in ast.walk(parsed(path)) if isinstance(node, ast.Attribute)]
+    reads = {"os.environ", "os.environb", "os.getenv", "os.putenv"}
+    assert not reads & {*named, *imports(path)}
+
+
+# What is never written.
+
+
+def raises(body: list[ast.stmt]) -> bool:
+    return any(isinstance(node, ast.Raise) for statement in body for node in ast.walk(statement))
+
+
+def caught(handler: ast.ExceptHandler) -> set[str]:
+    kinds = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+    return {ast.unparse(kind) if kind else "everything" for kind in kinds}
+
+
+@every_file
+def test_nothing_swallows_every_exception(path: Path) -> None:
+    handlers = [node for node in ast.walk(parsed(path)) if isinstance(node, ast.ExceptHandler)]
+    broad = [handler for handler in handlers if caught(handler) & {"everything", "Exception"}]
+    assert not [handler.lineno for handler in broad if not raises(handler.body)]
+
+
+@every_file
+def test_a_cancellation_is_never_swallowed(path: Path) -> None:
+    """Whoever catches BaseException raises it again before the function ends."""
+    for function in functions(path):
+        handlers = [node for node in ast.walk(function) if isinstance(node, ast.ExceptHandler)]
+        if any("BaseException" in caught(handler) for handler in handlers):
+            assert raises(function.body), function.name
+
+
+@every_module
+def test_nothing_is_printed_but_by_the_command(path: Path) -> None:
+    calls = [node.func for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)]
+    assert path.name == "cli.py" or "print" not in {ast.unparse(call) for call in calls}
+
+
+# Sizes and names.
+
+
+@every_file
+def test_a_file_has_at_most_300_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 300
+
+
+@every_file
+def test_a_function_has_at_most_60_lines(path: Path) -> None:
+    """Of predict and train only the body is counted: their arguments are the form."""
+    form = path.name in ("predict.py", "train.py")
+    starts = {f: f.body[0].lineno if form else f.lineno for f in functions(path)}
+    assert not [f.name for f, start in starts.items() if f.end_lineno - start + 1 > 60]
+
+
+@every_file
+def test_nothing_is_called_utils_helpers_or_manager(path: Path) -> None:
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    defined = [node.name for node in ast.walk(parsed(path)) if isinstance(node, kinds)]
+    names = [part.lower() for part in (*path.relative_to(ROOT).with_suffix("").parts, *defined)]
+    assert not [name for name in names for drawer in ("util", "helper", "manager") if drawer in name]
+
+
+@every_module
+def test_everything_public_says_what_it_is(path: Path) -> None:
+    module = parsed(path)
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    public = [node for node in module.body if isinstance(node, kinds) and not node.name.startswith("_")]
+    assert ast.get_docstring(module)
+    assert not [node.name for node in public if not ast.get_docstring(node)]

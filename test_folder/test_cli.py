@@ -1,0 +1,188 @@
+"""The `klora` command: images from a shell, the same as from Python, and errors of one line."""
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
+
+from klora import cli
+from klora.generate import generate
+from klora.models import load_model
+from klora.models.family import Family
+from klora.request import Request, open_image
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPT = "a photo of a dog"
+QUICK = ("--num-inference-steps", "3", "--disable-safety-checker", "--output-format", "png")
+BASES = {"sdxl": "sdxl", "flux": "flux-dev"}
+
+
+@pytest.fixture(autouse=True)
+def shell(bases: Path, loras: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working folder below which the LoRAs are, and the tiny bases installed."""
+    monkeypatch.setenv("KLORA_MODELS", str(bases))
+    monkeypatch.setenv("COLUMNS", "200")
+    for file in loras.iterdir():
+        save_file(load_file(file), tmp_path / file.name)
+    monkeypatch.chdir(tmp_path)
+
+
+def fuse(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, ["fuse", PROMPT, *arguments])
+
+
+def pair(family: str) -> tuple[str, ...]:
+    return "--content-lora", f"{family}_content.safetensors", "--style-lora", f"{family}_style.safetensors"
+
+
+@pytest.fixture(scope="module")
+def families(bases: Path) -> dict[str, Family]:
+    return {family: load_model(family, bases / base, torch.device("cpu")) for family, base in BASES.items()}
+
+
+def generated(model: Family, family: str, **given: Any) -> tuple[list[Image.Image], dict[str, Any]]:
+    """What klora.generate makes of the same request, and what it measured."""
+    content, style = (model.read_lora(Path(f"{family}_{role}.safetensors")) for role in ("content", "style"))
+    facts: dict[str, Any] = {}
+    request = Request(prompt=PROMPT, num_inference_steps=3, **given)
+    return generate(model, request, content=content, style=style, record=facts.__setitem__), facts
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_images_are_those_of_generate_and_seed_and_share_are_told(families: dict[str, Family], family: str) -> None:
+    result = fuse(*pair(family), *QUICK, "--seed", "7", "--num-outputs", "2", "--out", "pictures/new")
+    images, facts = generated(families[family], family, seed=7, num_outputs=2)
+    assert (result.exit_code, result.stderr) == (0, "")
+    first, second, told = result.stdout.splitlines()
+    assert (first, second) == ("pictures/new/klora_7_0.png", "pictures/new/klora_8_1.png")
+    assert re.fullmatch(rf"seed 7, style acts in {facts['style_share']:.0%}, \d+\.\d s", told)
+    assert all(np.array_equal(Image.open(path), image) for path, image in zip((first, second), images, strict=True))
+
+
+def test_every_kind_of_option_reaches_the_request(families: dict[str, Family]) -> None:
+    Image.effect_noise((64, 64), 100).save("start.png")
+    Image.linear_gradient("L").save("mask.png")
+    given = {
+        "negative_prompt": "blurry", "content_scale": -0.5, "pattern": "s", "beta": 0.75, "width": 80, "seed": 1,
+        "scheduler": "DDIM", "go_fast": True,
+    }  # fmt: skip
+    named = {name.replace("_", "-"): value for name, value in given.items() if name != "go_fast"}
+    options = [text for name, value in named.items() for text in (f"--{name}", str(value))]
+    result = fuse(*pair("sdxl"), *QUICK, *options, "--go-fast", "--image", "start.png", "--mask", "mask.png")
+    pictures = {
+        "image": open_image("image", Path("start.png"), "RGB"),
+        "mask": open_image("mask", Path("mask.png"), "L"),
+    }
+    images, _ = generated(families["sdxl"], "sdxl", **given, **pictures)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert np.array_equal(Image.open("out/klora_1_0.png"), images[0])
+
+
+def test_the_seed_that_is_told_makes_the_same_image_again() -> None:
+    first = fuse(*QUICK, "--out", "first")
+    seed = re.search(r"^seed (\d+), [\d.]+ s$", first.stdout, re.MULTILINE)[1]
+    fuse(*QUICK, "--out", "second", "--seed", seed)
+    name = f"klora_{seed}_0.png"
+    assert Path("first", name).read_bytes() == Path("second", name).read_bytes()
+
+
+def test_help_lists_every_field_and_out() -> None:
+    text = fuse("--help").stdout
+    for name in (*(item.name for item in fields(Request)), "out"):
+        assert re.search(rf"{'prompt' if name == 'prompt' else '--' + name.replace('_', '-')}\b", text), name
+
+
+def test_the_installed_command_is_this_one() -> None:
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="klora")
+    assert script.value == "klora.cli:app"
+
+
+# Errors.
+
+
+OUTSIDE = "Expected the path of a .safetensors file"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--content-lora", "missing.safetensors"), f"content_lora is 'missing.safetensors'. {OUTSIDE}"),
+        (("--style-lora", "../../x.safetensors"), f"style_lora is '../../x.safetensors'. {OUTSIDE}"),
+        (
+            (*pair("flux"), "--model", "sdxl"),
+            "content_lora was made for FLUX.1, but this request runs sdxl. Expected one for SDXL.",
+        ),
+        (("--aspect-ratio", "custom"), "aspect_ratio is custom but neither width nor height is given."),
+        (("--width", "100"), "The size is 100x64. Expected multiples of 8 on SDXL."),
+        (("--fusion", "style"), "fusion is style but style_lora is not given."),
+        (("--image", "sdxl_style.safetensors"), "image cannot be read as an image."),
+    ],
+)
+def test_an_error_is_one_line_on_stderr(arguments: tuple[str, ...], message: str) -> None:
+    result = fuse(*QUICK, *arguments)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"Error: {message}")
+    assert result.stderr.count("\n") == 1
+    assert not Path("out").exists()
+
+
+def test_a_missing_base_and_a_missing_checker_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KLORA_MODELS", str(tmp_path))
+    assert fuse().stderr.startswith("Error: The safety checker is not installed.")
+    assert (
+        fuse(*QUICK).stderr == f"Error: A base model is not installed. Installed: none; KLORA_MODELS is {tmp_path}.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "accepted"),
+    [
+        ("--num-outputs", "5", "less than or equal to 4"),
+        ("--num-outputs", "two", "a valid integer"),
+        ("--content-scale", "3.01", "less than or equal to 3"),
+        ("--content-scale", "nan", "less than or equal to 3"),
+        ("--style-bias", "-0.5", "greater than or equal to 0"),
+        ("--seed", "-1", "greater than or equal to 0"),
+        ("--seed", "4294967296", "less than or equal to 4294967295"),
+        ("--width", "63", "greater than or equal to 64"),
+        ("--output-format", "gif", "'webp', 'jpg', 'png'"),
+        ("--model", "sd-1.5", "'sdxl', 'illustrious-xl', 'flux-dev', 'flux-schnell'"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_naming_the_option(option: str, value: str, accepted: str) -> None:
+    result = fuse(*QUICK, option, value)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"Invalid value for '{option}'" in result.stderr
+    assert accepted in result.stderr
+
+
+def test_an_out_that_is_a_file_is_refused() -> None:
+    Path("out").touch()
+    assert "'out' is a file" in fuse(*QUICK).stderr
+
+
+def test_a_real_process_ends_with_one_line_and_status_one() -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "from klora.cli import app; app()",
+        "fuse",
+        PROMPT,
+        "--style-lora",
+        "none.safetensors",
+    ]
+    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.splitlines()[-1].startswith(f"Error: style_lora is 'none.safetensors'. {OUTSIDE}")
+    assert "Traceback" not in result.stderr

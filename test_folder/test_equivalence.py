@@ -1,0 +1,299 @@
+"""Whole runs: the fast engines against the published method done naively, and images as pure functions of requests."""
+
+import dataclasses
+import re
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from klora import layers as klora_layers
+from klora.fusion import Schedule, fuse
+from klora.generate import generate
+from klora.layers import attached
+from klora.lora import LowRank
+from klora.models import FAMILIES
+from klora.request import SCHEDULERS, Request
+from test_folder import tiny
+
+ENGINES = {"gated": 0, "merged": 1 << 60}  # bytes of memory that make attached() choose it
+BASES = {"sdxl": "sdxl", "flux": "flux-dev"}
+SENTENCE = "a photo of a sks dog in watercolor style"
+
+
+def random_lora(model, rank, seed, pattern=""):
+    shapes = {name: shape for name, shape in tiny.linear_shapes(model).items() if re.search(pattern, name)}
+    return {name: LowRank(*pair) for name, pair in tiny.random_lora(shapes, rank, seed=seed).items()}
+
+
+class Naive:
+    """The published method with one tau a step: dense products, full sorts, and the choice at every layer call."""
+
+    def __init__(self, content, style, pattern, steps):
+        self.content, self.style, self.pattern, self.steps = content, style, pattern, steps
+        self.step, self.style_acted = 0, []
+        self.sums = {name: self.topk_and_l1(name) for name in content}
+        ratios = [content_l1 / style_l1 for _, _, content_l1, style_l1 in self.sums.values()]
+        self.gamma = np.mean([ratio for ratio in ratios if ratio < 3 * np.mean(ratios)])
+
+    def topk_and_l1(self, name):
+        """(content's sum of the K largest |dW|, style's, content's sum of all, style's)."""
+        pairs = self.content[name], self.style[name]
+        magnitudes = [(pair.B @ pair.A).abs().flatten().double().sort(descending=True).values for pair in pairs]
+        k = pairs[0].rank * pairs[1].rank
+        return [part.sum().numpy() for part in (magnitudes[0][:k], magnitudes[1][:k], *magnitudes)]
+
+    def delta(self, name):
+        alpha, beta = {"s": (1.5, 0.5), "s*": (1.5, 1.275)}[self.pattern]
+        scale = alpha * (self.step + 0.5) / self.steps + beta
+        if self.pattern == "s*":
+            scale %= alpha
+        content_sum, style_sum = self.sums[name][:2]
+        with np.errstate(divide="ignore"):  # the scale of s* is zero for a moment
+            content_acts = (content_sum / self.gamma) / (style_sum * np.float64(scale)) > 1
+        self.style_acted.append(not content_acts)
+        pair = self.content[name] if content_acts else self.style[name]
+        return pair.B @ pair.A
+
+    def run(self, model, denoise):
+        """What denoise(on_step) returns while every layer of the model computes x (W + dW)^T + b."""
+
+        def instead(name):
+            return lambda linear, args, _: F.linear(args[0], linear.weight + self.delta(name), linear.bias)
+
+        hooks = [model.get_submodule(name).register_forward_hook(instead(name)) for name in self.content]
+        result = denoise(lambda step: setattr(self, "step", step))
+        for hook in hooks:
+            hook.remove()
+        return result
+
+
+# Whole runs of the published models' topology, in a loop of our own
+
+UNET = (tiny.full_topology_unet, tiny.unet_inputs, "sample", r"\.attn[12]\.to_(q|k|v|out\.0)$", 560, 25)
+FLUX = (tiny.full_topology_flux, tiny.flux_inputs, "hidden_states", r"^(single_)?transformer_blocks\.", 494, 28)
+
+
+def euler(model, inputs, latents_name, steps, on_step):
+    """The final latents of a plain Euler loop over t = 1 ... 0; on_step(i) is called before step i."""
+    latents, middle = inputs[latents_name], inputs["timestep"]
+    for step in range(steps):
+        on_step(step)
+        now = {"timestep": 2 * middle * (1 - step / steps), latents_name: latents}
+        latents = latents - model(**inputs | now).sample / steps
+    return latents
+
+
+@pytest.mark.parametrize("pattern", ["s", "s*"])
+@pytest.mark.parametrize(("build", "inputs", "latents", "layers", "count", "steps"), [UNET, FLUX], ids=["sdxl", "flux"])
+@torch.no_grad()
+def test_whole_run_in_both_engines_equals_dense_weights_chosen_at_every_layer_call(
+    build, inputs, latents, layers, count, steps, pattern
+):
+    model = build()
+    content, style = random_lora(model, 4, seed=1, pattern=layers), random_lora(model, 8, seed=2, pattern=layers)
+
+    def denoise(on_step):
+        return euler(model, inputs(model), latents, steps, on_step)
+
+    naive = Naive(content, style, pattern, steps)
+    expected = naive.run(model, denoise)
+    assert len(naive.style_acted) == count * steps
+    assert 0.1 < np.mean(naive.style_acted) < 0.9
+    for engine in ENGINES:
+        with attached(model, fuse(content, style), Schedule.from_pattern(pattern), steps=steps, engine=engine) as gate:
+            # 1e-5: float32, latents of about 1, sums in another order
+            torch.testing.assert_close(denoise(gate.set_step), expected, rtol=0, atol=1e-5)
+
+
+# Images, through diffusers' own pipelines
+
+
+@pytest.fixture(scope="module", params=BASES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def load(bases, family):
+    return lambda: FAMILIES[family].load(bases / BASES[family], torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def model(load):
+    return load()
+
+
+@pytest.fixture(scope="module")
+def files(loras, family):
+    return {role: loras / f"{family}_{role}.safetensors" for role in ("content", "style")}
+
+
+@pytest.fixture(scope="module")
+def both(model, files):
+    """Content and style, for the denoiser and for the text encoders."""
+    encoders = [
+        {component: random_lora(encoder, 2, seed) for component, encoder in model.text_encoders.items()}
+        for seed in range(2)
+    ]
+    return {
+        role: dataclasses.replace(model.read_lora(path), text_encoders=layers)
+        for (role, path), layers in zip(files.items(), encoders, strict=True)
+    }
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request, monkeypatch):
+    monkeypatch.setattr(klora_layers, "free_bytes", lambda device: ENGINES[request.param])
+    return request.param
+
+
+def asked(**options):
+    return Request(**{"prompt": SENTENCE, "seed": 7, "num_inference_steps": 6} | options)
+
+
+def pixels(images):
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+def picture():
+    columns, rows = np.meshgrid(np.arange(64), np.arange(64))
+    return Image.fromarray(np.stack([columns * 4, rows * 4, (columns + rows) * 2], axis=-1).astype(np.uint8))
+
+
+def left_half():
+    return Image.fromarray(np.repeat([[255] * 32 + [0] * 32], 64, axis=0).astype(np.uint8))
+
+
+PATHS = {
+    "txt2img": {},
+    "img2img": {"image": picture(), "prompt_strength": 0.6},
+    "inpaint": {"image": picture(), "mask": left_half(), "prompt_strength": 0.6},
+}
+
+
+def photograph(model):
+    """Every part of the pipeline, and the identity and the bits of every tensor in it."""
+    parts = {name: part for name, part in model.pipe.components.items() if isinstance(part, nn.Module)}
+    return {
+        name: (
+            [(path, id(module), len(module._forward_pre_hooks)) for path, module in part.named_modules()],
+            [(path, id(tensor), tensor.numpy(force=True).tobytes()) for path, tensor in part.named_parameters()],
+            [(path, id(tensor), tensor.numpy(force=True).tobytes()) for path, tensor in part.named_buffers()],
+        )
+        for name, part in parts.items()
+    }
+
+
+def stock_pipeline(bases, family):
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(bases / BASES[family])
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def stock_image(pipeline, steps, **options):
+    generator = torch.Generator().manual_seed(7)
+    return pipeline(SENTENCE, height=64, width=64, num_inference_steps=steps, generator=generator, **options).images
+
+
+@pytest.mark.parametrize("pattern", ["s", "s*"])
+def test_image_equals_that_of_dense_weights_chosen_at_every_layer_call(bases, family, model, files, engine, pattern):
+    steps, pipeline = 12, stock_pipeline(bases, family)
+    content, style = (model.read_lora(path) for path in files.values())
+
+    def denoise(on_step):
+        def callback(_, index, __, kwargs):
+            on_step(index + 1)
+            return kwargs
+
+        on_step(0)
+        guidance_scale = model.guidance_scale
+        return stock_image(pipeline, steps, callback_on_step_end=callback, guidance_scale=guidance_scale)
+
+    with torch.no_grad():
+        expected = Naive(content, style, pattern, steps).run(getattr(pipeline, model.component), denoise)
+    images = generate(model, asked(pattern=pattern, num_inference_steps=steps), content=content, style=style)
+    np.testing.assert_allclose(pixels(images), pixels(expected), rtol=0, atol=1)  # a level of 255, for rounding
+
+
+@pytest.mark.parametrize("role", ["content", "style"])
+def test_image_of_one_lora_equals_that_of_diffusers_own_loader(bases, family, model, files, engine, role):
+    pipeline = stock_pipeline(bases, family)
+    pipeline.load_lora_weights(files[role])
+    expected = stock_image(pipeline, 6, guidance_scale=model.guidance_scale)
+    read = {name: model.read_lora(path) for name, path in files.items()}
+    for request, given in ((asked(fusion=role), read), (asked(), {role: read[role]})):
+        images = generate(model, request, **given)
+        np.testing.assert_allclose(pixels(images), pixels(expected), rtol=0, atol=1)  # a level of 255, for rounding
+
+
+def test_fusions_make_different_images(model, both):
+    images = [pixels(generate(model, asked(fusion=fusion), **both)) for fusion in ("klora", "sum", "content", "style")]
+    images += [pixels(generate(model, asked(pattern="s"), **both)), pixels(generate(model, asked()))]
+    for index, image in enumerate(images):
+        assert all(abs(image - other).max() > 8 for other in images[:index])
+
+
+def test_run_of_30_steps_leaves_nothing_that_a_run_of_50_would_notice(load, model, both):
+    alone = generate(load(), asked(num_inference_steps=50), **both)
+    generate(model, asked(num_inference_steps=30), **both)
+    after = generate(model, asked(num_inference_steps=50), **both)
+    assert np.array_equal(pixels(after), pixels(alone))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_batch_of_four_equals_four_single_images_of_the_next_seeds(model, both, path):
+    batch = generate(model, asked(num_outputs=4, **PATHS[path]), **both)
+    singles = [generate(model, asked(seed=7 + index, **PATHS[path]), **both)[0] for index in range(4)]
+    # a level of 255: a batch multiplies its matrices in another order
+    np.testing.assert_allclose(pixels(batch), pixels(singles), rtol=0, atol=1)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_image_leaves_every_tensor_as_it_was(model, both, engine, path):
+    before, engines = photograph(model), []
+    generate(model, asked(**PATHS[path]), **both, record=lambda name, value: engines.append((name, value)))
+    assert ("engine", engine) in engines
+    assert photograph(model) == before
+
+
+def test_interruption_at_any_step_leaves_every_tensor_and_the_next_image_as_they_were(model, both, engine):
+    before, request = photograph(model), asked(num_inference_steps=4)
+    undisturbed = pixels(generate(model, request, **both))
+
+    def interrupting(last):
+        def on_step(step, steps):
+            if step == last:
+                raise KeyboardInterrupt
+
+        return on_step
+
+    for last in range(5):
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, request, **both, on_step=interrupting(last))
+        assert photograph(model) == before
+        assert np.array_equal(pixels(generate(model, request, **both)), undisturbed)
+
+
+# Steps, as the sampler counts them
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("family", "scheduler"), [*(("sdxl", name) for name in SCHEDULERS), ("flux", None)], indirect=["family"]
+)
+def test_steps_are_told_in_order_to_the_last_and_from_where_the_image_enters(model, both, scheduler, path):
+    told, strength = [], PATHS[path].get("prompt_strength", 1.0)
+    request = asked(scheduler=scheduler, num_inference_steps=10, **PATHS[path])
+    generate(model, request, **both, on_step=lambda step, steps: told.append((step, steps)))
+    steps = [step for step, _ in told]
+    assert {total for _, total in told} == {10}
+    assert steps == sorted(steps)
+    assert list(dict.fromkeys(steps)) == list(range(steps[0], 11))
+    assert steps.count(10) == 1
+    entry = round(10 * (1 - strength))
+    assert steps[0] == entry - (scheduler == "PNDM" and entry > 0)  # PNDM repeats its second timestep
