@@ -11,7 +11,7 @@ Two engines, equal up to rounding:   gated   computes that formula; needs little
 Knows no fusion, no pipeline and no file. The base's own parameters are never written to.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol, Self
 
@@ -108,10 +108,29 @@ def attached(
     linears = [_linear(denoiser, name) for name in plan.layers]
     pairs = [_stacked(plan, name, linear) for name, linear in zip(plan.layers, linears, strict=True)]
     engine = engine or ("merged" if _fits(linears) else "gated")
-    loans: list[Loan] = []
-    try:
+    with _lending() as loans:
         lend = _lend_merged if engine == "merged" else _lend_gated
         yield Gate(plan, engine, lend(denoiser, plan, pairs, loans))
+
+
+@contextmanager
+def trainable(denoiser: nn.Module, layers: Mapping[str, LowRank]) -> Iterator[None]:
+    """Lend low-rank pairs to a module as they are, so that gradients reach their own A and B; the gate is 1.
+
+    layers: {module name: pair}, A and B nn.Parameters on the module's device, in any float dtype.
+    """
+    with _lending() as loans:
+        for name, pair in layers.items():
+            _lend_linear(loans, denoiser, name, pair, torch.ones(pair.rank, device=pair.A.device))
+        yield
+
+
+@contextmanager
+def _lending() -> Iterator[list[Loan]]:
+    """A list of loans, all undone on leaving."""
+    loans: list[Loan] = []
+    try:
+        yield loans
     finally:
         # Cog injects a cancellation at any bytecode that begins a call or ends a loop, here too. Hence no function, and
         # one more round of what was interrupted.
@@ -148,14 +167,18 @@ def _lend_gated(denoiser: nn.Module, plan: Plan, pairs: list[LowRank], loans: li
     sizes = [pair.rank for pair in pairs]
     everywhere = torch.zeros(sum(sizes), device=pairs[0].A.device if pairs else None)
     for name, pair, gate in zip(plan.layers, pairs, everywhere.split(sizes), strict=True):
-        path, _, child = name.rpartition(".")
-        slots = denoiser.get_submodule(path)._modules
-        _lend(loans, slots, child, LoRALinear(_linear(denoiser, name), pair.A, pair.B, gate))
+        _lend_linear(loans, denoiser, name, pair, gate)
 
     def apply(gates: list[Tensor], changed: list[int]) -> None:
         everywhere.copy_(torch.cat(gates))
 
     return apply
+
+
+def _lend_linear(loans: list[Loan], denoiser: nn.Module, name: str, pair: LowRank, gate: Tensor) -> None:
+    path, _, child = name.rpartition(".")
+    slots = denoiser.get_submodule(path)._modules
+    _lend(loans, slots, child, LoRALinear(_linear(denoiser, name), pair.A, pair.B, gate))
 
 
 def _stacked(plan: Plan, name: str, linear: nn.Linear) -> LowRank:

@@ -74,7 +74,7 @@ class Naive:
 
 # Whole runs of the published models' topology, in a loop of our own
 
-UNET = (tiny.full_topology_unet, tiny.unet_inputs, "sample", r"\.attn[12]\.to_(q|k|v|out\.0)$", 560, 25)
+UNET = (tiny.full_topology_unet, tiny.unet_inputs, "sample", r"\.attn[12]\.to_(q|k|v|out\.0)$", 560, 20)
 FLUX = (tiny.full_topology_flux, tiny.flux_inputs, "hidden_states", r"^(single_)?transformer_blocks\.", 494, 28)
 
 

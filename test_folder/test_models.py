@@ -260,20 +260,21 @@ def test_flux_lora_may_adapt_the_layers_that_the_published_code_forgets(models: 
 # encode_images, encode_prompt
 
 
-def test_encoded_images_are_the_posteriors_mode_as_the_denoiser_scales_it(model: Family) -> None:
+def test_encoded_images_are_the_posterior_as_the_denoiser_scales_it(model: Family) -> None:
     vae, pixels = model.pipe.vae, pixels_of(photo(64, 32))
     with torch.no_grad():
-        mode = vae.encode(pixels).latent_dist.mean
-        latents = model.encode_images(pixels)
+        posterior = vae.encode(pixels).latent_dist
+        seen = model.encode_images(pixels)
     shift = vae.config.shift_factor or 0.0
-    assert latents.shape == (1, vae.config.latent_channels, 4, 8)
-    assert torch.equal(latents, (mode - shift) * vae.config.scaling_factor)
+    assert seen.mean.shape == (1, vae.config.latent_channels, 4, 8)
+    assert torch.equal(seen.mean, (posterior.mean - shift) * vae.config.scaling_factor)
+    assert torch.equal(seen.std, posterior.std * vae.config.scaling_factor)
 
 
 def test_decoding_encoded_images_gives_the_vaes_own_reconstruction(model: Family) -> None:
     vae = model.pipe.vae
     with torch.no_grad():
-        latents = model.encode_images(pixels_of(photo()))
+        latents = model.encode_images(pixels_of(photo())).mean
         decoded = vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).sample
     torch.testing.assert_close(decoded, reconstruction(model, photo()), rtol=1e-4, atol=1e-5)
 
@@ -350,7 +351,7 @@ def training_batch(model: Family) -> tuple[Tensor, Conditioning]:
     """Four examples, 32 pixels wide and 64 high."""
     with torch.no_grad():
         pixels = torch.rand(4, 3, 64, 32, generator=seeded(5)) * 2 - 1
-        return model.encode_images(pixels), model.encode_prompt([PROMPT, "a cat", "a red castle", "a dog"])
+        return model.encode_images(pixels).mean, model.encode_prompt([PROMPT, "a cat", "a red castle", "a dog"])
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -404,16 +405,37 @@ def test_sdxl_is_told_the_size_and_crop_that_the_conditioning_names(sdxl: Family
 
 
 def test_gradients_reach_the_lora_and_nothing_else(model: Family) -> None:
-    shapes = tiny.linear_shapes(model.denoiser)
-    drawn = tiny.random_lora(shapes, 2, seed=0)
-    lora = {name: LowRank(A.requires_grad_(), B.requires_grad_()) for name, (A, B) in drawn.items()}
-    latents, conditioning = training_batch(model)
-    with attached(model.denoiser, Plan.constant((lora,), (1.0,)), engine="gated"):
-        model.loss(latents, conditioning, seeded(1)).mean().backward()
+    lora, batch = trainable_lora(model), training_batch(model)
+    loss_with(model, lora, batch).backward()
     for name, pair in lora.items():
         assert pair.A.grad is not None and pair.A.grad.abs().max() > 0, name
         assert pair.B.grad is not None and pair.B.grad.abs().max() > 0, name
     assert all(parameter.grad is None for parameter in model.denoiser.parameters())
+
+
+def test_gradient_is_the_slope_of_the_loss(model: Family) -> None:
+    """By a central difference along the gradient; 1 % for its truncation and the float32 rounding of the loss."""
+    lora, batch = trainable_lora(model, std=0.02), training_batch(model)
+    loss_with(model, lora, batch).backward()
+    factors = [factor for pair in lora.values() for factor in (pair.A, pair.B)]
+    norm = torch.stack([factor.grad.norm() for factor in factors]).norm()
+    losses = []
+    with torch.no_grad():
+        for step in (1e-3, -2e-3):
+            for factor in factors:
+                factor += step * factor.grad / norm
+            losses.append(loss_with(model, lora, batch))
+    torch.testing.assert_close((losses[0] - losses[1]) / 2e-3, norm, rtol=0.01, atol=0)
+
+
+def trainable_lora(model: Family, std: float = 0.15) -> dict[str, LowRank]:
+    drawn = tiny.random_lora(tiny.linear_shapes(model.denoiser), 2, seed=0, std=std)
+    return {name: LowRank(A.requires_grad_(), B.requires_grad_()) for name, (A, B) in drawn.items()}
+
+
+def loss_with(model: Family, lora: dict[str, LowRank], batch: tuple[Tensor, Conditioning]) -> Tensor:
+    with attached(model.denoiser, Plan.constant((lora,), (1.0,)), engine="gated"):
+        return model.loss(*batch, seeded(1)).mean()
 
 
 # sample

@@ -491,11 +491,12 @@ REQUESTS: list[tuple[str, dict[str, Any]]] = [
     ("sdxl", {"fusion": "sum", "scheduler": "DPMSolverMultistep"}),
     ("sdxl", {"fusion": "style", "scheduler": "K_EULER_ANCESTRAL", "num_outputs": 2}),
     ("flux", {"fusion": "content", "style_scale": 2}),
+    ("sdxl", {"fusion": "content", "scheduler": "KarrasDPM"}),
     ("sdxl", {"pattern": "s", "style_bias": 3, "scheduler": "HeunDiscrete"}),
     ("sdxl", {"image": PICTURE, "scheduler": "PNDM"}),
     ("sdxl", {"image": PICTURE, "mask": HALF, "negative_prompt": "blurry"}),
     ("flux", {"image": PICTURE, "mask": HALF, "pattern": "s", "model": "flux-schnell"}),
-    ("sdxl", {"model": "illustrious-xl", "width": 80, "scheduler": "KarrasDPM"}),
+    ("sdxl", {"model": "illustrious-xl", "width": 80}),
     ("sdxl", {"content_scale": -1, "scheduler": "DDIM", "num_inference_steps": 4}),
 ]
 

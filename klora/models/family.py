@@ -5,7 +5,7 @@ pipeline stands in its schedule, and which linear layers a denoiser runs in whic
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -16,6 +16,13 @@ from klora.request import Request
 
 Conditioning = Mapping[str, Tensor]
 """A prompt as the denoiser reads it, by the names of the diffusers pipeline's own arguments; batch first."""
+
+
+class Posterior(NamedTuple):
+    """What an image may be in latent space, as the denoiser scales it: mean and standard deviation [N, C, H/8, W/8]."""
+
+    mean: Tensor
+    std: Tensor
 
 
 class Family(Protocol):
@@ -31,6 +38,8 @@ class Family(Protocol):
     native_size: int  # side in pixels of the square that the base was trained on
     steps: int  # and guidance_scale: what suits the base when a request does not say
     guidance_scale: float
+    learning_rate: ClassVar[float]  # and lora_rank: what training takes when it is not told
+    lora_rank: ClassVar[int]
 
     @classmethod
     def load(cls, path: Path, device: torch.device, dtype: torch.dtype) -> "Family":
@@ -46,8 +55,9 @@ class Family(Protocol):
     def encode_prompt(self, prompts: list[str], negative_prompts: list[str] | None = None) -> Conditioning:
         """Conditioning of N prompts, and of what to steer away from."""
 
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """pixels [N, 3, H, W] in [-1, 1] -> the posterior's mode as the denoiser scales it, [N, C, H/8, W/8]."""
+    def encode_images(self, pixels: Tensor) -> Posterior:
+        """pixels [N, 3, H, W] in [-1, 1] -> the VAE's posterior. Deterministic: the mean is the image, sampling is the
+        trainer's."""
 
     def loss(self, latents: Tensor, conditioning: Conditioning, generator: torch.Generator) -> Tensor:
         """Training loss of each example, float32 [N]; noise and timesteps come from the CPU generator."""

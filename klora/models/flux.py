@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from klora.lora import Inventory, LoRA, read_lora
-from klora.models.family import Conditioning, denoise, inventory
+from klora.models.family import Conditioning, Posterior, denoise, inventory
 from klora.request import Request
 
 
@@ -23,6 +23,8 @@ class Flux:
     component: ClassVar[str] = "transformer"
     size_multiple: ClassVar[int] = 16
     negative_prompts: ClassVar[bool] = False
+    learning_rate: ClassVar[float] = 1e-4
+    lora_rank: ClassVar[int] = 16
     schedulers: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, pipe: FluxPipeline) -> None:
@@ -55,10 +57,10 @@ class Flux:
         embeds, pooled, _ = self.pipe.encode_prompt(prompts, None, max_sequence_length=512 if self._guided else 256)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
-    def encode_images(self, pixels: Tensor) -> Tensor:
+    def encode_images(self, pixels: Tensor) -> Posterior:
         vae = self.pipe.vae
-        latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
-        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+        posterior, scale = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist, vae.config.scaling_factor
+        return Posterior((posterior.mean - vae.config.shift_factor) * scale, posterior.std * scale)
 
     def loss(self, latents: Tensor, conditioning: Conditioning, generator: torch.Generator) -> Tensor:
         """Mean squared error of the predicted velocity, noise - latents; logit-normal sigmas, guidance embedding 1."""
@@ -85,7 +87,7 @@ class Flux:
         width, height = request.size(self.native_size, self.size_multiple)
         pipeline, options = FluxPipeline, dict[str, Any](width=width, height=height)
         if request.image is not None:
-            latents = self.encode_images(processor.preprocess(request.image, height, width))
+            latents = self.encode_images(processor.preprocess(request.image, height, width)).mean
             pipeline, options = FluxImg2ImgPipeline, options | {"image": latents, "strength": request.prompt_strength}
         if request.mask is not None:
             pipeline = FluxInpaintPipeline

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from klora.lora import Inventory, LoRA, read_lora
-from klora.models.family import Conditioning, denoise, inventory
+from klora.models.family import Conditioning, Posterior, denoise, inventory
 from klora.request import Request
 
 
@@ -24,6 +24,8 @@ class SDXL:
     component: ClassVar[str] = "unet"
     size_multiple: ClassVar[int] = 8
     negative_prompts: ClassVar[bool] = True
+    learning_rate: ClassVar[float] = 5e-5
+    lora_rank: ClassVar[int] = 8
     schedulers: ClassVar[Mapping[str, Any]] = {
         "DDIM": (diffusers.DDIMScheduler, {"clip_sample": False}),  # latents go beyond [-1, 1]
         "DPMSolverMultistep": (diffusers.DPMSolverMultistepScheduler, {}),
@@ -69,9 +71,10 @@ class SDXL:
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
         return dict(zip(names, self.pipe.encode_prompt(prompts, negative_prompt=negative_prompts), strict=True))
 
-    def encode_images(self, pixels: Tensor) -> Tensor:
+    def encode_images(self, pixels: Tensor) -> Posterior:
         vae = self.pipe.vae
-        return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        return Posterior(posterior.mean * vae.config.scaling_factor, posterior.std * vae.config.scaling_factor)
 
     def loss(self, latents: Tensor, conditioning: Conditioning, generator: torch.Generator) -> Tensor:
         """Mean squared error of the predicted noise (or velocity), timesteps uniform.
@@ -105,7 +108,7 @@ class SDXL:
         width, height = request.size(self.native_size, self.size_multiple)
         pipeline, options = StableDiffusionXLPipeline, {"width": width, "height": height}
         if request.image is not None:
-            latents = self.encode_images(processor.preprocess(request.image, height, width))
+            latents = self.encode_images(processor.preprocess(request.image, height, width)).mean
             image = {"image": latents, "strength": request.prompt_strength}
             if request.mask is None:  # this pipeline takes its size from the image
                 pipeline, options = StableDiffusionXLImg2ImgPipeline, image
