@@ -1,19 +1,20 @@
 """LoRA files <-> {module name: LowRank}. Every common spelling in, one spelling out.
 
 Knows nothing of fusion, of pipelines or of downloads. A file is matched against an inventory, the base model's own
-linear layers and their shapes, so no layer is ever listed by hand.
-
-Shape suffixes: O output features, I input features, R rank.
+linear layers and their shapes, so no layer is ever listed by hand.   O outputs, I inputs, R rank.
 """
 
 import json
 import math
 import re
+import shutil
+import tarfile
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,15 +24,13 @@ from torch import Tensor
 from klora.errors import LoRAError
 
 MAX_ALPHA = 1e4
+MAX_BYTES = 2 << 30
 
+# {component: {module name: (O, I)}}, the denoiser first, its modules in execution order
 Inventory = Mapping[str, Mapping[str, tuple[int, int]]]
-"""{component: {module name: (O, I)}}, the denoiser first, its modules in execution order."""
-
-Place = tuple[str, str]
-"""(component, module name)"""
-
+Place = tuple[str, str]  # (component, module name)
+# Turns kohya-spelled tensors under foreign module names (sgm, BFL) into diffusers-spelled ones
 Rename = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-"""Turns kohya-spelled tensors under foreign module names (sgm, BFL) into diffusers-spelled ones."""
 
 _FACTOR = re.compile(r"^(.+?)(?:\.lora_|\.lora\.|_lora\.|\.lora_linear_layer\.)(A|B|down|up)(?:\.\w+)?\.weight$")
 _UNKNOWN = "adapts {!r}, which this base does not have. Expected layers of the base that this request runs."
@@ -53,10 +52,6 @@ class LowRank:
     @property
     def rank(self) -> int:
         return self.A.shape[0]
-
-    def delta(self) -> Tensor:
-        """dW [O, I] in float32."""
-        return self.B.float() @ self.A.float()
 
 
 @dataclass(frozen=True)
@@ -103,10 +98,8 @@ def read_keys(path: Path) -> list[str]:
 
 
 def read_lora(path: Path, inventory: Inventory, rename: Rename) -> LoRA:
-    """Read a diffusers, PEFT, legacy diffusers or kohya file for the base that the inventory describes.
-
-    Raises LoRAError: not a safetensors file, not a plain LoRA, or not of this base.
-    """
+    """Read a diffusers, PEFT, legacy diffusers or kohya file for the base that the inventory describes, or raise
+    LoRAError: not a safetensors file, not a plain LoRA, or not of this base."""
     with _opened(path) as file:
         tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
         found = _located(_paired(tensors), inventory, rename)
@@ -120,10 +113,8 @@ def read_lora(path: Path, inventory: Inventory, rename: Rename) -> LoRA:
 
 
 def save_lora(path: Path, lora: LoRA, component: str, dtype: torch.dtype | None = None) -> Path:
-    """Write a diffusers-format file that needs no alpha: `<component>.<module>.lora_A.weight` and `.lora_B.weight`.
-
-    component: what diffusers calls the denoiser, "unet" or "transformer".  dtype: None keeps each tensor's own.
-    """
+    """Write a diffusers-format file that needs no alpha. component: what diffusers calls the denoiser, "unet" or
+    "transformer"; dtype: None keeps each tensor's own."""
     tensors = {}
     for prefix, layers in {component: lora.layers, **lora.text_encoders}.items():
         for name, pair in layers.items():
@@ -136,13 +127,31 @@ def save_lora(path: Path, lora: LoRA, component: str, dtype: torch.dtype | None 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:  # Any: safetensors types its reader nowhere
     """The file, open; what is wrong with it is said with its name."""
+    path = Path(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        with _unpacked(path) as unpacked, safe_open(unpacked, framework="pt") as file:
             yield file
     except LoRAError as error:
         raise LoRAError(f"{path.name} {error}") from error
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, tarfile.TarError) as error:
         raise LoRAError(f"{path.name} cannot be read ({error}). Expected a LoRA in a .safetensors file.") from error
+
+
+@contextmanager
+def _unpacked(path: Path) -> Iterator[Path]:
+    """The file itself, or, of a tar that a trainer made, a copy of its lora.safetensors for as long as it is read."""
+    if not path.is_file() or not tarfile.is_tarfile(path):
+        yield path
+        return
+    with tarfile.open(path) as tar, tempfile.NamedTemporaryFile(suffix=".safetensors") as copy:
+        members = [member for member in tar if member.isfile() and Path(member.name).name == "lora.safetensors"]
+        if len(members) != 1 or members[0].size > MAX_BYTES:
+            raise LoRAError(
+                f"is a tar with {len(members)} lora.safetensors. Expected one, of at most {MAX_BYTES} bytes."
+            )
+        shutil.copyfileobj(cast(IO[bytes], tar.extractfile(members[0])), copy)
+        copy.flush()
+        yield Path(copy.name)
 
 
 def _paired(tensors: Mapping[str, Tensor]) -> dict[str, LowRank]:
@@ -280,11 +289,10 @@ def _with_metadata_alphas(found: Mapping[Place, LowRank], metadata: str) -> dict
 
 def _with_metadata_alpha(part: str, name: str, pair: LowRank, config: Mapping[str, Any]) -> LowRank:
     special = config.get(f"{part}.alpha_pattern") or {}
-    # PEFT's patterns may be regular expressions; names, at most anchored, are what trainers write and all we read.
-    ends = {pattern.lstrip("^").rstrip("$"): value for pattern, value in special.items()}
-    if odd := [end for end in ends if not re.fullmatch(r"[\w.]+", end)]:
+    # PEFT's patterns may be any regular expression; names, at most anchored, are what trainers write and all we read.
+    if odd := [pattern for pattern in special if not re.fullmatch(r"\^?[\w.]+\$?", pattern)]:
         raise ValueError(f"alpha_pattern {odd[0]!r}")
-    alpha = next((value for end, value in ends.items() if f".{name}".endswith(f".{end}")), None)
+    alpha = next((value for pattern, value in special.items() if re.match(rf"(.*\.)?({pattern})$", name)), None)
     alpha = config.get(f"{part}.lora_alpha") if alpha is None else alpha
     if alpha is None:
         return pair

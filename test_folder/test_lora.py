@@ -501,11 +501,7 @@ def two_layers() -> Layers:
         pytest.param({"alpha_pattern": {"1.to_q": 8.0}}, id="letters that end the name"),
         pytest.param({"alpha_pattern": {Q: 8.0}}, id="whole name"),
         pytest.param({"alpha_pattern": {f"^{Q}": 8.0}}, id="anchored name"),
-        pytest.param(
-            {"alpha_pattern": {"^attn1.to_q": 8.0}},
-            id="anchored end",
-            marks=pytest.mark.xfail(strict=True, reason="peft matches an anchored pattern with whole names alone"),
-        ),
+        pytest.param({"alpha_pattern": {"^attn1.to_q": 8.0}}, id="anchored end"),
         pytest.param({"use_rslora": True}, id="rslora"),
     ],
 )
@@ -853,14 +849,6 @@ def test_keys_of_no_known_family_have_none(keys: list[str]) -> None:
 
 
 # The data.
-
-
-def test_delta_is_the_product_in_float32() -> None:
-    A, B = pair(4, 5, rank=3)
-    layer = LowRank(A.half(), B.half())
-    assert layer.rank == 3
-    assert layer.delta().dtype == torch.float32
-    torch.testing.assert_close(layer.delta().double(), B.half().double() @ A.half().double(), rtol=1e-5, atol=1e-6)
 
 
 def test_lora_is_the_mapping_of_its_denoiser_layers() -> None:

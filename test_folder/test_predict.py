@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -68,18 +69,26 @@ class Server:
         return answer["error"]
 
 
-@pytest.fixture(scope="module")
-def server(bases: Path, loras: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@contextmanager
+def running(folder: Path, environment: dict[str, str], *, train: bool = False) -> Iterator[Server]:
+    """A server of its own, its log in the folder."""
     loader = SourceFileLoader("serve", str(ROOT / "script" / "serve"))
     serve = module_from_spec(spec_from_loader("serve", loader))
     loader.exec_module(serve)
-    environment = {"KLORA_MODELS": str(bases), "KLORA_LORA_ROOT": str(loras), "OMP_NUM_THREADS": "1"}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("w") as file, serve.serving(port, file, environment, seconds=180) as url:
+    folder.mkdir(exist_ok=True)
+    environment = environment | {"OMP_NUM_THREADS": "1"}
+    with (folder / "log").open("w") as log, serve.serving(port, log, environment, train=train, seconds=180) as url:
         yield Server(url)
+
+
+@pytest.fixture(scope="module")
+def server(bases: Path, loras: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    environment = {"KLORA_MODELS": str(bases), "KLORA_LORA_ROOT": str(loras)}
+    with running(tmp_path_factory.mktemp("server"), environment) as server:
+        yield server
 
 
 def data_uri(image: Image.Image) -> str:

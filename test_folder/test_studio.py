@@ -40,7 +40,7 @@ def loras(loras: Path, bases: Path, tmp_path_factory: pytest.TempPathFactory) ->
         every = {key: tensor for key, tensor in load_file(file).items() if "guidance_embedder" not in key}
         save_file(every, folder / file.name)  # schnell has no guidance
     shapes = tiny.linear_shapes(CLIPTextModel.from_pretrained(bases / "sdxl" / "text_encoder"))
-    encoder = tiny.save_lora(folder / "encoder", tiny.random_lora(shapes, seed=3), prefix="text_encoder")
+    encoder = tiny.save_lora(folder / "encoder.safetensors", tiny.random_lora(shapes, seed=3), prefix="text_encoder")
     style = folder / "sdxl_style.safetensors"
     save_file(load_file(style) | load_file(encoder), style)
     return folder
@@ -104,6 +104,16 @@ def test_every_base_makes_the_images_that_generate_makes(studio: Studio, loras: 
     expected = generate(model, asked, content=content, style=style)
     assert same(made(studio, asked, files), {index: np.asarray(image) for index, image in enumerate(expected)})
     assert not same(made(studio, asked, {}), made(studio, asked, files))
+
+
+def test_layers_of_a_text_encoder_act_at_their_loras_scale(studio: Studio, loras: Path) -> None:
+    def draw(**given: Any) -> Images:
+        files = {"style_lora": loras / "encoder.safetensors"} if given else {}
+        return made(studio, request(model="sdxl", **given), files)
+
+    assert not same(draw(style_scale=1), draw())
+    assert not same(draw(style_scale=1), draw(style_scale=2))
+    assert same(draw(style_scale=0), draw())
 
 
 @pytest.mark.parametrize("family", FIRST)
