@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+from huggingface_hub.errors import GatedRepoError
 
 from klora.errors import BaseModelError, LoRAError
 
@@ -154,7 +154,7 @@ def download_base(name: str, folder: Path | None = None, token: str | None = Non
         raise BaseModelError(
             f"{name} is gated: accept the licence at huggingface.co/{base.repository} and give a token."
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # a hub out of reach raises what its HTTP library raises, a portal a JSON error
         raise BaseModelError(f"{name} cannot be fetched from {base.repository}: {error}") from error
     if not any((target / index).is_file() for index in ("model_index.json", "config.json")):
         raise BaseModelError(

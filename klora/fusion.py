@@ -94,7 +94,7 @@ class Fusion:
     ) -> Plan:
         """The gates of both LoRAs. The scales multiply what is applied and never enter the choice."""
         wins = self.content_wins(schedule, steps, style_bias, clock)
-        gates = torch.stack([wins * content_scale, ~wins * style_scale], dim=-1)
+        gates = torch.stack([wins * float(content_scale), ~wins * float(style_scale)], dim=-1)
         return Plan(self.layers, (self.content, self.style), gates)
 
 

@@ -56,11 +56,8 @@ class LowRank:
 
 @dataclass(frozen=True)
 class LoRA(Mapping[str, LowRank]):
-    """A LoRA file as data: a mapping of the denoiser's layers, and what else came with them.
-
-    layers: {module name: LowRank} in execution order.  text_encoders: {component: {module name: LowRank}}.
-    metadata: the file's own strings; never executed, never passed to a constructor.
-    """
+    """A LoRA file as data: a mapping of the denoiser's layers, in execution order, and what else came with them.
+    text_encoders: {component: {module name: LowRank}}; metadata: the file's own strings, never executed."""
 
     layers: Mapping[str, LowRank]
     text_encoders: Mapping[str, Mapping[str, LowRank]] = field(default_factory=dict)
@@ -88,7 +85,7 @@ class Plan:
     def constant(cls, loras: tuple[Mapping[str, LowRank], ...], scales: tuple[float, ...]) -> "Plan":
         """Every LoRA acts at every step at its own scale: one LoRA alone, or a weighted sum."""
         layers = tuple(dict.fromkeys(name for lora in loras for name in lora))
-        return cls(layers, loras, torch.tensor(scales).expand(1, len(layers), len(scales)))
+        return cls(layers, loras, torch.tensor(scales, dtype=torch.float32).expand(1, len(layers), len(scales)))
 
 
 def read_keys(path: Path) -> list[str]:
@@ -200,6 +197,8 @@ def _scaled(stem: str, pair: LowRank, alpha: float, divisor: float) -> LowRank:
 
 def _located(pairs: Mapping[str, LowRank], inventory: Inventory, rename: Rename) -> dict[Place, LowRank]:
     """Every pair with its place in the base, of that place's shape."""
+    if len(pairs) > (most := sum(len(names) for names in inventory.values())):  # and converters are quadratic
+        raise LoRAError(f"adapts {len(pairs)} layers. Expected at most the {most} that this base has.")
     lookups = {part: _lookup(names) for part, names in inventory.items()}
     found: dict[Place, LowRank] = {}
     foreign: dict[str, str] = {}
@@ -207,6 +206,8 @@ def _located(pairs: Mapping[str, LowRank], inventory: Inventory, rename: Rename)
         part, spelled = _component(stem, list(inventory))
         if name := lookups[part].get(spelled):
             _place(found, (part, name), pair, stem, inventory)
+        elif part != next(iter(inventory)):
+            raise LoRAError(_UNKNOWN.format(stem))
         else:
             kohya = f"lora_unet_{spelled.replace('.', '_')}"
             if kohya in foreign.values():

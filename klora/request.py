@@ -119,6 +119,9 @@ def open_image(name: str, path: Path, mode: str) -> Image.Image:
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.has_transparency_data:  # over white; what is transparent in a mask is not repainted
+                backdrop = Image.new("RGBA", image.size, "white" if mode == "RGB" else "black")
+                image = Image.alpha_composite(backdrop, image.convert("RGBA"))
             return image.convert(mode)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
         raise RequestError(f"{name} cannot be read as an image. Expected a PNG, JPEG or WebP file.") from error

@@ -54,7 +54,7 @@ class Studio:
     def load(self, name: str, family: str, path: Path) -> Family:
         """The base, loaded if need be; others leave the accelerator when its memory is short. Raises BaseModelError."""
         if name not in self._bases:
-            parts = [part for part in path.iterdir() if part.is_dir()]
+            parts = [part for part in path.glob("*") if part.is_dir()]
             self._make_room(sum(file.stat().st_size for part in parts for file in weight_files(part)))
             self._bases[name] = load_model(family, path, self.device, default_dtype(self.device))
             logger.info("loaded %s from %s", name, path)

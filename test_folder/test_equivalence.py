@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from functools import cache
 
 import diffusers
 import numpy as np
@@ -119,13 +120,19 @@ def family(request):
 
 
 @pytest.fixture(scope="module")
-def load(bases, family):
-    return lambda: FAMILIES[family].load(bases / BASES[family], torch.device("cpu"), torch.float32)
+def load(bases):
+    return lambda family: FAMILIES[family].load(bases / BASES[family], torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="module")
-def model(load):
-    return load()
+def load_once(load):
+    return cache(load)
+
+
+@pytest.fixture(scope="module")
+def model(load_once, family):
+    """The same for all tests, which therefore notice what one of them leaves behind."""
+    return load_once(family)
 
 
 @pytest.fixture(scope="module")
@@ -238,8 +245,8 @@ def test_fusions_make_different_images(model, both):
         assert all(abs(image - other).max() > 8 for other in images[:index])
 
 
-def test_run_of_30_steps_leaves_nothing_that_a_run_of_50_would_notice(load, model, both):
-    alone = generate(load(), asked(num_inference_steps=50), **both)
+def test_run_of_30_steps_leaves_nothing_that_a_run_of_50_would_notice(load, family, model, both):
+    alone = generate(load(family), asked(num_inference_steps=50), **both)
     generate(model, asked(num_inference_steps=30), **both)
     after = generate(model, asked(num_inference_steps=50), **both)
     assert np.array_equal(pixels(after), pixels(alone))

@@ -116,7 +116,6 @@ def test_layers_of_a_text_encoder_act_at_their_loras_scale(studio: Studio, loras
     assert same(draw(style_scale=0.0), draw())
 
 
-@pytest.mark.xfail(strict=True, reason="RuntimeError: gates of whole numbers cannot hold the NaN that Gate begins with")
 @pytest.mark.parametrize("fusion", ["klora", "sum", "content", "style"])
 def test_whole_numbers_serve_as_scales(studio: Studio, loras: Path, fusion: str) -> None:
     files = pair(loras, "sdxl")
