@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import combinations, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from klora.errors import BaseModelError
 from klora.layers import attached
 from klora.lora import LowRank, Plan
 from klora.models import FAMILIES, load_model
-from klora.models.family import Conditioning, Family
+from klora.models.family import Conditioning, Family, following
 from klora.request import SCHEDULERS, Request
 from test_folder import tiny
 
@@ -619,3 +620,16 @@ def test_a_request_broken_off_leaves_no_trace(model: Family) -> None:
         paint(model, cancel)
     assert state(model) == before
     assert np.array_equal(paint(model), first)
+
+
+def test_step_is_the_schedules_not_the_count_of_forwards() -> None:
+    """A pipeline may call its denoiser twice a step, once for the prompt and once for what to steer away from."""
+    denoiser, steps = torch.nn.Identity(), []
+    scheduler = SimpleNamespace(timesteps=[3, 2, 1], num_inference_steps=3)
+    pipe = SimpleNamespace(transformer=denoiser, scheduler=scheduler, num_timesteps=2)  # an image enters at the second
+    with following(pipe, steps.append) as on_step_end:
+        for index in range(2):
+            denoiser(torch.zeros(1))
+            denoiser(torch.zeros(1))
+            on_step_end(pipe, index, scheduler.timesteps[index + 1], {})
+    assert steps == [1, 1, 2, 2]
