@@ -5,9 +5,7 @@ and the number of the draw, so that a resumed run is the same run. Knows no Cog,
 """
 
 import hashlib
-import logging
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,8 +24,6 @@ from klora.models.family import Conditioning, Family, Posterior, linear_shapes
 from klora.training.buckets import Crop, batches, buckets, fit, nearest_bucket
 from klora.training.config import TrainConfig
 from klora.training.dataset import Picture, captioned
-
-logger = logging.getLogger(__name__)
 
 OnStep = Callable[[int, float], None]
 """(steps done, loss of the last one) -> ignored"""
@@ -130,7 +126,7 @@ def _fit(
     done = _load(checkpoint, parameters, optimizer, schedule) if checkpoint and checkpoint.is_file() else 0
     draws = _draws(examples, config, accelerator, done)
     for step in range(done, config.steps):
-        started, losses = time.perf_counter(), []
+        losses = []
         for part in range(config.gradient_accumulation_steps):
             number, indices = next(draws)
             generator = _generator(config.seed, "draw", number)
@@ -145,7 +141,6 @@ def _fit(
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         on_step(step + 1, float(torch.stack(losses).sum()))
-        logger.debug("step %d took %.3f s", step + 1, time.perf_counter() - started)
         if checkpoint and config.checkpoint_interval and (step + 1) % config.checkpoint_interval == 0:
             _save(checkpoint, step + 1, parameters, optimizer)
 
@@ -163,11 +158,13 @@ def _draws(
 ) -> Iterator[tuple[int, list[int]]]:
     """(number of the draw, indices of its examples) from the first draw after `done` steps, this process's share."""
     sizes = [example.size for example in examples]
-    per_epoch = batches(sizes, config.batch_size, seed=config.seed, epoch=0)
+    epoch, planned = 0, batches(sizes, config.batch_size, seed=config.seed, epoch=0)
     number = done * config.gradient_accumulation_steps * accelerator.num_processes + accelerator.process_index
     while True:
-        epoch, place = divmod(number, len(per_epoch))
-        yield number, batches(sizes, config.batch_size, seed=config.seed, epoch=epoch)[place]
+        if number // len(planned) != epoch:  # every epoch has as many batches
+            epoch = number // len(planned)
+            planned = batches(sizes, config.batch_size, seed=config.seed, epoch=epoch)
+        yield number, planned[number % len(planned)]
         number += accelerator.num_processes
 
 
