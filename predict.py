@@ -12,11 +12,11 @@ from pathlib import Path as LocalPath
 from typing import Any, Optional
 
 from cog import BasePredictor, Input, Path, Secret, current_scope
-from tqdm import tqdm
 
 import weights
 from klora.errors import RequestError
-from klora.request import Request, open_image
+from klora.form import filled, progress_line, uploaded
+from klora.request import Request, open_images
 from klora.studio import Studio, save_images
 
 ALIASES = {
@@ -27,7 +27,6 @@ ALIASES = {
     "extra_lora_scale": "style_scale",
     "guidance": "guidance_scale",
 }
-WHOLE = ("width", "height", "num_outputs", "num_inference_steps", "seed", "output_quality")
 TOKENS = ("hf_api_token", "civitai_api_token", "replicate_api_token")
 
 
@@ -44,7 +43,9 @@ class Predictor(BasePredictor):
 
     def predict(
         self,
-        prompt: str = Input(description="What the image shows. Include the LoRAs' trigger words."),
+        prompt: str = Input(
+            description="What the image shows. Include the LoRAs' trigger words, unless their files name them."
+        ),
         content_lora: Optional[str] = Input(
             description="LoRA of the subject: the path of a .safetensors file in the server's LoRA folder. Leave blank for none.",
             default=None,
@@ -176,6 +177,9 @@ class Predictor(BasePredictor):
         output_quality: int = Input(
             description="Quality of webp and jpg images, from 0 to 100; png is always exact.", ge=0, le=100, default=80
         ),
+        add_triggers: bool = Input(
+            description="Add the trigger words that the LoRAs' files name, where the prompt lacks them.", default=True
+        ),
         go_fast: bool = Input(description="Accepted for old requests; it changes nothing yet.", default=False),
         disable_safety_checker: bool = Input(
             description="Show the images without checking them for unsafe content.", default=False
@@ -208,15 +212,13 @@ class Predictor(BasePredictor):
         ),
     ) -> list[Path]:
         """Make the images."""
-        given = {name: value for name, value in locals().items() if name != "self" and value is not None}
+        given = {"prompt": prompt} | filled({name: value for name, value in locals().items() if name != "self"})
         shutil.rmtree(self.outputs, ignore_errors=True)  # Cog never deletes what it has sent
         started = time.perf_counter()
         request = _request(given)
         _record("seed", request.seed)
         print(f"seed {request.seed}")
-        named = {name: getattr(request, name) for name in ("content_lora", "style_lora")}
-        root = weights.lora_root()
-        loras = {name: weights.lora_path(reference, root, name) for name, reference in named.items() if reference}
+        loras = weights.lora_paths(request.loras, weights.lora_root())
         _record("fetch_seconds", time.perf_counter() - started)
         images = self.studio.make(request, loras, _record, _show_progress)
         return [Path(path) for path in save_images(images, self.outputs, request)]
@@ -224,27 +226,14 @@ class Predictor(BasePredictor):
 
 def _request(given: dict[str, Any]) -> Request:
     """The request under the new names, its uploads opened."""
-    given = {name: value for name, value in given.items() if value != "" or name == "prompt"}  # a form's blank field
     inputs = {name: value for name, value in given.items() if name not in ALIASES and name not in TOKENS}
     for alias, name in ALIASES.items():
         if alias in given and given[alias] != inputs.setdefault(name, given[alias]):
             raise RequestError(
                 f"{alias} is {given[alias]!r} and {name} is {inputs[name]!r}. {alias} is {name}'s old name: give one."
             )
-    for name in inputs.keys() & set(WHOLE):
-        inputs[name] = int(inputs[name])  # Cog lets 2.0 pass for a whole number, as JSON does
-    for name, mode in (("image", "RGB"), ("mask", "L")):
-        if name in inputs:
-            inputs[name] = open_image(name, _upload(name, inputs[name]), mode)
-    return Request(**inputs)
-
-
-def _upload(name: str, path: Path) -> LocalPath:
-    """Cog's temporary copy of an upload: a bare string would open any file of the container."""
-    local = LocalPath(str(path)).resolve()
-    if not local.is_relative_to(LocalPath(tempfile.gettempdir()).resolve()):
-        raise RequestError(f"{name} is {str(path)!r}. Expected an uploaded file, an http(s) URL or a data URI.")
-    return local
+    uploads = {name: uploaded(name, inputs[name]) for name in ("image", "mask") if name in inputs}
+    return Request(**open_images(inputs | uploads))
 
 
 def _record(name: str, value: Any) -> None:
@@ -252,5 +241,4 @@ def _record(name: str, value: Any) -> None:
 
 
 def _show_progress(step: int, steps: int) -> None:
-    """A line that Replicate's clients parse; they need a newline after each and no description before it."""
-    print(tqdm.format_meter(step, steps, elapsed=0, bar_format="{percentage:3.0f}%|{bar:20}| {n}/{total}"), flush=True)
+    print(progress_line(step, steps), flush=True)

@@ -3,31 +3,22 @@
 Cog reads the form from this source text, so every string is one literal and every bound a number (script/schema).
 """
 
-import dataclasses
-import json
 import logging
 import sys
-import tarfile
-import tempfile
-import time
+from dataclasses import fields
 from pathlib import Path as LocalPath
 from typing import Optional
 
-import torch
-from cog import BaseModel, Input, Path, current_scope
-from tqdm import tqdm
+from cog import BaseModel, Input, Path, Secret, current_scope
 
 import weights
-from klora.errors import RequestError
-from klora.lora import LoRA, save_lora
-from klora.models import load_model
-from klora.training.config import TrainConfig
-from klora.training.dataset import dataset_hash, read_upload
-from klora.training.loop import train_lora
+from klora.form import filled, progress_line, uploaded
+from klora.training.job import Publishing, TrainingBase, run_training
+from klora.training.loop import Progress
 
 
 class TrainingOutput(BaseModel):
-    """weights: a tar with lora.safetensors, config.json and train.jsonl."""
+    """weights: a tar with the LoRA, its settings, its log, sample images, a model card, and what it takes to go on."""
 
     weights: Path
 
@@ -58,9 +49,17 @@ def train(
         description="The whole prompt of pictures without caption. Blank means one made of trigger_word and class_word.",
         default=None,
     ),
+    autocaption: bool = Input(
+        description="Let a captioning model describe the pictures that have no caption, where one is installed.",
+        default=False,
+    ),
+    autocaption_prefix: Optional[str] = Input(
+        description="Put in front of what the captioning model says.", default=None
+    ),
+    autocaption_suffix: Optional[str] = Input(description="Put behind what the captioning model says.", default=None),
     steps: int = Input(description="Training steps.", ge=1, le=10000, default=1000),
     learning_rate: Optional[float] = Input(
-        description="Learning rate. Blank means 0.00005 on sdxl and 0.0001 on flux-dev.",
+        description="Learning rate. Blank means 0.00005 on sdxl and 0.0001 on flux-dev, and 1 with prodigy.",
         ge=0.00000001,
         le=10,
         default=None,
@@ -70,6 +69,9 @@ def train(
         ge=1,
         le=128,
         default=None,
+    ),
+    lora_alpha: Optional[float] = Input(
+        description="Scale of the update, times the rank. Blank means the rank.", ge=0.001, le=1024, default=None
     ),
     lora_targets: str = Input(
         description="Which layers to adapt. LoRAs of the same layers fuse best.",
@@ -81,24 +83,88 @@ def train(
         default=None,
     ),
     resolution: Optional[str] = Input(
-        description="Sides in pixels of the squares to whose areas pictures are scaled, as 512,768,1024. Blank means the base's own.",
+        description="Sides in pixels of the squares to whose areas pictures are scaled, as 512,768,1024. Blank means 1024 on sdxl and 512,768,1024 on flux-dev.",
         default=None,
     ),
     crop: str = Input(
-        description="bucket keeps each picture's shape as far as can be, center cuts squares, random cuts anywhere.",
-        choices=["bucket", "center", "random"],
+        description="bucket keeps each picture's shape as far as can be, center cuts squares, random cuts anywhere, salience around the mask.",
+        choices=["bucket", "center", "random", "salience"],
         default="bucket",
     ),
-    batch_size: int = Input(description="Pictures to a step.", ge=1, le=16, default=1),
+    horizontal_flip: bool = Input(
+        description="Show the pictures mirrored, too. Harms what is not symmetric, and letters.", default=False
+    ),
+    batch_size: int = Input(description="Pictures to a batch.", ge=1, le=16, default=1),
     gradient_accumulation_steps: int = Input(description="Batches to a step.", ge=1, le=64, default=1),
+    optimizer: str = Input(
+        description="What turns gradients into steps.",
+        choices=["adamw", "adamw8bit", "prodigy", "lion", "adafactor"],
+        default="adamw",
+    ),
     lr_scheduler: str = Input(
         description="How the learning rate goes on.", choices=["constant", "linear", "cosine"], default="constant"
     ),
     lr_warmup_steps: int = Input(description="Steps over which the learning rate rises.", ge=0, le=10000, default=0),
-    weight_decay: float = Input(description="Weight decay of AdamW.", ge=0, le=1, default=0.0001),
+    weight_decay: float = Input(description="Weight decay.", ge=0, le=1, default=0.0001),
     max_grad_norm: float = Input(description="Gradients are scaled down to this norm.", ge=0, le=1000, default=1.0),
     caption_dropout_rate: float = Input(
-        description="Share of steps that see no caption, from 0 to 1.", ge=0, le=1, default=0.0
+        description="Share of examples that see no caption, from 0 to 1.", ge=0, le=1, default=0.0
+    ),
+    mask_mode: str = Input(
+        description="What restricts learning to a part of the pictures: masks in the upload (NAME.mask.png), or what clipseg finds.",
+        choices=["none", "provided", "clipseg"],
+        default="none",
+    ),
+    mask_prompt: Optional[str] = Input(
+        description="What clipseg is to look for. Blank means class_word.", default=None
+    ),
+    mask_min_weight: float = Input(description="What counts outside of a mask; inside is 1.", ge=0, le=1, default=0.1),
+    prior_preservation: str = Input(
+        description="What keeps the base from forgetting the class: its own output without the trigger word, or pictures of the class that it makes first.",
+        choices=["none", "output", "class_images"],
+        default="none",
+    ),
+    class_prompt: Optional[str] = Input(
+        description="The prompt of what is to be kept. Blank means one made of class_word.", default=None
+    ),
+    num_class_images: int = Input(
+        description="Pictures of the class that the base makes before training.", ge=1, le=1000, default=100
+    ),
+    prior_loss_weight: float = Input(description="Weight of what is to be kept.", ge=0, le=100, default=1.0),
+    timestep_sampling: str = Input(
+        description="Law of the noise levels. auto is uniform on sdxl and logit_normal on flux-dev; content dwells on noise, style on detail; shift is FLUX's own.",
+        choices=["auto", "uniform", "logit_normal", "shift", "content", "style"],
+        default="auto",
+    ),
+    snr_gamma: Optional[float] = Input(
+        description="Min-SNR weighting, 5 as published. Blank means none.", ge=0.001, le=100, default=None
+    ),
+    noise_offset: float = Input(
+        description="Strength of a noise that is equal all over the picture; helps with very dark and bright ones.",
+        ge=0,
+        le=1,
+        default=0.0,
+    ),
+    ema_decay: float = Input(
+        description="Decay of a running mean of the LoRA, which is then the result. 0 means none.",
+        ge=0,
+        le=0.9999,
+        default=0.0,
+    ),
+    precision: str = Input(
+        description="How the base's weights are held. auto is bf16, or less where memory is short.",
+        choices=["auto", "bf16", "fp32", "int8", "nf4"],
+        default="auto",
+    ),
+    gradient_checkpointing: str = Input(
+        description="Compute activations twice to save memory. auto does where memory is short.",
+        choices=["auto", "on", "off"],
+        default="auto",
+    ),
+    compile: str = Input(
+        description="Compile the base's blocks. auto does on a GPU, for runs that are long enough.",
+        choices=["auto", "on", "off"],
+        default="auto",
     ),
     seed: Optional[int] = Input(
         description="The same seed and pictures give the same LoRA. Blank means a random one, which the log reports.",
@@ -106,50 +172,62 @@ def train(
         le=4294967295,
         default=None,
     ),
+    sample_prompts: Optional[str] = Input(
+        description="Prompts of sample images, one a line. Blank means four made of trigger_word and class_word.",
+        default=None,
+    ),
+    sample_interval: int = Input(
+        description="Steps between sample images. 0 means at the end alone.", ge=0, le=10000, default=0
+    ),
+    sample_steps: int = Input(
+        description="Denoising steps of a sample image. 0 means no samples.", ge=0, le=100, default=28
+    ),
+    checkpoint_interval: int = Input(description="Steps between checkpoints. 0 means none.", ge=0, le=10000, default=0),
+    keep_checkpoints: int = Input(description="How many checkpoints are kept, the latest.", ge=1, le=100, default=2),
+    resume_from: Optional[Path] = Input(
+        description="The tar of a training, finished or cancelled, with the same pictures: it goes on up to steps.",
+        default=None,
+    ),
+    hf_repo_id: Optional[str] = Input(
+        description="Hugging Face repository, owner/name, to which the LoRA is uploaded. Blank means none.",
+        default=None,
+    ),
+    hf_token: Optional[Secret] = Input(description="Hugging Face token with the right to write there.", default=None),
+    hf_private: bool = Input(description="Make that repository private.", default=True),
+    wandb_api_key: Optional[Secret] = Input(
+        description="Weights & Biases key. Blank means that nothing is reported there.", default=None
+    ),
+    wandb_project: str = Input(description="Weights & Biases project.", default="klora"),
+    wandb_run: Optional[str] = Input(
+        description="Weights & Biases name of the run. Blank means one of its own.", default=None
+    ),
+    wandb_entity: Optional[str] = Input(
+        description="Weights & Biases user or team. Blank means the key's.", default=None
+    ),
 ) -> TrainingOutput:
     """Train a LoRA."""
-    given = {name: value for name, value in locals().items() if value not in (None, "")}
+    given = filled(locals())
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    base = weights.find_base(given.pop("base_model"))
-    pictures, skipped = read_upload(LocalPath(str(given.pop("input_images"))))
-    if "resolution" in given:
-        given["resolutions"] = _sides(given.pop("resolution"))
-    config = TrainConfig(**given)
-    print(f"{len(pictures)} pictures, seed {config.seed}")
-    for item in skipped:
-        print(f"skipped {item.name}: {item.reason}")
-    log: list[dict[str, float]] = []
-    started = time.perf_counter()
-
-    def on_step(step: int, loss: float) -> None:
-        log.append({"step": step, "loss": loss, "seconds": time.perf_counter() - started})
-        current_scope().record_metric("loss", loss)
-        print(
-            tqdm.format_meter(step, config.steps, 0, bar_format="{percentage:3.0f}%|{bar:20}| {n}/{total}"), flush=True
-        )
-
-    model = load_model(base.family, base.path)
-    lora = train_lora(model, pictures, config, on_step=on_step)
-    facts = {"base": base.name, "trigger": config.trigger, "dataset": dataset_hash(pictures)}
-    metadata = {name: str(value) for name, value in (dataclasses.asdict(config) | facts).items()}
-    with tempfile.TemporaryDirectory(prefix="klora-train-") as name:
-        folder = LocalPath(name)
-        save_lora(folder / "lora.safetensors", LoRA(lora.layers, metadata=metadata), model.component, torch.float16)
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config) | facts, indent=2))
-        (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-        return TrainingOutput(weights=Path(_tarred(folder, LocalPath("trained_model.tar"))))
+    base = TrainingBase(**weights.training_base(given.pop("base_model")))
+    uploads = {name: uploaded(name, given.pop(name)) for name in ("input_images", "resume_from") if name in given}
+    shown = {item.name: given.pop(item.name) for item in fields(Publishing) if item.name in given}
+    for name in ("hf_token", "wandb_api_key"):
+        if name in shown:
+            shown[name] = shown[name].get_secret_value()
+    tar = run_training(
+        base,
+        uploads["input_images"],
+        given,
+        LocalPath("trained_model.tar").resolve(),  # `cog train` on a laptop leaves it there
+        resume_from=uploads.get("resume_from"),
+        publishing=Publishing(**shown),
+        on_progress=_report,
+    )
+    return TrainingOutput(weights=Path(tar))
 
 
-def _sides(resolution: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(side) for side in resolution.split(","))
-    except ValueError as error:
-        raise RequestError(f"resolution is {resolution!r}. Expected sides in pixels, as 512,768,1024.") from error
-
-
-def _tarred(folder: LocalPath, path: LocalPath) -> LocalPath:
-    """The folder's files in a tar, in the working directory: `cog train` on a laptop leaves it there."""
-    with tarfile.open(path.with_suffix(".part"), "w") as tar:
-        for file in sorted(folder.iterdir()):
-            tar.add(file, file.name)
-    return path.with_suffix(".part").replace(path)
+def _report(progress: Progress) -> None:
+    print(progress_line(progress.step, progress.steps, str(progress)), flush=True)
+    for name in ("loss", "fixed_loss", "steps_per_second"):
+        if (value := getattr(progress, name)) is not None:
+            current_scope().record_metric(name, value)

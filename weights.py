@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError
@@ -69,6 +69,13 @@ BASES: Mapping[str, Base] = {
         _FLUX_FILES,
         "Apache-2.0",
     ),
+    # What describes training pictures, and what finds their subject.
+    "captioner": Base(
+        None, "Salesforce/blip-image-captioning-large", "main", ("*.json", "*.txt", "model.safetensors"), "BSD-3-Clause"
+    ),
+    "segmenter": Base(
+        None, "CIDAS/clipseg-rd64-refined", "main", ("*.json", "*.txt", "model.safetensors"), "Apache-2.0"
+    ),
     "safety-checker": Base(
         None,
         "CompVis/stable-diffusion-safety-checker",
@@ -108,6 +115,12 @@ def find_base(name: str | None, family: str | None = None) -> Installed:
     return Installed(fitting[0], BASES[fitting[0]].family or "", models_folder() / fitting[0])
 
 
+def training_base(name: str) -> dict[str, Any]:
+    """The base of this name, by the fields of klora.training.job.TrainingBase. Raises BaseModelError."""
+    found = {"repository": BASES[name].repository, "licence": BASES[name].licence, "annotators": models_folder()}
+    return find_base(name)._asdict() | found
+
+
 def safety_checker_path() -> Path:
     """The folder of the safety checker, whether or not it is there."""
     return models_folder() / "safety-checker"
@@ -117,6 +130,11 @@ def lora_root() -> Path | None:
     """KLORA_LORA_ROOT: the one folder from which requests may name local LoRA files. None, the default: none may."""
     root = os.environ.get("KLORA_LORA_ROOT")
     return Path(root) if root else None
+
+
+def lora_paths(references: Mapping[str, str], root: Path | None) -> dict[str, Path]:
+    """The files that a request's LoRA references name, by input. Raises LoRAError."""
+    return {name: lora_path(reference, root, name) for name, reference in references.items()}
 
 
 def lora_path(reference: str, root: Path | None, name: str) -> Path:

@@ -1,8 +1,9 @@
-"""The `klora` command: images from a shell, without Cog. Its options are the form's fields, by the same names."""
+"""The `klora` command: what the forms do, from a shell and without Cog. Its options are the forms' fields, by name."""
 
 import inspect
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -12,10 +13,16 @@ from PIL import Image
 
 import weights
 from klora.errors import KLoRAError
-from klora.request import Request, open_image
+from klora.form import progress_line
+from klora.request import Request, open_images
 from klora.studio import Studio, save_images
+from klora.training.config import TrainConfig
+from klora.training.job import Publishing, TrainingBase, run_training
 
 app = typer.Typer(help="K-LoRA: one LoRA's subject in another LoRA's style.", no_args_is_help=True)
+
+
+Out = Annotated[Path, typer.Option(help="Folder for what is made.", file_okay=False)]
 
 
 @app.callback()
@@ -24,37 +31,62 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
 
-def fuse(out: Path, **given: Any) -> None:
+def fuse(
+    out: Annotated[Path, typer.Option(help="Folder for the images.", file_okay=False)] = Path("out"), **given: Any
+) -> None:
     """Make images from a prompt and up to two LoRA files."""
-    inputs = {name: value for name, value in given.items() if value is not None}
-    try:
-        for name, mode in (("image", "RGB"), ("mask", "L")):
-            if name in inputs:
-                inputs[name] = open_image(name, inputs[name], mode)
-        request = Request(**inputs)
-        named = {name: getattr(request, name) for name in ("content_lora", "style_lora") if getattr(request, name)}
-        loras = {name: weights.lora_path(reference, Path.cwd(), name) for name, reference in named.items()}
-        facts: dict[str, Any] = {}
-        started = time.perf_counter()
-        studio = Studio(weights.find_base, weights.safety_checker_path())
-        images = studio.make(request, loras, facts.__setitem__)
-    except KLoRAError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
+    started, facts = time.perf_counter(), dict[str, Any]()
+    request = Request(**open_images(given))
+    loras = weights.lora_paths(request.loras, Path.cwd())
+    studio = Studio(weights.find_base, weights.safety_checker_path())
+    images = studio.make(request, loras, facts.__setitem__)
     for path in save_images(images, out, request):
         typer.echo(path)
     share = f", style acts in {facts['style_share']:.0%}" if "style_share" in facts else ""
     typer.echo(f"seed {request.seed}{share}, {time.perf_counter() - started:.1f} s")
 
 
-def _options() -> list[inspect.Parameter]:
-    """One option for each field of Request; the prompt is the argument."""
-    hints = get_type_hints(Request)
+def train(
+    pictures: Annotated[Path, typer.Argument(help="A zip, a tar or a folder of pictures.", exists=True)],
+    base_model: Annotated[Literal["sdxl", "flux-dev"], typer.Option(help="Base model to train on.")] = "sdxl",
+    out: Annotated[Path, typer.Option(help="The tar to write.", dir_okay=False)] = Path("trained_model.tar"),
+    resume_from: Annotated[Path | None, typer.Option(help="Such a tar: its training goes on.", exists=True)] = None,
+    **given: Any,
+) -> None:
+    """Train a LoRA on pictures."""
+    publishing = {item.name: given.pop(item.name) for item in fields(Publishing) if item.name in given}
+    tar = run_training(
+        TrainingBase(**weights.training_base(base_model)),
+        pictures,
+        given,
+        out,
+        resume_from=resume_from,
+        publishing=Publishing(**publishing),
+        on_progress=lambda progress: typer.echo(progress_line(progress.step, progress.steps, str(progress))),
+    )
+    typer.echo(tar)
+
+
+def _command(verb: Callable[..., None], *forms: type) -> None:
+    """Add a verb to the command: its own options, and one for each field of dataclasses, handed over when given."""
+
+    def run(**given: Any) -> None:
+        try:
+            verb(**{name: value for name, value in given.items() if value is not None})
+        except KLoRAError as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(1) from error
+
+    own = [part for part in inspect.signature(verb).parameters.values() if part.kind is not part.VAR_KEYWORD]
+    kind = inspect.Parameter.KEYWORD_ONLY
     options = [
-        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, **_option(f, hints[f.name])) for f in fields(Request)
+        inspect.Parameter(item.name, kind, **_option(item, get_type_hints(form)[item.name]))
+        for form in forms
+        for item in fields(form)
     ]
-    out = Annotated[Path, typer.Option(help="Folder for the images.", file_okay=False)]
-    return [*options, inspect.Parameter("out", inspect.Parameter.KEYWORD_ONLY, default=Path("out"), annotation=out)]
+    parameters = [part.replace(kind=kind) for part in (*options, *own)]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    app.command(verb.__name__, help=verb.__doc__)(run)
 
 
 def _option(item: "Field[Any]", hint: Any) -> dict[str, Any]:
@@ -71,5 +103,5 @@ def _option(item: "Field[Any]", hint: Any) -> dict[str, Any]:
     return {"annotation": Annotated[hint, typer.Option(help=text, **bounds)], "default": default}
 
 
-fuse.__signature__ = inspect.Signature(_options())  # type: ignore[attr-defined]
-app.command()(fuse)
+_command(fuse, Request)
+_command(train, TrainConfig, Publishing)

@@ -1,5 +1,6 @@
 """From a request and up to two LoRAs to images: a pure function of its inputs. Knows no file, form or HTTP."""
 
+import re
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -43,7 +44,7 @@ def generate(
         for component, encoder in model.text_encoders.items():
             loans.enter_context(attached(encoder, _constant(request, content, style, component)))
         negative = [request.negative_prompt] if request.negative_prompt else None
-        conditioning = model.encode_prompt([request.prompt], negative)
+        conditioning = model.encode_prompt([_prompt(request, content, style, record)], negative)
     lap("encode_seconds")
     with attached(model.denoiser, plan) as gate:
 
@@ -80,15 +81,37 @@ def combine(
 
 
 def _constant(request: Request, content: LoRA | None, style: LoRA | None, encoder: str | None = None) -> Plan:
-    """The LoRAs that this request lets act at all, at their scales: in the denoiser without K-LoRA's choice, or in a
+    """The LoRAs that act, at their scales: in the denoiser without K-LoRA's choice, or in a
     text encoder, which is outside the choice because that is about denoising steps."""
+    acting = _acting(request, content, style)
+    parts = tuple(lora.text_encoders.get(encoder, {}) if encoder else lora for _, lora, _ in acting)
+    return Plan.constant(parts, tuple(scale for _, _, scale in acting))
+
+
+def _acting(request: Request, content: LoRA | None, style: LoRA | None) -> list[tuple[str, LoRA, float]]:
+    """(role, LoRA, scale) of those that this request lets act at all."""
     acting = []
     for name, lora, scale in (("content", content, request.content_scale), ("style", style, request.style_scale)):
         if request.fusion == name and lora is None:
             raise RequestError(f"fusion is {name} but {name}_lora is not given. Give it, or choose another fusion.")
         if lora is not None and request.fusion in (name, "sum", "klora"):
-            acting.append((lora.text_encoders.get(encoder, {}) if encoder else lora, scale))
-    return Plan.constant(tuple(layers for layers, _ in acting), tuple(scale for _, scale in acting))
+            acting.append((name, lora, scale))
+    return acting
+
+
+def _prompt(request: Request, content: LoRA | None, style: LoRA | None, record: Record) -> str:
+    """The prompt, and the trigger words that the LoRAs' files name where it lacks them: the subject's in front, the
+    style's behind."""
+    prompt, added = request.prompt, []
+    for _, lora, _ in _acting(request, content, style) if request.add_triggers else ():
+        trigger = lora.metadata.get("trigger", "")
+        if trigger and not re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", prompt, re.IGNORECASE):
+            added.append(trigger)
+            styled = lora.metadata.get("lora_type") == "style"
+            prompt = f"{prompt}, {trigger} style" if styled else f"{trigger}, {prompt}"
+    if added:
+        record("triggers_added", ", ".join(added))
+    return prompt
 
 
 def _checked_steps(model: Family, request: Request) -> int:

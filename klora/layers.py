@@ -114,15 +114,15 @@ def attached(
 
 
 @contextmanager
-def trainable(denoiser: nn.Module, layers: Mapping[str, LowRank]) -> Iterator[None]:
-    """Lend low-rank pairs to a module as they are, so that gradients reach their own A and B; the gate is 1.
+def trainable(denoiser: nn.Module, layers: Mapping[str, LowRank]) -> Iterator[Tensor]:
+    """Lend low-rank pairs to a module as they are, so that gradients reach their own A and B.
 
-    layers: {module name: pair}, A and B nn.Parameters on the module's device, in any float dtype.
+    layers: {module name: pair}, A and B nn.Parameters on the module's device, in any float dtype. Yields all their
+    gates as one tensor of ones; zeros make the module the base again.
     """
     with _lending() as loans:
-        for name, pair in layers.items():
-            _lend_linear(loans, denoiser, name, pair, torch.ones(pair.rank, device=pair.A.device))
-        yield
+        gates = _lend_linears(loans, denoiser, layers)
+        yield gates.fill_(1)
 
 
 @contextmanager
@@ -163,11 +163,7 @@ def _lend_merged(denoiser: nn.Module, plan: Plan, pairs: list[LowRank], loans: l
 
 
 def _lend_gated(denoiser: nn.Module, plan: Plan, pairs: list[LowRank], loans: list[Loan]) -> Apply:
-    # One buffer holds every layer's gate: a step is one copy, the addresses never change, compiled code never retraces.
-    sizes = [pair.rank for pair in pairs]
-    everywhere = torch.zeros(sum(sizes), device=pairs[0].A.device if pairs else None)
-    for name, pair, gate in zip(plan.layers, pairs, everywhere.split(sizes), strict=True):
-        _lend_linear(loans, denoiser, name, pair, gate)
+    everywhere = _lend_linears(loans, denoiser, dict(zip(plan.layers, pairs, strict=True)))
 
     def apply(gates: list[Tensor], changed: list[int]) -> None:
         everywhere.copy_(torch.cat(gates))
@@ -175,10 +171,17 @@ def _lend_gated(denoiser: nn.Module, plan: Plan, pairs: list[LowRank], loans: li
     return apply
 
 
-def _lend_linear(loans: list[Loan], denoiser: nn.Module, name: str, pair: LowRank, gate: Tensor) -> None:
-    path, _, child = name.rpartition(".")
-    slots = denoiser.get_submodule(path)._modules
-    _lend(loans, slots, child, LoRALinear(_linear(denoiser, name), pair.A, pair.B, gate))
+def _lend_linears(loans: list[Loan], denoiser: nn.Module, layers: Mapping[str, LowRank]) -> Tensor:
+    """Swap a LoRALinear in for each layer. Returns their gates, zeros [sum of ranks]: one buffer, so that a step is one
+    copy and, the addresses never changing, compiled code never retraces."""
+    ranks = [pair.rank for pair in layers.values()]
+    device = next((pair.A.device for pair in layers.values()), None)
+    everywhere = torch.zeros(sum(ranks), device=device)
+    for (name, pair), gate in zip(layers.items(), everywhere.split(ranks), strict=True):
+        path, _, child = name.rpartition(".")
+        linear = LoRALinear(_linear(denoiser, name), pair.A, pair.B, gate)
+        _lend(loans, denoiser.get_submodule(path)._modules, child, linear)
+    return everywhere
 
 
 def _stacked(plan: Plan, name: str, linear: nn.Linear) -> LowRank:

@@ -4,9 +4,8 @@ predict.py repeats the names and bounds, because Cog reads its form from source 
 """
 
 import math
-import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from klora.errors import RequestError
+from klora.fields import MAX_SEED, ask, check, random_seed
 
 MODELS = ("sdxl", "illustrious-xl", "flux-dev", "flux-schnell")
 FUSIONS = ("klora", "sum", "content", "style")
@@ -28,10 +28,6 @@ ASPECT_RATIOS = {
 MAX_PIXELS = 64 << 20  # of an uploaded image, once decoded
 
 
-def _ask(default: Any, help: str, **bounds: Any) -> Any:  # Any, as dataclasses.field itself is typed
-    return field(default=default, metadata={"help": help, **bounds})
-
-
 @dataclass(frozen=True)
 class Request:
     """One request, checked on creation. None means a default that depends on the base or on other inputs.
@@ -40,46 +36,41 @@ class Request:
     """
 
     prompt: str = field(metadata={"help": "What the image shows, with the LoRAs' trigger words."})
-    content_lora: str | None = _ask(None, "LoRA of the subject.")
-    style_lora: str | None = _ask(None, "LoRA of the style.")
-    model: str | None = _ask(None, "Base model. Default: the one that the LoRAs were made for.", choices=MODELS)
-    negative_prompt: str = _ask("", "What the image should not show; SDXL only.")
-    content_scale: float = _ask(
-        1.0, "Strength of the content LoRA where it acts; never enters the choice.", ge=-1, le=3
-    )
-    style_scale: float = _ask(1.0, "Strength of the style LoRA where it acts; never enters the choice.", ge=-1, le=3)
-    fusion: str = _ask("klora", "K-LoRA, the sum of both LoRAs, or one of them alone.", choices=FUSIONS)
-    pattern: str = _ask("auto", "How style gains on content over the steps; auto is s*.", choices=("auto", "s", "s*"))
-    style_bias: float = _ask(1.0, "Above 1 style acts in more layers and steps, below 1 in fewer.", ge=0, le=10)
-    alpha: float | None = _ask(None, "Slope of the schedule. Default: 1.5.", ge=0, le=10)
-    beta: float | None = _ask(None, "Start of the schedule. Default: 0.5 for s, 1.275 for s*.", ge=0, le=10)
-    aspect_ratio: str | None = _ask(
+    content_lora: str | None = ask(None, "LoRA of the subject.")
+    style_lora: str | None = ask(None, "LoRA of the style.")
+    model: str | None = ask(None, "Base model. Default: the one that the LoRAs were made for.", choices=MODELS)
+    negative_prompt: str = ask("", "What the image should not show; SDXL only.")
+    content_scale: float = ask(1.0, "Strength of the content LoRA where it acts; never enters the choice.", ge=-1, le=3)
+    style_scale: float = ask(1.0, "Strength of the style LoRA where it acts; never enters the choice.", ge=-1, le=3)
+    fusion: str = ask("klora", "K-LoRA, the sum of both LoRAs, or one of them alone.", choices=FUSIONS)
+    pattern: str = ask("auto", "How style gains on content over the steps; auto is s*.", choices=("auto", "s", "s*"))
+    style_bias: float = ask(1.0, "Above 1 style acts in more layers and steps, below 1 in fewer.", ge=0, le=10)
+    alpha: float | None = ask(None, "Slope of the schedule. Default: 1.5.", ge=0, le=10)
+    beta: float | None = ask(None, "Start of the schedule. Default: 0.5 for s, 1.275 for s*.", ge=0, le=10)
+    aspect_ratio: str | None = ask(
         None,
         "Shape of the image. Default: the input image's, custom when width or height is given, else 1:1.",
         choices=(*ASPECT_RATIOS, "custom", "match_input_image"),
     )
-    width: int | None = _ask(None, "Width in pixels, for a custom aspect ratio.", ge=64, le=2048)
-    height: int | None = _ask(None, "Height in pixels, for a custom aspect ratio.", ge=64, le=2048)
-    megapixels: str = _ask("1", "Area of the image, as a share of the base's own.", choices=("0.25", "0.5", "1", "2"))
-    image: Image.Image | None = _ask(None, "Image to start from.")
-    mask: Image.Image | None = _ask(None, "Where to repaint the image: white is repainted.")
-    prompt_strength: float = _ask(0.8, "How much of the input image is redrawn.", ge=0, le=1)
-    num_outputs: int = _ask(1, "Number of images.", ge=1, le=4)
-    num_inference_steps: int | None = _ask(None, "Denoising steps. Default: the base's own.", ge=1, le=500)
-    guidance_scale: float | None = _ask(None, "Adherence to the prompt. Default: the base's own.", ge=0, le=50)
-    scheduler: str | None = _ask(None, "Noise schedule; SDXL only. Default: K_EULER.", choices=SCHEDULERS)
-    seed: int = field(
-        default_factory=lambda: secrets.randbelow(1 << 31),
-        metadata={"help": "Image i uses seed + i. Default: chosen at random.", "ge": 0, "le": 4294967295},
-    )
-    output_format: str = _ask("webp", "File format.", choices=("webp", "jpg", "png"))
-    output_quality: int = _ask(80, "Quality of webp and jpg.", ge=0, le=100)
-    go_fast: bool = _ask(False, "Accepted; changes nothing yet.")
-    disable_safety_checker: bool = _ask(False, "Show images without checking them.")
+    width: int | None = ask(None, "Width in pixels, for a custom aspect ratio.", ge=64, le=2048)
+    height: int | None = ask(None, "Height in pixels, for a custom aspect ratio.", ge=64, le=2048)
+    megapixels: str = ask("1", "Area of the image, as a share of the base's own.", choices=("0.25", "0.5", "1", "2"))
+    image: Image.Image | None = ask(None, "Image to start from.")
+    mask: Image.Image | None = ask(None, "Where to repaint the image: white is repainted.")
+    prompt_strength: float = ask(0.8, "How much of the input image is redrawn.", ge=0, le=1)
+    num_outputs: int = ask(1, "Number of images.", ge=1, le=4)
+    num_inference_steps: int | None = ask(None, "Denoising steps. Default: the base's own.", ge=1, le=500)
+    guidance_scale: float | None = ask(None, "Adherence to the prompt. Default: the base's own.", ge=0, le=50)
+    scheduler: str | None = ask(None, "Noise schedule; SDXL only. Default: K_EULER.", choices=SCHEDULERS)
+    seed: int = ask(random_seed, "Image i uses seed + i. Default: chosen at random.", ge=0, le=MAX_SEED)
+    output_format: str = ask("webp", "File format.", choices=("webp", "jpg", "png"))
+    output_quality: int = ask(80, "Quality of webp and jpg.", ge=0, le=100)
+    add_triggers: bool = ask(True, "Add the trigger words that the LoRAs' files name, where the prompt lacks them.")
+    go_fast: bool = ask(False, "Accepted; changes nothing yet.")
+    disable_safety_checker: bool = ask(False, "Show images without checking them.")
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            _check(item.name, getattr(self, item.name), item.metadata)
+        check(self)
         if not self.prompt.strip():
             raise RequestError("prompt is empty. Expected what the image shows.")
         sized = self.width is not None or self.height is not None
@@ -91,6 +82,12 @@ class Request:
             raise RequestError("aspect_ratio is match_input_image but image is not given. Give it, or a ratio.")
         if self.mask is not None and self.image is None:
             raise RequestError("mask is given without image. Expected the image to repaint, too.")
+
+    @property
+    def loras(self) -> dict[str, str]:
+        """The LoRA references that were given, by input."""
+        named = {"content_lora": self.content_lora, "style_lora": self.style_lora}
+        return {name: reference for name, reference in named.items() if reference}
 
     def size(self, native: int, multiple: int) -> tuple[int, int]:
         """(width, height) in pixels on a base of this native side, in multiples of `multiple` unless named outright."""
@@ -110,6 +107,12 @@ class Request:
         return max(1, round(sides[0] * zoom)) * multiple, max(1, round(sides[1] * zoom)) * multiple
 
 
+def open_images(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A request's inputs, its image and mask opened: they come as paths. Raises RequestError."""
+    modes = {"image": "RGB", "mask": "L"}
+    return {**inputs, **{name: open_image(name, inputs[name], mode) for name, mode in modes.items() if name in inputs}}
+
+
 def open_image(name: str, path: Path, mode: str) -> Image.Image:
     """An upload as its maker saw it, turned as its EXIF says, in this mode. Raises RequestError naming the input."""
     try:
@@ -125,12 +128,3 @@ def open_image(name: str, path: Path, mode: str) -> Image.Image:
             return image.convert(mode)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
         raise RequestError(f"{name} cannot be read as an image. Expected a PNG, JPEG or WebP file.") from error
-
-
-def _check(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
-    if value is None:
-        return
-    if "choices" in bounds and value not in bounds["choices"]:
-        raise RequestError(f"{name} is {value!r}. Expected one of {', '.join(bounds['choices'])}.")
-    if "ge" in bounds and not bounds["ge"] <= value <= bounds["le"]:
-        raise RequestError(f"{name} is {value}. Expected {bounds['ge']} to {bounds['le']}.")

@@ -16,13 +16,13 @@ FAMILIES = [path for path in PACKAGE if path.parent.name == "models" and path.na
 # Library: the only files that may import it, by their beginning.
 BORDERS = {
     "cog": ("predict.py", "train.py"),
-    "diffusers": ("klora/models/", "klora/lora.py"),
-    "transformers": ("klora/models/", "klora/lora.py"),
+    "diffusers": ("klora/models/", "klora/lora.py", "klora/training/run.py"),
+    "transformers": ("klora/models/", "klora/lora.py", "klora/training/annotate.py"),
     "requests": ("weights.py", "klora/sources.py"),
     "urllib": ("weights.py", "klora/sources.py"),
     "urllib3": ("weights.py", "klora/sources.py"),
     "http": ("weights.py", "klora/sources.py"),
-    "huggingface_hub": ("weights.py", "klora/sources.py"),
+    "huggingface_hub": ("weights.py", "klora/sources.py", "klora/training/card.py"),
 }
 # What the lower files may import of ours; the files above them may import what they like, but for the programs.
 LAYERS = {
@@ -32,7 +32,10 @@ LAYERS = {
     "klora/fusion.py": {"klora.errors", "klora.lora"},
     "klora/layers.py": {"klora.errors", "klora.device", "klora.lora"},
     "klora/sources.py": {"klora.errors"},
-    "klora/request.py": {"klora.errors"},
+    "klora/fields.py": {"klora.errors"},
+    "klora/form.py": {"klora.errors"},
+    "klora/kohya.py": {"klora.errors", "klora.lora"},
+    "klora/request.py": {"klora.errors", "klora.fields"},
     "klora/models/": {"klora.errors", "klora.device", "klora.lora", "klora.request", "klora.models.family"},
     "weights.py": {"klora.errors", "klora.sources"},
 }

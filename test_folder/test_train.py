@@ -16,7 +16,11 @@ from PIL import Image
 from test_folder.test_predict import QUICK, Server, running
 
 BASES = {"sdxl": "sdxl", "flux": "flux-dev"}
-TINY = {"steps": 8, "learning_rate": 0.01, "lora_rank": 4, "seed": 3, "resolution": "64"}
+TINY = {"steps": 8, "learning_rate": 0.01, "lora_rank": 4, "seed": 3, "resolution": "64", "sample_steps": 2}
+FILES = {
+    "README.md", "config.json", "contact_sheet.png", "lora.safetensors", "lora_kohya.safetensors", "run.safetensors",
+    "train.jsonl",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +63,10 @@ def test_a_zip_becomes_a_lora_that_the_predictor_fuses(
     assert answer["metrics"]["loss"] > 0
     (tmp_path / "trained.tar").write_bytes(base64.b64decode(answer["output"]["weights"].partition(",")[2]))
     with tarfile.open(tmp_path / "trained.tar") as tar:
-        assert tar.getnames() == ["config.json", "lora.safetensors", "train.jsonl"]
+        assert {name for name in tar.getnames() if not name.startswith("samples")} == FILES
+        assert len([name for name in tar.getnames() if name.startswith("samples/step_000008_")]) == 4
         assert json.load(tar.extractfile("config.json"))["trigger"] == "sbu"
-        assert len(tar.extractfile("train.jsonl").readlines()) == TINY["steps"]
+        assert len(tar.extractfile("train.jsonl").readlines()) == 1 + TINY["steps"]
     environment = {"KLORA_MODELS": str(bases), "KLORA_LORA_ROOT": str(tmp_path), "KLORA_BASES": BASES[family]}
     with running(tmp_path / "predictor", environment) as predictor:
         bare = predictor.images(**QUICK, model=BASES[family])[0]

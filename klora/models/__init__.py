@@ -1,5 +1,6 @@
 """The families of base models. Each is one file that answers six questions; one line here adds it."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from klora.device import default_device, default_dtype
 from klora.errors import BaseModelError
 from klora.lora import read_keys
-from klora.models.family import Family
+from klora.models.family import EVERY_PART, Family, Part, Quantized
 from klora.models.flux import Flux
 from klora.models.sdxl import SDXL
 
@@ -15,14 +16,19 @@ FAMILIES: dict[str, type[Family]] = {"sdxl": SDXL, "flux": Flux}
 
 
 def load_model(
-    family: str, path: Path | str, device: torch.device | None = None, dtype: torch.dtype | None = None
+    family: str,
+    path: Path | str,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    parts: Collection[Part] = EVERY_PART,
+    quantized: Quantized | None = None,
 ) -> Family:
-    """Load a diffusers-format folder; family: a key of FAMILIES. Raises BaseModelError."""
+    """Load a diffusers-format folder, or only some of its parts; family: a key of FAMILIES. Raises BaseModelError."""
     device = device or default_device()
     path = Path(path)
     _refuse_incomplete(path)
     try:
-        model = FAMILIES[family].load(path, device, dtype or default_dtype(device))
+        model = FAMILIES[family].load(path, device, dtype or default_dtype(device), parts, quantized)
     except Exception as error:  # for a damaged folder the libraries raise whatever they stumble on
         raise BaseModelError(f"The base in {path} cannot be loaded as {family}: {error}") from error
     for part, module in model.text_encoders.items():

@@ -2,11 +2,13 @@
 pipeline stands in its schedule, and which linear layers a denoiser runs in which order. Knows no family by name.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import importlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
+import diffusers
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -18,11 +20,39 @@ Conditioning = Mapping[str, Tensor]
 """A prompt as the denoiser reads it, by the names of the diffusers pipeline's own arguments; batch first."""
 
 
+Part = Literal["text", "vae", "denoiser"]
+EVERY_PART: tuple[Part, ...] = ("text", "vae", "denoiser")
+Quantized = Literal["int8", "nf4"]
+
+
 class Posterior(NamedTuple):
     """What an image may be in latent space, as the denoiser scales it: mean and standard deviation [N, C, H/8, W/8]."""
 
     mean: Tensor
     std: Tensor
+
+
+class Prediction(NamedTuple):
+    """What the denoiser says of noised latents, and what it should say: float32 [N, C, H/8, W/8].
+
+    snr [N]: signal to noise, the square of their scales' ratio.   gain [N]: the squared error of a prediction for each
+    of the clean latents that it amounts to; snr where noise is predicted, more where a velocity is.
+    """
+
+    predicted: Tensor
+    target: Tensor
+    snr: Tensor
+    gain: Tensor
+
+
+class Recipe(NamedTuple):
+    """What training takes when it is not told. times: the law of the noise levels, of klora.training.objective;
+    resolutions: shares of the base's own side."""
+
+    learning_rate: float
+    rank: int
+    times: str
+    resolutions: tuple[float, ...]
 
 
 class Family(Protocol):
@@ -38,12 +68,18 @@ class Family(Protocol):
     native_size: int  # side in pixels of the square that the base was trained on
     steps: int  # and guidance_scale: what suits the base when a request does not say
     guidance_scale: float
-    learning_rate: ClassVar[float]  # and lora_rank: what training takes when it is not told
-    lora_rank: ClassVar[int]
+    recipe: ClassVar[Recipe]
 
     @classmethod
-    def load(cls, path: Path, device: torch.device, dtype: torch.dtype) -> "Family":
-        """Read a diffusers-format folder."""
+    def load(
+        cls,
+        path: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        parts: Collection[Part] = EVERY_PART,
+        quantized: Quantized | None = None,
+    ) -> "Family":
+        """Read a diffusers-format folder; of parts not wanted only the shapes. quantized: the denoiser's weights."""
 
     @staticmethod
     def recognises(keys: list[str]) -> bool:
@@ -59,12 +95,51 @@ class Family(Protocol):
         """pixels [N, 3, H, W] in [-1, 1] -> the VAE's posterior. Deterministic: the mean is the image, sampling is the
         trainer's."""
 
-    def loss(self, latents: Tensor, conditioning: Conditioning, generator: torch.Generator) -> Tensor:
-        """Training loss of each example, float32 [N]; noise and timesteps come from the CPU generator."""
+    def predict(self, latents: Tensor, noise: Tensor, times: Tensor, conditioning: Conditioning) -> Prediction:
+        """One call of the denoiser on latents mixed with noise, as in training. times [N] in [0, 1): 1 is all noise."""
 
     def sample(self, conditioning: Conditioning, request: Request, on_step: Callable[[int], None]) -> list[Image.Image]:
         """Image i by seed + i. on_step(i) is called before the denoiser runs step i of the full schedule, 0-based, and
         with i = steps when denoising is over and decoding begins."""
+
+
+def load_parts(
+    pipeline: Any, path: Path, device: torch.device, parts: Collection[Part], **options: Any
+) -> Any:  # Any: a diffusers pipeline, class and instance
+    """A diffusers pipeline with these parts on the device. Of a VAE or denoiser that is not wanted it has the shapes
+    alone, on the meta device; of text encoders nothing."""
+    index = pipeline.load_config(path, local_files_only=True)
+    components = {"text": ("text_encoder", "text_encoder_2"), "vae": ("vae",), "denoiser": ("unet", "transformer")}
+    absent = [name for part in components.keys() - set(parts) for name in components[part] if name in index]
+    pipe = pipeline.from_pretrained(
+        path, **dict.fromkeys(absent), **options, use_safetensors=True, local_files_only=True
+    ).to(device)
+    for name in set(absent) - set(components["text"]):
+        kind = getattr(diffusers, index[name][1])
+        with torch.device("meta"):
+            pipe.register_modules(**{name: kind.from_config(kind.load_config(path / name, local_files_only=True))})
+    return pipe
+
+
+def encoders(pipe: Any) -> dict[str, nn.Module]:
+    """The text encoders that a pipeline has, by component."""
+    found = {name: getattr(pipe, name) for name in ("text_encoder", "text_encoder_2")}
+    return {name: encoder for name, encoder in found.items() if encoder is not None}
+
+
+def quantization(component: str, kind: Quantized | None, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of from_pretrained that quantise one component's weights. Raises ImportError without bitsandbytes."""
+    if kind is None:
+        return {}
+    importlib.import_module("bitsandbytes")
+    backend, options = {
+        "int8": ("bitsandbytes_8bit", {"load_in_8bit": True}),
+        "nf4": (
+            "bitsandbytes_4bit",
+            {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype},
+        ),
+    }[kind]
+    return {"quantization_config": diffusers.PipelineQuantizationConfig(backend, options, [component])}
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """FLUX.1: dev and schnell, on diffusers' own pipelines. Knows nothing of fusion."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +12,20 @@ from PIL import Image
 from torch import Tensor, nn
 
 from klora.lora import Inventory, LoRA, read_lora
-from klora.models.family import Conditioning, Posterior, denoise, inventory
+from klora.models.family import (
+    EVERY_PART,
+    Conditioning,
+    Part,
+    Posterior,
+    Prediction,
+    Quantized,
+    Recipe,
+    denoise,
+    encoders,
+    inventory,
+    load_parts,
+    quantization,
+)  # fmt: skip
 from klora.request import Request
 
 
@@ -23,23 +36,30 @@ class Flux:
     component: ClassVar[str] = "transformer"
     size_multiple: ClassVar[int] = 16
     negative_prompts: ClassVar[bool] = False
-    learning_rate: ClassVar[float] = 1e-4
-    lora_rank: ClassVar[int] = 16
+    recipe: ClassVar[Recipe] = Recipe(1e-4, rank=16, times="logit_normal", resolutions=(0.5, 0.75, 1.0))
     schedulers: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, pipe: FluxPipeline) -> None:
         self.pipe = pipe
         self.denoiser: nn.Module = pipe.transformer
-        self.text_encoders = {"text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}
+        self.text_encoders = encoders(pipe)
         self.native_size: int = pipe.vae.config.sample_size
         self._guided: bool = pipe.transformer.config.guidance_embeds
         self.steps, self.guidance_scale = (28, 3.5) if self._guided else (4, 0.0)
 
     @classmethod
-    def load(cls, path: Path, device: torch.device, dtype: torch.dtype) -> "Flux":
-        pipe = FluxPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True, local_files_only=True)
+    def load(
+        cls,
+        path: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        parts: Collection[Part] = EVERY_PART,
+        quantized: Quantized | None = None,
+    ) -> "Flux":
+        options = quantization(cls.component, quantized, dtype)
+        pipe = load_parts(FluxPipeline, path, device, parts, dtype=dtype, **options)
         pipe.vae.enable_slicing()  # one image at a time: less memory, and a batch decodes as its images alone would
-        return cls(pipe.to(device))
+        return cls(pipe)
 
     @staticmethod
     def recognises(keys: list[str]) -> bool:
@@ -54,7 +74,8 @@ class Flux:
 
     def encode_prompt(self, prompts: list[str], negative_prompts: list[str] | None = None) -> Conditioning:
         """negative_prompts have no effect: a guidance-distilled model steers away from nothing."""
-        embeds, pooled, _ = self.pipe.encode_prompt(prompts, None, max_sequence_length=512 if self._guided else 256)
+        device, length = self.pipe.text_encoder.device, 512 if self._guided else 256
+        embeds, pooled, _ = self.pipe.encode_prompt(prompts, None, device=device, max_sequence_length=length)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def encode_images(self, pixels: Tensor) -> Posterior:
@@ -62,24 +83,25 @@ class Flux:
         posterior, scale = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist, vae.config.scaling_factor
         return Posterior((posterior.mean - vae.config.shift_factor) * scale, posterior.std * scale)
 
-    def loss(self, latents: Tensor, conditioning: Conditioning, generator: torch.Generator) -> Tensor:
-        """Mean squared error of the predicted velocity, noise - latents; logit-normal sigmas, guidance embedding 1."""
-        transformer, embeds = self.pipe.transformer, conditioning["prompt_embeds"]
-        latents = latents.to(transformer.device, torch.float32)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        sigmas = torch.randn(len(latents), generator=generator).sigmoid().to(latents)
-        mixed = torch.lerp(latents, noise, sigmas[:, None, None, None])
+    def predict(self, latents: Tensor, noise: Tensor, times: Tensor, conditioning: Conditioning) -> Prediction:
+        """The velocity, noise - latents, on the straight line between them; times are the sigmas, and the guidance
+        embedding is 1, which leaves the distillation alone."""
+        transformer = self.pipe.transformer
+        embeds = conditioning["prompt_embeds"].to(transformer.dtype)
         height, width = (side // 2 for side in latents.shape[-2:])
+        mixed = FluxPipeline._pack_latents(torch.lerp(latents, noise, times[:, None, None, None]), *latents.shape)
         predicted = transformer(
-            hidden_states=_packed(mixed).to(transformer.dtype),
-            timestep=sigmas,
-            guidance=torch.ones_like(sigmas) if self._guided else None,
+            hidden_states=mixed.to(transformer.dtype),
+            timestep=times,
+            guidance=torch.ones_like(times) if self._guided else None,
             encoder_hidden_states=embeds,
-            pooled_projections=conditioning["pooled_prompt_embeds"],
+            pooled_projections=conditioning["pooled_prompt_embeds"].to(transformer.dtype),
             img_ids=FluxPipeline._prepare_latent_image_ids(1, height, width, embeds.device, embeds.dtype),
             txt_ids=embeds.new_zeros(embeds.shape[1], 3),
         ).sample
-        return (predicted.float() - _packed(noise - latents)).square().mean(dim=(1, 2))
+        factor = self.pipe.vae_scale_factor
+        cells = FluxPipeline._unpack_latents(predicted.float(), 2 * height * factor, 2 * width * factor, factor)
+        return Prediction(cells, noise - latents, (1 / times - 1).square(), times**-2)
 
     def sample(self, conditioning: Conditioning, request: Request, on_step: Callable[[int], None]) -> list[Image.Image]:
         vae, processor, scheduler = self.pipe.vae, self.pipe.image_processor, self.pipe.scheduler
@@ -111,8 +133,3 @@ class Flux:
                 "txt_ids": torch.zeros(1, 3),
             }
         return inventory(self, inputs)
-
-
-def _packed(latents: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N, H/2 * W/2, 4 C], 2x2 cells to a token."""
-    return FluxPipeline._pack_latents(latents, *latents.shape)

@@ -1,7 +1,7 @@
 """SDXL: Stable Diffusion XL and its fine-tunes, on diffusers' own pipelines. Knows nothing of fusion."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +13,20 @@ from PIL import Image
 from torch import Tensor, nn
 
 from klora.lora import Inventory, LoRA, read_lora
-from klora.models.family import Conditioning, Posterior, denoise, inventory
+from klora.models.family import (
+    EVERY_PART,
+    Conditioning,
+    Part,
+    Posterior,
+    Prediction,
+    Quantized,
+    Recipe,
+    denoise,
+    encoders,
+    inventory,
+    load_parts,
+    quantization,
+)  # fmt: skip
 from klora.request import Request
 
 
@@ -24,8 +37,7 @@ class SDXL:
     component: ClassVar[str] = "unet"
     size_multiple: ClassVar[int] = 8
     negative_prompts: ClassVar[bool] = True
-    learning_rate: ClassVar[float] = 5e-5
-    lora_rank: ClassVar[int] = 8
+    recipe: ClassVar[Recipe] = Recipe(5e-5, rank=8, times="uniform", resolutions=(1.0,))
     schedulers: ClassVar[Mapping[str, Any]] = {
         "DDIM": (diffusers.DDIMScheduler, {"clip_sample": False}),  # latents go beyond [-1, 1]
         "DPMSolverMultistep": (diffusers.DPMSolverMultistepScheduler, {}),
@@ -39,23 +51,26 @@ class SDXL:
     def __init__(self, pipe: StableDiffusionXLPipeline) -> None:
         self.pipe = pipe
         self.denoiser: nn.Module = pipe.unet
-        self.text_encoders = {"text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}
+        self.text_encoders = encoders(pipe)
         self.native_size: int = pipe.unet.config.sample_size * pipe.vae_scale_factor
         self.steps, self.guidance_scale = 30, 7.5
 
     @classmethod
-    def load(cls, path: Path, device: torch.device, dtype: torch.dtype) -> "SDXL":
-        variant = "fp16" if any((path / "unet").glob("*.fp16.safetensors")) else None
-        pipe = StableDiffusionXLPipeline.from_pretrained(
-            path,
-            dtype={"vae": torch.float32, "default": dtype},
-            variant=variant,
-            use_safetensors=True,
-            local_files_only=True,
-            add_watermarker=False,
-        )
+    def load(
+        cls,
+        path: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        parts: Collection[Part] = EVERY_PART,
+        quantized: Quantized | None = None,
+    ) -> "SDXL":
+        options = quantization(cls.component, quantized, dtype)
+        if any((path / "unet").glob("*.fp16.safetensors")):
+            options["variant"] = "fp16"
+        types = {"vae": torch.float32, "default": dtype}
+        pipe = load_parts(StableDiffusionXLPipeline, path, device, parts, dtype=types, add_watermarker=False, **options)
         pipe.vae.enable_slicing()  # one image at a time: less memory, and a batch decodes as its images alone would
-        return cls(pipe.to(device))
+        return cls(pipe)
 
     @staticmethod
     def recognises(keys: list[str]) -> bool:
@@ -69,36 +84,38 @@ class SDXL:
 
     def encode_prompt(self, prompts: list[str], negative_prompts: list[str] | None = None) -> Conditioning:
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-        return dict(zip(names, self.pipe.encode_prompt(prompts, negative_prompt=negative_prompts), strict=True))
+        device = self.pipe.text_encoder.device
+        encoded = self.pipe.encode_prompt(prompts, device=device, negative_prompt=negative_prompts)
+        return dict(zip(names, encoded, strict=True))
 
     def encode_images(self, pixels: Tensor) -> Posterior:
         vae = self.pipe.vae
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         return Posterior(posterior.mean * vae.config.scaling_factor, posterior.std * vae.config.scaling_factor)
 
-    def loss(self, latents: Tensor, conditioning: Conditioning, generator: torch.Generator) -> Tensor:
-        """Mean squared error of the predicted noise (or velocity), timesteps uniform.
+    def predict(self, latents: Tensor, noise: Tensor, times: Tensor, conditioning: Conditioning) -> Prediction:
+        """The noise, or the velocity where the base's scheduler says v_prediction.
 
         conditioning may hold "time_ids" [N, 6]: original height and width, crop top and left, target height and width,
         in pixels; without it the latents' own size, uncropped.
         """
         unet, ddpm = self.pipe.unet, self._ddpm
-        latents = latents.to(unet.device, torch.float32)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        timesteps = torch.randint(ddpm.config.num_train_timesteps, latents.shape[:1], generator=generator)
-        timesteps = timesteps.to(latents.device)
+        levels = ddpm.config.num_train_timesteps
+        timesteps = (times * levels).long().clamp(max=levels - 1)
         predicted = unet(
             ddpm.add_noise(latents, noise, timesteps).to(unet.dtype),
             timesteps,
-            conditioning["prompt_embeds"],
+            conditioning["prompt_embeds"].to(unet.dtype),
             added_cond_kwargs={
-                "text_embeds": conditioning["pooled_prompt_embeds"],
+                "text_embeds": conditioning["pooled_prompt_embeds"].to(unet.dtype),
                 "time_ids": conditioning.get("time_ids", self._time_ids(latents)),
             },
         ).sample
-        v_prediction = ddpm.config.prediction_type == "v_prediction"
-        target = ddpm.get_velocity(latents, noise, timesteps) if v_prediction else noise
-        return (predicted.float() - target).square().mean(dim=(1, 2, 3))
+        kept = ddpm.alphas_cumprod.to(latents.device)[timesteps]
+        snr = kept / (1 - kept)
+        if ddpm.config.prediction_type == "v_prediction":
+            return Prediction(predicted.float(), ddpm.get_velocity(latents, noise, timesteps), snr, snr + 1)
+        return Prediction(predicted.float(), noise, snr, snr)
 
     def sample(self, conditioning: Conditioning, request: Request, on_step: Callable[[int], None]) -> list[Image.Image]:
         vae, processor = self.pipe.vae, self.pipe.image_processor

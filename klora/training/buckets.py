@@ -7,8 +7,8 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -60,7 +60,7 @@ def fit(
     image: Image.Image,
     bucket: Size,
     *,
-    mode: Literal["bucket", "center", "random"],
+    mode: str,
     flip: bool,
     generator: torch.Generator | None = None,
     mask: Image.Image | None = None,
@@ -68,13 +68,14 @@ def fit(
     """The largest part of a picture that has the bucket's shape, at the bucket's size; mirrored if flip.
 
     image: RGB.   mask: L, as large as the image.   mode: "bucket" and "center" cut at the centre (for "center" hand in
-    a square bucket), "random" anywhere, as the generator says.   Raises RequestError.
+    a square bucket), "random" anywhere, as the generator says, "salience" around the mask's centre of mass.
+    Raises RequestError.
     """
     if mask is not None and mask.size != image.size:
         raise RequestError(f"mask is {_times(mask.size)}, its picture {_times(image.size)}. Expected equal sizes.")
     resized = _covering(image.size, bucket)
     spare = resized[0] - bucket[0], resized[1] - bucket[1]
-    left, top = (_drawn(room, generator) if mode == "random" else room // 2 for room in spare)
+    left, top = _corner(mode, spare, bucket, generator, mask)
     # Only the part that is kept is resized: a 5000x70 picture would be 42 megapixels on the way to 1408x768.
     wide, high = image.width / resized[0], image.height / resized[1]
     right, bottom = min(image.width, (left + bucket[0]) * wide), min(image.height, (top + bucket[1]) * high)
@@ -113,10 +114,20 @@ def _covering(size: Size, bucket: Size) -> Size:
     return max(bucket[0], round(size[0] * scale)), max(bucket[1], round(size[1] * scale))
 
 
-def _drawn(room: int, generator: torch.Generator | None) -> int:
-    if generator is None:
-        raise ValueError("a random crop needs a generator")
-    return int(torch.randint(room + 1, (), generator=generator))
+def _corner(mode: str, spare: Size, bucket: Size, generator: torch.Generator | None, mask: Image.Image | None) -> Size:
+    """(left, top) of the part that is kept, in pixels of the resized picture."""
+    if mode == "random":
+        if generator is None:
+            raise ValueError("a random crop needs a generator")
+        left, top = (int(torch.randint(room + 1, (), generator=generator)) for room in spare)
+        return left, top
+    if mode == "salience" and mask is not None and mask.getbbox():
+        weights = np.asarray(mask, dtype=np.float64)
+        centres = (np.average(np.arange(n) + 0.5, weights=weights.sum(axis)) / n for axis, n in enumerate(mask.size))
+        places = (c * (s + b) - b / 2 for c, s, b in zip(centres, spare, bucket, strict=True))
+        left, top = (round(min(max(0, place), room)) for place, room in zip(places, spare, strict=True))
+        return left, top
+    return spare[0] // 2, spare[1] // 2
 
 
 def _tensor(image: Image.Image) -> Tensor:

@@ -1,16 +1,21 @@
 """What a training run is told: the form's fields, their bounds, and what is left to the base or the LoRA's purpose."""
 
 import re
-import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 from klora.errors import RequestError
+from klora.fields import MAX_SEED, ask, check, random_seed
 
 TRIGGERS = {"subject": "sbu", "style": "szn"}  # the published recipe's words
 TEMPLATES = {"subject": "a {trigger} {word}", "style": "a {word} in {trigger} style"}
 WORDS = {"subject": "subject", "style": "picture"}
+SCENES = {
+    "subject": ("a {trigger} {word}", "a {trigger} {word} in a bucket", "a {trigger} {word} on a beach",
+                "a painting of a {trigger} {word}"),
+    "style": ("a {word} in {trigger} style", "a man in {trigger} style", "a dog in {trigger} style",
+              "a house by the sea in {trigger} style"),
+}  # fmt: skip
 
 _ATTENTION = r"attn\d?\.(to_q|to_k|to_v|to_out\.0)$"
 TARGETS = {
@@ -22,54 +27,92 @@ TARGETS = {
 """Which linear layers to adapt, by a search in their names; on SDXL "attention" is 560 of them, on FLUX.1 190, where
 "all" is 494."""
 
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "lion", "adafactor")
+TIMES = ("auto", "uniform", "logit_normal", "shift", "content", "style")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run, checked on creation. None means what the published recipe, or the base, calls for.
 
-    learning_rate: 5e-5 on SDXL, 1e-4 on FLUX.1.  lora_rank: 8 and 16; alpha is the rank.  resolutions: sides in pixels
-    of the squares whose areas the pictures are scaled to, None is the base's own.  Raises RequestError.
+    The names are the form's. Raises RequestError.
     """
 
-    lora_type: Literal["subject", "style"] = "subject"
-    trigger_word: str = ""
-    class_word: str = ""
-    instance_prompt: str = ""
-    steps: int = 1000
-    learning_rate: float | None = None
-    lora_rank: int | None = None
-    lora_targets: str = "attention"
-    layers_to_optimize_regex: str = ""
-    resolutions: tuple[int, ...] | None = None
-    crop: Literal["bucket", "center", "random"] = "bucket"
-    batch_size: int = 1
-    gradient_accumulation_steps: int = 1
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
-    lr_warmup_steps: int = 0
-    weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
-    caption_dropout_rate: float = 0.0
-    seed: int = field(default_factory=lambda: secrets.randbelow(1 << 31))
-    checkpoint_interval: int = 0
+    lora_type: str = ask("subject", "What the pictures have in common.", choices=tuple(TRIGGERS))
+    trigger_word: str = ask("", "The word that will stand for it. Default: sbu for a subject, szn for a style.")
+    class_word: str = ask("", "What the pictures show, in a word: dog, portrait.")
+    instance_prompt: str = ask("", "The prompt of pictures without caption. Default: made of the two words.")
+    autocaption: bool = ask(False, "Let a captioning model describe the pictures that have no caption.")
+    autocaption_prefix: str = ask("", "Put in front of what the captioning model says.")
+    autocaption_suffix: str = ask("", "Put behind what the captioning model says.")
+    steps: int = ask(1000, "Training steps.", ge=1, le=10000)
+    learning_rate: float | None = ask(None, "Default: 5e-5 on SDXL, 1e-4 on FLUX.1, 1 by Prodigy.", ge=1e-8, le=10)
+    lora_rank: int | None = ask(None, "Rank. Default: 8 on SDXL, 16 on FLUX.1.", ge=1, le=128)
+    lora_alpha: float | None = ask(None, "Scale of the update times rank. Default: the rank.", ge=1e-3, le=1024)
+    lora_targets: str = ask("attention", "Which layers to adapt.", choices=tuple(TARGETS))
+    layers_to_optimize_regex: str = ask("", "Adapt the linear layers whose names this matches, not lora_targets.")
+    resolution: str = ask("", "Sides in pixels of squares to whose areas pictures are scaled, as 512,768,1024.")
+    crop: str = ask("bucket", "How pictures are cut.", choices=("bucket", "center", "random", "salience"))
+    horizontal_flip: bool = ask(False, "Show pictures mirrored, too.")
+    batch_size: int = ask(1, "Pictures to a step.", ge=1, le=16)
+    gradient_accumulation_steps: int = ask(1, "Batches to a step.", ge=1, le=64)
+    optimizer: str = ask("adamw", "What turns gradients into steps.", choices=OPTIMIZERS)
+    lr_scheduler: str = ask("constant", "How the rate goes on.", choices=("constant", "linear", "cosine"))
+    lr_warmup_steps: int = ask(0, "Steps over which the learning rate rises.", ge=0, le=10000)
+    weight_decay: float = ask(1e-4, "Weight decay.", ge=0, le=1)
+    max_grad_norm: float = ask(1.0, "Gradients are scaled down to this norm.", ge=0, le=1000)
+    caption_dropout_rate: float = ask(0.0, "Share of examples that see no caption.", ge=0, le=1)
+    mask_mode: str = ask("none", "What restricts learning to a part of the pictures.",
+                         choices=("none", "provided", "clipseg"))  # fmt: skip
+    mask_prompt: str = ask("", "What clipseg is to look for. Default: class_word.")
+    mask_min_weight: float = ask(0.1, "What counts outside of a mask, inside being 1.", ge=0, le=1)
+    prior_preservation: str = ask("none", "What keeps the base from forgetting.",
+                                  choices=("none", "output", "class_images"))  # fmt: skip
+    class_prompt: str = ask("", "The prompt of what is to be kept. Default: a {class_word}.")
+    num_class_images: int = ask(100, "Pictures of the class that the base makes before training.", ge=1, le=1000)
+    prior_loss_weight: float = ask(1.0, "Weight of what is kept.", ge=0, le=100)
+    timestep_sampling: str = ask("auto", "Law of the noise levels. auto: uniform on SDXL, logit_normal on FLUX.1.",
+                                 choices=TIMES)  # fmt: skip
+    snr_gamma: float | None = ask(None, "Min-SNR weighting, 5 by its authors. Default: none.", ge=1e-3, le=100)
+    noise_offset: float = ask(0.0, "Strength of noise that all cells of a channel share.", ge=0, le=1)
+    ema_decay: float = ask(
+        0.0, "Decay of a running mean of the LoRA, which is then the result. 0: none.", ge=0, le=0.9999
+    )
+    precision: str = ask("auto", "How the base's weights are held.", choices=("auto", "bf16", "fp32", "int8", "nf4"))
+    gradient_checkpointing: str = ask("auto", "Recompute activations to save memory.", choices=("auto", "on", "off"))
+    compile: str = ask("auto", "Compile the denoiser's blocks.", choices=("auto", "on", "off"))
+    seed: int = ask(random_seed, "The same seed and pictures give the same LoRA.", ge=0, le=MAX_SEED)
+    sample_prompts: str = ask("", "Prompts of the sample images, one a line. Default: four of our own.")
+    sample_interval: int = ask(0, "Steps between sample images. 0: at the end alone.", ge=0, le=10000)
+    sample_steps: int = ask(28, "Denoising steps of a sample image. 0: no samples.", ge=0, le=100)
+    checkpoint_interval: int = ask(0, "Steps between checkpoints. 0: none.", ge=0, le=10000)
+    keep_checkpoints: int = ask(2, "How many checkpoints are kept, the latest.", ge=1, le=100)
 
     def __post_init__(self) -> None:
-        for name, low, high in _BOUNDS:
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise RequestError(f"{name} is {value}. Expected {low} to {high}.")
-        for side in self.resolutions or ():
+        check(self)
+        for side in self.sides or ():
             if not 64 <= side <= 2048:
                 raise RequestError(f"resolution names {side}. Expected sides from 64 to 2048 pixels.")
-        if self.lr_scheduler not in ("constant", "linear", "cosine"):
-            raise RequestError(f"lr_scheduler is {self.lr_scheduler!r}. Expected constant, linear or cosine.")
-        if self.lora_type not in TRIGGERS:
-            raise RequestError(f"lora_type is {self.lora_type!r}. Expected subject or style.")
-        if self.lora_targets not in TARGETS:
-            raise RequestError(f"lora_targets is {self.lora_targets!r}. Expected one of {', '.join(TARGETS)}.")
         try:
             re.compile(self.layers_to_optimize_regex)
         except re.error as error:
             raise RequestError(f"layers_to_optimize_regex is no regular expression: {error}. Expected one.") from error
+        if self.mask_mode == "clipseg" and not (self.mask_prompt or self.class_word):
+            raise RequestError("mask_mode is clipseg but neither mask_prompt nor class_word is given. Give one.")
+        if self.crop == "salience" and self.mask_mode == "none":
+            raise RequestError("crop is salience but mask_mode is none. Expected provided or clipseg.")
+        if self.prior_preservation != "none" and not (self.class_prompt or self.class_word):
+            raise RequestError("prior_preservation needs class_prompt or class_word, and neither is given. Give one.")
+
+    @property
+    def sides(self) -> tuple[int, ...] | None:
+        """The sides that resolution names, in pixels."""
+        try:
+            return tuple(int(side) for side in self.resolution.split(",")) if self.resolution else None
+        except ValueError as error:
+            raise RequestError(
+                f"resolution is {self.resolution!r}. Expected sides in pixels, as 512,768,1024."
+            ) from error
 
     @property
     def trigger(self) -> str:
@@ -79,8 +122,27 @@ class TrainConfig:
     @property
     def prompt(self) -> str:
         """What a picture without a caption is called."""
-        word = self.class_word or WORDS[self.lora_type]
-        return self.instance_prompt or TEMPLATES[self.lora_type].format(trigger=self.trigger, word=word)
+        return self.instance_prompt or self._filled(TEMPLATES[self.lora_type])
+
+    @property
+    def prior_prompt(self) -> str:
+        """What the class is called, of which the base makes pictures."""
+        return self.class_prompt or f"a {self.class_word}"
+
+    def rate(self, usual: float) -> float:
+        """The learning rate; usual: the base's own. Prodigy finds its own, which it multiplies with this."""
+        return self.learning_rate or (1.0 if self.optimizer == "prodigy" else usual)
+
+    def kept_caption(self, caption: str) -> str:
+        """The caption under which to stay as the base is: with the class word where the trigger was."""
+        named = rf"(?<!\w){re.escape(self.trigger)}(?!\w)(\s+{re.escape(self.class_word)}(?!\w))?"
+        return self.class_prompt or re.sub(named, self.class_word, caption)
+
+    @property
+    def samples(self) -> tuple[str, ...]:
+        """The prompts of the sample images."""
+        named = tuple(line.strip() for line in self.sample_prompts.splitlines() if line.strip())
+        return named or tuple(self._filled(scene) for scene in SCENES[self.lora_type])
 
     def targets(self, names: Iterable[str]) -> list[str]:
         """Those of a denoiser's linear layers that are to be adapted. Raises RequestError when none is."""
@@ -90,17 +152,5 @@ class TrainConfig:
             raise RequestError(f"layers_to_optimize_regex {pattern!r} names no linear layer of the base. Expected one.")
         return chosen
 
-
-_BOUNDS = (
-    ("steps", 1, 10000),
-    ("learning_rate", 1e-8, 10),
-    ("lora_rank", 1, 128),
-    ("batch_size", 1, 16),
-    ("gradient_accumulation_steps", 1, 64),
-    ("lr_warmup_steps", 0, 10000),
-    ("weight_decay", 0, 1),
-    ("max_grad_norm", 0, 1000),
-    ("caption_dropout_rate", 0, 1),
-    ("seed", 0, 4294967295),
-    ("checkpoint_interval", 0, 10000),
-)
+    def _filled(self, template: str) -> str:
+        return template.format(trigger=self.trigger, word=self.class_word or WORDS[self.lora_type])

@@ -1,228 +1,276 @@
-"""One training loop for every family: texts encoded once, images encoded once, then the denoiser's LoRA is fitted.
+"""One training loop for every family: texts encoded and their encoders let go, then images and the VAE, then the LoRA.
 
-A family contributes encode_prompt, encode_images and loss. Every random draw comes from a generator keyed by the seed
-and the number of the draw, so that a resumed run is the same run. Knows no Cog, no archive and no file but its own.
+Every random draw comes from a generator keyed by the seed and the number of the draw, so that a resumed run is the same
+run and two processes are one with twice the accumulation. Knows no Cog, no upload and no hub.
 """
 
-import hashlib
+import gc
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from klora.device import default_device, free_bytes
+from klora.errors import RequestError
 from klora.layers import trainable
-from klora.lora import LoRA, LowRank
-from klora.models.family import Conditioning, Family, Posterior, linear_shapes
-from klora.training.buckets import Crop, batches, buckets, fit, nearest_bucket
+from klora.lora import LoRA, LowRank, save_lora
+from klora.models.family import Family, linear_shapes
+from klora.request import Request
+from klora.training.cache import encode_pictures, encode_texts, keyed_generator
 from klora.training.config import TrainConfig
+from klora.training.cost import step_cost
 from klora.training.dataset import Picture, captioned
+from klora.training.draw import Draw, Material
+from klora.training.memory import Mode, check_precision, choose
+from klora.training.objective import Objective
+from klora.training.run import Run, new_run, require_optimizer
 
-OnStep = Callable[[int, float], None]
-"""(steps done, loss of the last one) -> ignored"""
+Load = Callable[..., Family]
+"""klora.models.load_model of one base: takes device, dtype, parts and quantized."""
+
+REPORTS = 100  # progress lines of a run at most, and
+MEASURES = 10  # losses at the fixed points
 
 
 @dataclass(frozen=True)
-class Example:
-    """One picture at one resolution, ready to be trained on: all on the CPU, float32."""
+class Progress:
+    """Where a run is. loss: the mean since the last report, None before the first step.   fixed_loss: at points that
+    stay the same over the run, when measured; the other says little, because its noise levels differ."""
 
-    posterior: Posterior
-    time_ids: Tensor
-    caption: str
-    size: tuple[int, int]
+    step: int
+    steps: int
+    loss: float | None = None
+    fixed_loss: float | None = None
+    learning_rate: float = 0.0
+    steps_per_second: float | None = None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the speed since the last report."""
+        return (self.steps - self.step) / self.steps_per_second if self.steps_per_second else None
+
+    def __str__(self) -> str:
+        said = {"loss": self.loss, "fixed loss": self.fixed_loss, "it/s": self.steps_per_second}
+        parts = [f"{name} {value:.4g}" for name, value in said.items() if value is not None]
+        left = [f"{self.seconds_left:.0f} s left"] if self.seconds_left else []
+        return ", ".join(parts + left)
 
 
-class Objective(nn.Module):
-    """The loss as a module, so that accelerate can run it on several processes."""
-
-    def __init__(self, model: Family) -> None:
-        super().__init__()
-        self.denoiser = model.denoiser
-        self._loss = model.loss
-
-    def forward(self, latents: Tensor, conditioning: Conditioning, generator: torch.Generator) -> Tensor:
-        return self._loss(latents, conditioning, generator).mean()
+OnProgress = Callable[[Progress], Any]
 
 
 def train_lora(
-    model: Family,
+    load: Load,
     pictures: Sequence[Picture],
     config: TrainConfig,
+    folder: Path,
     *,
-    checkpoint: Path | None = None,
-    on_step: OnStep = lambda step, loss: None,
+    class_pictures: Sequence[Picture] = (),
+    resume: Path | None = None,
+    on_progress: OnProgress = lambda progress: None,
 ) -> LoRA:
-    """Fit a LoRA to pictures. checkpoint: a file that holds the run every checkpoint_interval steps, and from which it
-    goes on when it is there. The base is as it was afterwards, by whatever exception one leaves."""
-    examples = list(_examples(model, pictures, config))
-    texts = _encoded_texts(model, {example.caption for example in examples} | {""})
-    device = next(model.denoiser.parameters()).device
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    layers = new_layers(model, config)
-    with _frozen(model.denoiser), trainable(model.denoiser, layers):
-        _fit(model, layers, examples, texts, config, accelerator, checkpoint, on_step)
-    fitted = {name: LowRank(pair.A.detach().cpu(), pair.B.detach().cpu()) for name, pair in layers.items()}
-    return LoRA(fitted)
+    """Fit a LoRA to pictures. class_pictures: what the base should go on to draw, for prior preservation.
+
+    folder: gets samples/ and checkpoints/ on the way, and run.safetensors, from which `resume` takes the run up again;
+    that file is written at checkpoints, at the end, and when an exception interrupts the loop.   Raises RequestError.
+    """
+    require_optimizer(config)
+    accelerator = Accelerator(mixed_precision="no", cpu=default_device().type == "cpu")
+    check_precision(config, accelerator.device)
+    bare = load(device=accelerator.device, parts=())
+    shapes = linear_shapes(bare.denoiser)
+    shapes = {name: shapes[name] for name in config.targets(shapes)}
+    rank = config.lora_rank or bare.recipe.rank
+    material = encode(load, pictures, class_pictures, config, accelerator.device)
+    mode = _mode(bare, shapes, rank, material, config, accelerator.device)
+    parts = ("denoiser", "vae")  # the VAE, for samples
+    model = load(device=accelerator.device, dtype=mode.dtype, parts=parts, quantized=mode.quantized)
+    layers = new_layers(shapes, rank, config.seed, accelerator.device)
+    run = new_run(layers, config, model.recipe.learning_rate, (config.lora_alpha or rank) / rank)
+    if resume:
+        run.load(resume)
+        if run.step >= config.steps:
+            raise RequestError(f"steps is {config.steps}, and resume_from has done {run.step}. Expected more.")
+    denoiser: Any = model.denoiser.requires_grad_(False)
+    if mode.checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    with trainable(denoiser, layers) as gate:
+        objective = Objective(model, gate.fill_(run.scale), config.snr_gamma, config.prior_loss_weight)
+        if mode.compiled:
+            denoiser.compile_repeated_blocks(dynamic=True)
+        wrapped = accelerator.prepare(objective, device_placement=[False])
+        draw = Draw(material, config, model.recipe.times, accelerator.device)
+        _Loop(model, run, objective, wrapped, draw, config, accelerator, folder).fit(on_progress)
+    return run.lora()
 
 
-def new_layers(model: Family, config: TrainConfig) -> dict[str, LowRank]:
-    """Fresh float32 pairs for the layers to adapt: A ~ N(0, 1/rank²), as in the published recipe, and B = 0."""
-    rank, device = config.lora_rank or model.lora_rank, next(model.denoiser.parameters()).device
-    shapes = linear_shapes(model.denoiser)
+def encode(
+    load: Load,
+    pictures: Sequence[Picture],
+    class_pictures: Sequence[Picture],
+    config: TrainConfig,
+    device: torch.device,
+) -> Material:
+    """All that the text encoders and the VAE have to say; each is let go before the next is loaded."""
+    captions = [captioned(picture, config.trigger, config.prompt) for picture in pictures]
+    class_captions = [config.prior_prompt] * len(class_pictures)
+    kept = [config.kept_caption(caption) for caption in captions if config.prior_preservation == "output"]
+    texts = encode_texts(load(device=device, parts=("text",)), [*captions, *class_captions, *kept, *config.samples, ""])
+    _release(device)
+    vae = load(device=device, dtype=torch.float32, parts=("vae",))  # SDXL's overflows in half precision
+    examples = tuple(encode_pictures(vae, pictures, captions, config))
+    class_examples = tuple(encode_pictures(vae, class_pictures, class_captions, config))
+    del vae
+    _release(device)
+    return Material(examples, class_examples, texts)
+
+
+def new_layers(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int, device: torch.device) -> dict[str, LowRank]:
+    """Fresh float32 pairs for these layers: A ~ N(0, 1/rank²), as in the published recipe, and B = 0."""
     layers = {}
-    for name in config.targets(shapes):
-        outputs, inputs = shapes[name]
-        A = torch.randn(rank, inputs, generator=_generator(config.seed, "A", name)) / rank
+    for name, (outputs, inputs) in shapes.items():
+        A = torch.randn(rank, inputs, generator=keyed_generator(seed, "A", name)) / rank
         layers[name] = LowRank(nn.Parameter(A.to(device)), nn.Parameter(torch.zeros(outputs, rank, device=device)))
     return layers
 
 
-def _examples(model: Family, pictures: Sequence[Picture], config: TrainConfig) -> Iterator[Example]:
-    """Every picture at every resolution. The VAE sees each once; its posterior is kept, not one sample of it."""
-    for resolution in config.resolutions or (model.native_size,):
-        sizes = buckets(resolution)
-        for picture in pictures:
-            image = picture.open()
-            size = nearest_bucket(image.size, sizes)
-            crop: Crop = fit(image, size, mode=config.crop, flip=False, generator=_generator(config.seed, picture.name))
-            with torch.no_grad():
-                posterior = Posterior(*(part[0].float().cpu() for part in model.encode_images(crop.pixels[None])))
-            caption = captioned(picture, config.trigger, config.prompt)
-            yield Example(posterior, torch.tensor(crop.time_ids, dtype=torch.float32), caption, size)
+@dataclass
+class _Loop:
+    model: Family
+    run: Run
+    plain: Objective
+    objective: Any  # the same, as accelerate wraps it
+    draw: Draw
+    config: TrainConfig
+    accelerator: Accelerator
+    folder: Path
+    _losses: list[Tensor] = field(default_factory=list)
 
+    def fit(self, on_progress: OnProgress) -> None:
+        """Train to the last step. What an interruption leaves can be taken up again."""
+        run, steps = self.run, self.config.steps
+        if run.step == 0:
+            on_progress(Progress(0, steps, fixed_loss=self._fixed_loss()))
+        reported, since = run.step, time.perf_counter()
+        try:
+            while run.step < steps:
+                self._losses.append(self._step())
+                if _due(run.step, steps, REPORTS):
+                    on_progress(self._progress(reported, since))
+                    reported, since = run.step, time.perf_counter()
+                if self._keep():
+                    since = time.perf_counter()
+        except BaseException:
+            if run.whole and run.step:
+                self._save()
+            raise
+        self._save()
 
-def _encoded_texts(model: Family, captions: set[str]) -> dict[str, Conditioning]:
-    """What the text encoders make of each caption, once, on the CPU."""
-    with torch.no_grad():
-        encoded = {caption: model.encode_prompt([caption]) for caption in sorted(captions)}
-    return {
-        caption: {name: tensor.cpu() for name, tensor in parts.items() if not name.startswith("negative")}
-        for caption, parts in encoded.items()
-    }
-
-
-def _fit(
-    model: Family,
-    layers: Mapping[str, LowRank],
-    examples: Sequence[Example],
-    texts: Mapping[str, Conditioning],
-    config: TrainConfig,
-    accelerator: Accelerator,
-    checkpoint: Path | None,
-    on_step: OnStep,
-) -> None:
-    parameters = [factor for pair in layers.values() for factor in (pair.A, pair.B)]
-    learning_rate = config.learning_rate or model.learning_rate
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=config.weight_decay, fused=True)
-    schedule = LambdaLR(optimizer, lambda step: _rate(step, config))
-    objective = accelerator.prepare(Objective(model))
-    done = _load(checkpoint, parameters, optimizer, schedule) if checkpoint and checkpoint.is_file() else 0
-    draws = _draws(examples, config, accelerator, done)
-    for step in range(done, config.steps):
+    def _step(self) -> Tensor:
+        """One optimiser step; the mean loss of its batches."""
+        parts, share = self.config.gradient_accumulation_steps, self.accelerator.num_processes
         losses = []
-        for part in range(config.gradient_accumulation_steps):
-            number, indices = next(draws)
-            generator = _generator(config.seed, "draw", number)
-            latents, conditioning = _batch([examples[i] for i in indices], texts, config, generator, accelerator.device)
-            last = part == config.gradient_accumulation_steps - 1
-            with nullcontext() if last else accelerator.no_sync(objective):
-                loss = objective(latents, conditioning, generator) / config.gradient_accumulation_steps
-                accelerator.backward(loss)
+        for part in range(parts):
+            number = (self.run.step * parts + part) * share + self.accelerator.process_index
+            batch, prior = self.draw.batch(number), self.draw.class_batch(number)
+            with nullcontext() if part == parts - 1 else self.accelerator.no_sync(self.objective):
+                loss = self.objective(batch, prior) / parts
+                self.accelerator.backward(loss)
             losses.append(loss.detach())
-        nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        on_step(step + 1, float(torch.stack(losses).sum()))
-        if checkpoint and config.checkpoint_interval and (step + 1) % config.checkpoint_interval == 0:
-            _save(checkpoint, step + 1, parameters, optimizer)
+        self.run.advance(self.config.max_grad_norm)
+        return torch.stack(losses).sum()
+
+    @torch.no_grad()
+    def _fixed_loss(self) -> float:
+        """The loss at points that are the same at every step."""
+        return float(torch.stack([self.plain(batch) for batch in self.draw.fixed()]).mean())
+
+    def _progress(self, reported: int, since: float) -> Progress:
+        steps = self.config.steps
+        loss = self.accelerator.reduce(torch.stack(self._losses).mean(), "mean").item()  # waits for the device
+        speed = (self.run.step - reported) / (time.perf_counter() - since)
+        self._losses.clear()
+        fixed_loss = self._fixed_loss() if _due(self.run.step, steps, MEASURES) else None
+        return Progress(self.run.step, steps, loss, fixed_loss, self.run.schedule.get_last_lr()[0], speed)
+
+    def _keep(self) -> bool:
+        """Leave samples and a checkpoint where they are due; whether anything was."""
+        step, config = self.run.step, self.config
+        last, main = step == config.steps, self.accelerator.is_main_process
+        sampling = config.sample_steps and (last or (config.sample_interval and step % config.sample_interval == 0))
+        saving = config.checkpoint_interval and step % config.checkpoint_interval == 0
+        if main and sampling:
+            self._sample()
+        if main and saving:
+            self._save()
+            self._checkpoint()
+        if sampling or saving:
+            self.accelerator.wait_for_everyone()
+        return bool(sampling or saving)
+
+    @torch.no_grad()
+    def _sample(self) -> None:
+        """An image of each prompt, by what has been learnt so far."""
+        (self.folder / "samples").mkdir(exist_ok=True)
+        with self.run.averaged():
+            for number, prompt in enumerate(self.config.samples):
+                request = Request(prompt, num_inference_steps=self.config.sample_steps, seed=self.config.seed)
+                denoiser: Any = self.model.denoiser
+                text = {
+                    name: part.to(denoiser.device, denoiser.dtype) for name, part in self.draw.texts[prompt].items()
+                }
+                [image] = self.model.sample(text, request, lambda step: None)
+                image.save(self.folder / "samples" / f"step_{self.run.step:06}_{number}.png")
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            self.run.save(self.folder / "run.safetensors")
+
+    def _checkpoint(self) -> None:
+        """The LoRA so far; only the latest ones are kept."""
+        folder = self.folder / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        save_lora(folder / f"lora_{self.run.step:06}.safetensors", self.run.lora(), self.model.component, torch.float16)
+        for old in sorted(folder.glob("lora_*.safetensors"))[: -self.config.keep_checkpoints]:
+            old.unlink()
 
 
-def _rate(step: int, config: TrainConfig) -> float:
-    """The learning rate at a step, 0-based, as a share of the one asked for: a linear warm-up, then the schedule."""
-    if step < config.lr_warmup_steps:
-        return (step + 1) / (config.lr_warmup_steps + 1)
-    done = (step - config.lr_warmup_steps) / max(1, config.steps - config.lr_warmup_steps)
-    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.lr_scheduler]
-
-
-def _draws(
-    examples: Sequence[Example], config: TrainConfig, accelerator: Accelerator, done: int
-) -> Iterator[tuple[int, list[int]]]:
-    """(number of the draw, indices of its examples) from the first draw after `done` steps, this process's share."""
-    sizes = [example.size for example in examples]
-    epoch, planned = 0, batches(sizes, config.batch_size, seed=config.seed, epoch=0)
-    number = done * config.gradient_accumulation_steps * accelerator.num_processes + accelerator.process_index
-    while True:
-        if number // len(planned) != epoch:  # every epoch has as many batches
-            epoch = number // len(planned)
-            planned = batches(sizes, config.batch_size, seed=config.seed, epoch=epoch)
-        yield number, planned[number % len(planned)]
-        number += accelerator.num_processes
-
-
-def _batch(
-    examples: Sequence[Example],
-    texts: Mapping[str, Conditioning],
+def _mode(
+    bare: Family,
+    shapes: Mapping[str, tuple[int, int]],
+    rank: int,
+    material: Material,
     config: TrainConfig,
-    generator: torch.Generator,
     device: torch.device,
-) -> tuple[Tensor, Conditioning]:
-    """Fresh samples of the examples' posteriors, and their captions, some of them dropped."""
-    mean, std = (torch.stack([example.posterior[part] for example in examples]) for part in (0, 1))
-    latents = mean + std * torch.randn(mean.shape, generator=generator)
-    dropped = torch.rand(len(examples), generator=generator) < config.caption_dropout_rate
-    captions = ["" if drop else example.caption for drop, example in zip(dropped, examples, strict=True)]
-    conditioning = {name: torch.cat([texts[c][name] for c in captions]).to(device) for name in texts[captions[0]]}
-    conditioning["time_ids"] = torch.stack([example.time_ids for example in examples]).to(device)
-    return latents.to(device), conditioning
+) -> Mode:
+    """How to hold the base, by what a step at the largest size costs."""
+    largest = max((e.views[0].posterior.mean.shape for e in material.examples), key=math.prod)
+    passes = 1 if config.prior_preservation == "none" else 2  # whose activations are alive at once
+
+    def peak_bytes(dtype: torch.dtype, checkpointing: bool) -> int:
+        prompt, latents = material.texts[""], (config.batch_size, *largest)
+        cost = step_cost(bare, shapes, rank, latents, prompt, dtype=dtype, checkpointing=checkpointing)
+        return cost.peak_bytes * passes
+
+    weights = sum(parameter.numel() for parameter in bare.denoiser.parameters())
+    trained = sum(rank * (outputs + inputs) for outputs, inputs in shapes.values())
+    return choose(config, device, weights, trained, peak_bytes, free_bytes(device))
 
 
-def _save(path: Path, step: int, parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """The run as it stands, in one file that appears whole. Draws are keyed by their number: the step says them all."""
-    moments = [optimizer.state[parameter] for parameter in parameters]
-    tensors = {f"parameter.{i}": parameter.detach() for i, parameter in enumerate(parameters)}
-    tensors |= {f"{key}.{i}": value for i, state in enumerate(moments) for key, value in state.items()}
-    tensors = {key: tensor.cpu().clone() for key, tensor in tensors.items()}
-    save_file(tensors, path.with_suffix(".part"), {"step": str(step)})
-    path.with_suffix(".part").replace(path)
+def _due(step: int, steps: int, times: int) -> bool:
+    """Whether something that happens so many times in a run happens at this step; always at the last."""
+    return step * times // steps > (step - 1) * times // steps
 
 
-def _load(path: Path, parameters: list[Tensor], optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> int:
-    """Take a run up where _save left it; the number of steps done."""
-    with safe_open(path, framework="pt") as file:
-        step = int(file.metadata()["step"])
-    tensors = load_file(path)
-    with torch.no_grad():
-        for i, parameter in enumerate(parameters):
-            parameter.copy_(tensors[f"parameter.{i}"])
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            optimizer.state[parameter] = {key: tensors[f"{key}.{i}"].to(parameter.device) for key in keys}
-    schedule.last_epoch = step - 1
-    schedule.step()  # sets the rate that this step has
-    return step
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """The base learns nothing meanwhile: its parameters ask for no gradient, and ask again as before afterwards."""
-    asking = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    try:
-        module.requires_grad_(False)
-        yield
-    finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)
-
-
-def _generator(seed: int, *key: object) -> torch.Generator:
-    """A CPU generator for one purpose, the same wherever and whenever it is asked for."""
-    digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+def _release(device: torch.device) -> None:
+    """Give back what has just been let go."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,140 @@
+"""What a training step costs in arithmetic and in memory, found before any weight is loaded: on the meta device.
+
+Knows no table of models: it runs the step that will be trained, on tensors without data.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.variable import Variable
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from klora.layers import trainable
+from klora.lora import LowRank
+from klora.models.family import Conditioning, Family
+from klora.training.objective import Batch, Objective
+
+
+class Cost(NamedTuple):
+    """Of one forward and backward pass. flops: 2 for each multiplication and addition.   saved_bytes: activations kept
+    for the backward pass.   peak_bytes: the most that is alive at a time, weights not counted."""
+
+    flops: int
+    saved_bytes: int
+    peak_bytes: int
+
+
+def step_cost(
+    model: Family,
+    shapes: Mapping[str, tuple[int, int]],
+    rank: int,
+    latents: tuple[int, ...],
+    conditioning: Conditioning,
+    *,
+    dtype: torch.dtype,
+    checkpointing: bool,
+) -> Cost:
+    """Cost of a step. model: without the denoiser's weights (load_model's parts), whose dtype becomes this one.
+
+    shapes: {layer to adapt: (outputs, inputs)}; latents: shape [N, C, H, W]; conditioning: one prompt's, in any dtype.
+    Attention counts as a fused kernel computes it: without a matrix of scores in memory.
+    """
+    denoiser: Any = nn.Module.to(model.denoiser, dtype)  # diffusers' own warns of what has no weights
+    (denoiser.enable_gradient_checkpointing if checkpointing else denoiser.disable_gradient_checkpointing)()
+    with torch.device("meta"):
+        layers = {n: LowRank(_meta(rank, i), _meta(o, rank)) for n, (o, i) in shapes.items()}
+        prompts = {name: part[:1].to("meta").expand(latents[0], *part.shape[1:]) for name, part in conditioning.items()}
+        batch = Batch(torch.empty(latents), torch.empty(latents), torch.empty(latents[0]), prompts)
+    with trainable(denoiser.requires_grad_(False), layers) as gate:
+        step = lambda: Objective(model, gate)(batch)  # noqa: E731
+        flops = FlopCounterMode(display=False)
+        with flops:
+            step().backward()  # type: ignore[no-untyped-call]
+        for pair in layers.values():
+            pair.A.grad = pair.B.grad = None
+        with _FusedAttention(), _LiveBytes(denoiser) as live:
+            saved, loss = _saved_bytes(step, denoiser)
+            # As loss.backward(), which is a call that _FusedAttention would handle and for so long not be in.
+            engine: Any = Variable._execution_engine
+            engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), accumulate_grad=True)
+    return Cost(flops.get_total_flops(), saved, live.peak)
+
+
+def _meta(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, device="meta"))
+
+
+def _saved_bytes(step: Callable[[], Tensor], denoiser: nn.Module) -> tuple[int, Tensor]:
+    """(bytes that autograd keeps of activations, the loss)."""
+    kept = {weight.untyped_storage()._cdata for weight in denoiser.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in kept:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = step()
+    return sum(saved.values()), loss
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that come into being, until they are gone; not those of the weights."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._alive: Any = WeakIdKeyDictionary({weight.untyped_storage(): 0 for weight in denoiser.parameters()})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: Any) -> None:
+        if storage in self._alive:
+            return
+        size = storage.nbytes()
+        self._alive[storage] = size
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, size)
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Takes the place of attention, which on the meta device would make its matrix of scores."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            bound = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+            fused: Any = _Fused
+            return fused.apply(bound["query"], bound["key"], bound["value"])
+        return func(*args, **(kwargs or {}))
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        mixed = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, mixed)
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)

@@ -1,0 +1,91 @@
+"""How the base is held while a LoRA is trained on it: what fits into memory, and is fastest, of what is allowed."""
+
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from klora.device import default_dtype
+from klora.errors import RequestError
+from klora.models.family import Quantized
+from klora.training.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+WORKSPACE_BYTES = 3 << 30  # kernels' scratch, the allocator's fragments, the VAE that makes the samples
+MIN_COMPILED_STEPS = 300  # fewer do not win back the minute that compiling takes
+BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "int8": 1.1, "nf4": 0.6}  # with the quantisers' own scales
+TRAINED_BYTES = 4 * 4  # fp32: a value, its gradient, two moments
+
+
+class Mode(NamedTuple):
+    """How the denoiser's weights are held and run."""
+
+    dtype: torch.dtype
+    quantized: Quantized | None
+    checkpointing: bool
+    compiled: bool
+
+
+def choose(
+    config: TrainConfig,
+    device: torch.device,
+    weights: int,
+    trained: int,
+    peak_bytes: Callable[[torch.dtype, bool], int],
+    free_bytes: int,
+) -> Mode:
+    """The first of the modes that the config allows, fastest first, of which at most 0.9 of the free bytes are needed;
+    the leanest when none is that small.
+
+    weights, trained: parameters of the denoiser and of the LoRA.   peak_bytes(dtype, checkpointing): the activations of
+    a step (training.cost).   Raises RequestError when the precision needs a library that is not there.
+    """
+    compiled = config.compile == "on" or (
+        config.compile == "auto" and device.type == "cuda" and config.steps >= MIN_COMPILED_STEPS
+    )
+    modes = list(_allowed(config, device))
+    for precision, recompute in modes:
+        dtype = _dtype(precision, device)
+        held = (
+            weights * BYTES_PER_WEIGHT[precision] + trained * TRAINED_BYTES + WORKSPACE_BYTES
+        )  # fp32: values, gradients, moments
+        needed = held if len(modes) == 1 else held + peak_bytes(dtype, recompute)
+        if needed <= 0.9 * free_bytes:
+            break
+    logger.info(
+        "base in %s, activations %s, %s of %s GB needed, blocks %s",
+        precision, "recomputed" if recompute else "kept", f"{needed / 1e9:.1f}", f"{free_bytes / 1e9:.1f}",
+        "compiled" if compiled else "not compiled",
+    )  # fmt: skip
+    quantized: Quantized | None = precision if precision in ("int8", "nf4") else None  # type: ignore[assignment]
+    return Mode(dtype, quantized, recompute, compiled)
+
+
+def check_precision(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the base can be quantised here. Raises RequestError when it must be and cannot."""
+    installed = importlib.util.find_spec("bitsandbytes") is not None
+    if config.precision in ("int8", "nf4") and not (installed and device.type == "cuda"):
+        lack = "this machine has no CUDA GPU" if installed else "bitsandbytes is not installed"
+        raise RequestError(f"precision is {config.precision} and {lack}. Expected bf16 or fp32.")
+    return installed and device.type == "cuda"
+
+
+def _allowed(config: TrainConfig, device: torch.device) -> Iterator[tuple[str, bool]]:
+    """(precision, whether activations are recomputed), fastest first."""
+    quantizes = check_precision(config, device)
+    plain = {torch.bfloat16: "bf16", torch.float32: "fp32"}[default_dtype(device)]
+    precisions = [config.precision]
+    if config.precision == "auto":
+        precisions = [plain, "int8", "nf4"] if quantizes else [plain]
+    for precision in precisions:
+        for recompute in (False, True):
+            if config.gradient_checkpointing in ("auto", "on" if recompute else "off"):
+                yield precision, recompute
+
+
+def _dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What the denoiser computes in."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision, default_dtype(device))

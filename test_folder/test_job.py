@@ -1,0 +1,314 @@
+"""A training from an upload to its tar, also by the `klora` command: what it leaves, taken up, interrupted, refused."""
+
+import io
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load
+from typer.testing import CliRunner, Result
+
+import weights
+from klora import cli, load_model
+from klora.errors import RequestError
+from klora.training.cache import encode_pictures
+from klora.training.config import TrainConfig
+from klora.training.dataset import Picture
+from klora.training.job import Publishing, TrainingBase, run_training
+from klora.training.loop import Progress
+
+CPU = torch.device("cpu")
+QUICK = {"steps": 6, "learning_rate": 1e-3, "lora_rank": 4, "resolution": "64", "seed": 3, "sample_steps": 0,
+         "gradient_checkpointing": "off"}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def shell(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working folder with a folder of pictures, and the tiny bases installed."""
+    monkeypatch.setenv("KLORA_MODELS", str(bases))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+    Path("pictures").mkdir()
+    for colour in ("red", "green", "blue"):
+        Image.new("RGB", (64, 64), colour).save(f"pictures/{colour}.png")
+        Path(f"pictures/{colour}.txt").write_text(f"a {colour} [trigger] toy")
+
+
+def trained(out: str = "lora.tar", upload: str = "pictures", **given: Any) -> dict[str, bytes]:
+    """What the tar of a training of tiny SDXL holds."""
+    resume = given.pop("resume_from", None)
+    base = TrainingBase(**weights.training_base(given.pop("base", "sdxl")))
+    options = {name: given.pop(name) for name in ("publishing", "on_progress") if name in given}
+    return held(run_training(base, Path(upload), QUICK | given, Path(out), resume_from=resume, **options))
+
+
+def held(path: Path) -> dict[str, bytes]:
+    with tarfile.open(path) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
+
+
+def weights_of(tar: Mapping[str, bytes], name: str = "lora.safetensors") -> dict[str, bytes]:
+    """By key; safetensors' header is not the same from one writing to the next."""
+    return {key: tensor.numpy().tobytes() for key, tensor in load(tar[name]).items()}
+
+
+def klora_train(*arguments: str) -> Result:
+    named = {name.replace("_", "-"): value for name, value in QUICK.items()}
+    options = [text for name, value in named.items() for text in (f"--{name}", str(value))]
+    return CliRunner().invoke(cli.app, ["train", "pictures", *options, *arguments])
+
+
+# What it leaves
+
+
+def test_the_command_trains_from_a_folder_and_from_a_zip_alike() -> None:
+    shutil.make_archive("zipped", "zip", "pictures")
+    first = klora_train("--out", "first.tar")
+    assert (first.exit_code, first.stderr) == (0, ""), first.output
+    assert "100%|" in first.stdout and "it/s" in first.stdout and first.stdout.splitlines()[-1] == "first.tar"
+    second = trained("second.tar", "zipped.zip")
+    assert weights_of(held(Path("first.tar"))) == weights_of(second)
+    assert sorted(path.name for path in Path().iterdir()) == ["first.tar", "pictures", "second.tar", "zipped.zip"]
+
+
+def test_the_lora_says_what_it_is_and_no_file_says_more_than_it_should() -> None:
+    tar = trained(class_word="toy", sample_steps=1)
+    Path("lora.safetensors").write_bytes(tar["lora.safetensors"])
+    with safe_open("lora.safetensors", "pt") as file:
+        metadata, dtypes = file.metadata(), {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
+    meant = {"base": "sdxl", "trigger": "sbu", "rank": "4", "lora_targets": "attention", "steps": "6", "seed": "3"}
+    assert meant.items() <= metadata.items()
+    assert len(metadata["dataset"]) == len(metadata["modules_sha256"]) == 64
+    assert dtypes == {torch.float16}
+    facts = json.loads(tar["config.json"])
+    assert (facts["rank"], facts["learning_rate"], facts["pictures"]) == (4, 1e-3, 3)
+    for name in ("README.md", "config.json", "lora.safetensors", "lora_kohya.safetensors", "train.jsonl"):
+        assert b"a red" not in tar[name] and b"red.png" not in tar[name], name  # captions and file names
+    lines = [json.loads(line) for line in tar["train.jsonl"].splitlines()]
+    assert [line["step"] for line in lines] == list(range(7))
+    assert lines[0]["loss"] is None and lines[0]["fixed_loss"] > 0 and lines[-1]["steps_per_second"] > 0
+
+
+def test_kohyas_file_is_the_same_lora(bases: Path) -> None:
+    tar = trained()
+    for name in ("lora", "lora_kohya"):
+        Path(f"{name}.safetensors").write_bytes(tar[f"{name}.safetensors"])
+    model = load_model("sdxl", bases / "sdxl", CPU)
+    ours, kohyas = (model.read_lora(Path(f"{name}.safetensors")) for name in ("lora", "lora_kohya"))
+    assert ours.keys() == kohyas.keys()
+    assert all(torch.equal(ours[n].B @ ours[n].A, kohyas[n].B @ kohyas[n].A) for n in ours)
+
+
+# Taken up again
+
+
+def test_a_tar_taken_up_again_is_the_same_training() -> None:
+    whole = trained(steps=12)
+    trained("half.tar")
+    resumed = trained("rest.tar", steps=12, resume_from=Path("half.tar"))
+    assert weights_of(resumed) == weights_of(whole)
+    assert weights_of(resumed, "run.safetensors") == weights_of(whole, "run.safetensors")
+    assert [json.loads(line)["step"] for line in resumed["train.jsonl"].splitlines()] == list(range(13))
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit], ids=["interrupt", "exit"])
+def test_an_interruption_leaves_a_tar_that_can_be_taken_up(stop: type[BaseException]) -> None:
+    whole = trained("whole.tar")
+
+    def stop_at_4(progress: Progress) -> None:
+        if progress.step == 4:
+            raise stop
+
+    with pytest.raises(stop):
+        trained("left.tar", on_progress=stop_at_4)
+    resumed = trained("rest.tar", resume_from=Path("left.tar"))
+    assert weights_of(resumed) == weights_of(whole)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"lora_rank": 8}, "lora_rank is 8, but resume_from was trained with 4. Expected that."),
+        ({"upload": "others"}, "input_images is not what resume_from was trained on. Expected the same."),
+        ({"base": "flux-dev"}, "base_model is not what resume_from was trained on. Expected the same."),
+        ({"steps": 6}, "steps is 6, and resume_from has done 6. Expected more."),
+        ({"resume_from": Path("no.tar")}, "resume_from cannot be read"),
+        ({"resume_from": Path("other.tar")}, "resume_from holds no config.json. Expected the tar of a training."),
+    ],
+    ids=["rank", "pictures", "base", "steps", "no tar", "another tar"],
+)
+def test_what_cannot_be_taken_up_is_refused(given: dict[str, Any], said: str) -> None:
+    trained("half.tar")
+    Path("others").mkdir()
+    Image.new("RGB", (64, 64), "white").save("others/white.png")
+    Path("no.tar").write_bytes(b"no tar")
+    with tarfile.open("other.tar", "w") as tar:
+        tar.add("no.tar")
+    with pytest.raises(RequestError) as refusal:
+        trained("rest.tar", **{"resume_from": Path("half.tar"), "steps": 12} | given)
+    assert str(refusal.value).startswith(said)
+    assert not Path("rest.tar").exists()
+
+
+# Refused
+
+
+def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing() -> None:
+    """By a limit on the size of files, which fails as a full disk does."""
+    command = [sys.executable, "-c", "from klora.cli import app; app()", "train", "pictures", "--out", "lora.tar"]
+    settings = [text for name, value in QUICK.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    before = set(Path("/tmp").glob("klora-train-*"))
+    ended = subprocess.run([*command, *settings], capture_output=True, text=True, preexec_fn=limited, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("Error: The training could not be written: ")
+    assert [path.name for path in Path().iterdir()] == ["pictures"]
+    assert set(Path("/tmp").glob("klora-train-*")) <= before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--steps", "0"), "--steps"),
+        (("--resolution", "big"), "Error: resolution is 'big'"),
+        (("--mask-mode", "clipseg", "--class-word", "toy"), "Error: The segmenter is not installed"),
+        (("--hf-repo-id", "me/dog"), "Error: hf_repo_id is 'me/dog' but hf_token is not given. Give it, too."),
+        (("--hf-repo-id", "dog", "--hf-token", "hf_x"), "Error: hf_repo_id is 'dog'. Expected owner/name"),
+        (("--wandb-api-key", "secret"), "Error: wandb_api_key is given and wandb is not installed."),
+        (("--optimizer", "prodigy"), "Error: optimizer is prodigy and prodigyopt is not installed. Expected adamw."),
+        (("--precision", "nf4"), "Error: precision is nf4 and bitsandbytes is not installed. Expected bf16 or fp32."),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_in_a_sentence(options: tuple[str, ...], said: str) -> None:
+    result = klora_train(*options)
+    assert result.exit_code != 0
+    assert said in result.stderr and "secret" not in result.output
+    assert [path.name for path in Path().iterdir()] == ["pictures"]
+
+
+# Captions, masks, the class
+
+
+def test_autocaption_without_a_model_is_skipped_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    assert weights_of(trained(autocaption=True)) == weights_of(trained())
+    assert any(line.startswith("autocaption is skipped: ") for line in caplog.messages)
+
+
+def test_a_mask_makes_another_lora_and_what_is_outside_does_not_count(bases: Path) -> None:
+    model, mask = load_model("sdxl", bases / "sdxl", CPU), Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    data = {}
+    for name, image in (("picture", Image.new("RGB", (64, 64), "red")), ("mask", mask)):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        data[name] = buffer.getvalue()
+    picture = Picture("a.png", data["picture"], None, data["mask"])
+    given = QUICK | {"mask_mode": "provided", "mask_min_weight": 0.0}
+    [example] = encode_pictures(model, [picture], ["a toy"], TrainConfig(**given))
+    assert torch.equal(example.views[0].mask[0], torch.tensor([1.0] * 4 + [0.0] * 4).expand(8, 8))
+    Path("pictures/red.mask.png").write_bytes(data["mask"])
+    assert weights_of(trained(mask_mode="provided")) != weights_of(trained())
+    Image.new("L", (64, 64)).save("pictures/red.mask.png")
+    with pytest.raises(RequestError, match=r"^The mask of 'red\.png' is black in all that is kept of it\. Expected"):
+        trained(mask_mode="provided", mask_min_weight=0.0)
+
+
+@pytest.mark.parametrize("base", ["sdxl", "flux-dev"])
+@pytest.mark.parametrize("kind", ["output", "class_images"])
+def test_prior_preservation_makes_another_lora(base: str, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    given = {"prior_preservation": kind, "class_word": "toy", "num_class_images": 5}
+    kept = trained(**given, base=base)
+    assert weights_of(kept) != weights_of(trained(class_word="toy", base=base))
+    assert weights_of(kept) == weights_of(trained(**given, base=base))
+    assert ("5 pictures of 'a toy' by the base" in caplog.messages) == (kind == "class_images")
+
+
+@pytest.mark.parametrize(
+    ("caption", "kept"),
+    [("a sbu dog on a beach", "a dog on a beach"), ("sbu, a beach", "dog, a beach"), ("a sbuffer", "a sbuffer")],
+)
+def test_a_kept_caption_has_the_class_word_in_the_triggers_place(caption: str, kept: str) -> None:
+    assert TrainConfig(class_word="dog").kept_caption(caption) == kept
+
+
+# Several processes, trackers
+
+
+def test_two_processes_are_one_with_twice_the_accumulation() -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch += [str(Path(sys.executable).parent / "klora"), "train"]
+    settings = [text for name, value in QUICK.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    command = [*launch, "pictures", "--out", "two.tar", *settings, "--gradient-accumulation-steps", "2"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr
+    two, one = held(Path("two.tar")), trained(gradient_accumulation_steps=4)
+    losses = [[json.loads(line)["loss"] for line in tar["train.jsonl"].splitlines()] for tar in (two, one)]
+    np.testing.assert_allclose(losses[0][1:], losses[1][1:], rtol=1e-5)
+    for name, tar in (("two", two), ("one", one)):
+        Path(f"{name}.safetensors").write_bytes(tar["lora.safetensors"])
+    with safe_open("two.safetensors", "pt") as ours, safe_open("one.safetensors", "pt") as theirs:
+        for key in theirs.keys():  # noqa: SIM118
+            torch.testing.assert_close(ours.get_tensor(key), theirs.get_tensor(key), rtol=1e-2, atol=1e-5)
+
+
+WANDB = """
+import json, pathlib
+class Settings:
+    def __init__(self, **options): self.options = options
+class Run:
+    def __init__(self, options): self.events = [options]
+    def log(self, values, step): self.events.append([step, values])
+    def finish(self, exit_code): pathlib.Path("wandb.json").write_text(json.dumps([*self.events, exit_code]))
+def init(settings, **options):
+    if settings.options["api_key"] == "wrong": raise RuntimeError("key wrong is unknown")
+    return Run(options)
+"""
+
+
+def test_weights_and_biases_hears_every_report_and_the_key_goes_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library" / "wandb.py").write_text(WANDB)
+    monkeypatch.syspath_prepend(str(tmp_path / "library"))
+    tar = trained(publishing=Publishing(wandb_api_key="k3y", wandb_run="first"))
+    begun, *reports, exit_code = json.loads(Path("wandb.json").read_text())
+    assert (begun["project"], begun["name"], begun["entity"]) == ("klora", "first", None)
+    assert [step for step, _ in reports] == list(range(7)) and exit_code == 0
+    assert all(b"k3y" not in data for data in tar.values())
+    with pytest.raises(
+        RequestError, match=r"^wandb_api_key cannot be used: key \.\.\. is unknown\. Expected"
+    ) as refusal:
+        trained(publishing=Publishing(wandb_api_key="wrong"))
+    assert refusal.value.__cause__ is None
+
+
+def test_a_hub_out_of_reach_loses_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    tar = trained(publishing=Publishing(hf_repo_id="me/dog", hf_token="hf_x"))
+    assert weights_of(tar) == weights_of(trained())
+    assert any("hf_repo_id" in line and line.endswith("What was trained is in the tar.") for line in caplog.messages)
+
+
+def test_nothing_is_left_of_a_mapping_that_was_handed_in() -> None:
+    given: Mapping[str, Any] = {**QUICK}
+    run_training(TrainingBase(**weights.training_base("sdxl")), Path("pictures"), given, Path("lora.tar"))
+    assert given == QUICK
