@@ -243,7 +243,8 @@ def test_a_repository_without_any_wanted_file_is_refused(hub: Hub, worker: Downl
 
 def test_a_base_that_the_table_does_not_have_is_refused(hub: Hub, worker: Download, tmp_path: Path) -> None:
     assert refusal(worker, "sd-1.5", tmp_path, None) == (
-        "There is no base model 'sd-1.5'. Expected one of sdxl, illustrious-xl, flux-dev, flux-schnell, captioner, segmenter, safety-checker."
+        "There is no base model 'sd-1.5'. Expected one of sdxl, illustrious-xl, flux-dev, flux-schnell, "
+        "captioner, segmenter, safety-checker."
     )
     assert hub.asked == []
 

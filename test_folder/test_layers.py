@@ -12,7 +12,6 @@ from contextlib import suppress
 from functools import cache
 from types import SimpleNamespace
 
-import diffusers
 import pytest
 import torch
 import torch._dynamo
@@ -30,7 +29,7 @@ from klora.layers import HEADROOM_BYTES, Gate, LoRALinear, attached
 from klora.lora import LowRank, Plan
 from klora.models import family
 from klora.models.family import execution_order, following
-from test_folder import tiny
+from test_folder import published, tiny
 
 ENGINES = ["gated", "merged"]
 LAYERS = ("to_q", "mlp.0", "mlp.2")
@@ -539,50 +538,17 @@ def test_compiled_block_is_traced_once_whatever_flips(block, engine, compiled_be
 # The published models
 
 
-def real_unet():
-    """stabilityai/stable-diffusion-xl-base-1.0, without weights."""
-    with torch.device("meta"):
-        return diffusers.UNet2DConditionModel(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=[1, 2, 10],
-            attention_head_dim=[5, 10, 20],
-            use_linear_projection=True,
-            cross_attention_dim=2048,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
-
-
-def real_flux():
-    """black-forest-labs/FLUX.1-dev, without weights."""
-    with torch.device("meta"):
-        return diffusers.FluxTransformer2DModel(
-            in_channels=64,
-            num_layers=19,
-            num_single_layers=38,
-            attention_head_dim=128,
-            num_attention_heads=24,
-            joint_attention_dim=4096,
-            pooled_projection_dim=768,
-            guidance_embeds=True,
-            axes_dims_rope=(16, 56, 56),
-        )
-
-
 UNET_ATTENTION = r"\.attn[12]\.to_(q|k|v|out\.0)$"
 FLUX_ATTENTION = r"\.attn\.to_(q|k|v|out\.0)$"
 FLUX_BLOCKS = r"^(single_)?transformer_blocks\."
-UNET = (real_unet, tiny.full_topology_unet, tiny.unet_inputs)
-FLUX = (real_flux, tiny.full_topology_flux, tiny.flux_inputs)
+UNET = (published.unet, tiny.full_topology_unet, tiny.unet_inputs)
+FLUX = (published.flux, tiny.full_topology_flux, tiny.flux_inputs)
 
 
 @cache
 def linears_in_execution_order(build, inputs):
-    model = build()
+    with torch.device("meta"):
+        model = build()
     return list(execution_order(model, inputs(model, device="meta")))
 
 
@@ -599,7 +565,7 @@ def test_published_model_has_as_many_layers_as_published_and_the_narrow_one_the_
 
 
 def test_published_unet_runs_its_attention_down_then_mid_then_up():
-    names = linears_in_execution_order(real_unet, tiny.unet_inputs)
+    names = linears_in_execution_order(published.unet, tiny.unet_inputs)
     sections = [name.partition("_")[0] for name in names if re.search(UNET_ATTENTION, name)]
     assert sections == ["down"] * 192 + ["mid"] * 80 + ["up"] * 288
 

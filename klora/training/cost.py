@@ -42,7 +42,8 @@ def step_cost(
     dtype: torch.dtype,
     checkpointing: bool,
 ) -> Cost:
-    """Cost of a step. model: without the denoiser's weights (load_model's parts), whose dtype becomes this one.
+    """Cost of a step. model: without the denoiser's weights (load_model's parts); its dtype, and whether it checkpoints
+    and asks for gradients, are not as they were afterwards.
 
     shapes: {layer to adapt: (outputs, inputs)}; latents: shape [N, C, H, W]; conditioning: one prompt's, in any dtype.
     Attention counts as a fused kernel computes it: without a matrix of scores in memory.

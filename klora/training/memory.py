@@ -49,15 +49,14 @@ def choose(
     modes = list(_allowed(config, device))
     for precision, recompute in modes:
         dtype = _dtype(precision, device)
-        held = (
-            weights * BYTES_PER_WEIGHT[precision] + trained * TRAINED_BYTES + WORKSPACE_BYTES
-        )  # fp32: values, gradients, moments
+        held = weights * BYTES_PER_WEIGHT[precision] + trained * TRAINED_BYTES + WORKSPACE_BYTES
         needed = held if len(modes) == 1 else held + peak_bytes(dtype, recompute)
         if needed <= 0.9 * free_bytes:
             break
     logger.info(
-        "base in %s, activations %s, %s of %s GB needed, blocks %s",
-        precision, "recomputed" if recompute else "kept", f"{needed / 1e9:.1f}", f"{free_bytes / 1e9:.1f}",
+        "base in %s, activations %s%s, %.1f GB free, blocks %s",
+        precision, "recomputed" if recompute else "kept",
+        "" if len(modes) == 1 else f", {needed / 1e9:.1f} GB needed", free_bytes / 1e9,
         "compiled" if compiled else "not compiled",
     )  # fmt: skip
     quantized: Quantized | None = precision if precision in ("int8", "nf4") else None  # type: ignore[assignment]

@@ -1,0 +1,118 @@
+"""What a step costs: the published models' figures, and on the tiny ones what a real step is counted to cost."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from klora.models import FAMILIES, load_model
+from klora.models.family import Family, Part, linear_shapes
+from klora.training.config import TrainConfig
+from klora.training.cost import Cost, step_cost
+from klora.training.memory import TRAINED_BYTES, WORKSPACE_BYTES
+from klora.training.objective import Objective
+from test_folder import published
+from test_folder.test_objective import BASES, CPU, LEVELS, a_batch, lent
+
+# The published models: how to build them, latent channels, and sizes of a prompt and of what is pooled of it.
+REAL = {"sdxl": (published.unet, 4, (77, 2048), 1280), "flux": (published.flux, 16, (512, 4096), 768)}
+
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def loaded(family: str, bases: Path, *parts: Part) -> Family:
+    return load_model(family, bases / BASES[family], CPU, parts=parts)
+
+
+def cost_of(family: str, bases: Path, side: int, rank: int, checkpointing: bool) -> tuple[Cost, int, int]:
+    """(what a step of the published model costs, its parameters, the LoRA's)."""
+    build, channels, prompt, pooled = REAL[family]
+    model, denoiser = loaded(family, bases), published.random(build, "meta", torch.bfloat16)
+    model.pipe.register_modules(**{model.component: denoiser})
+    model.denoiser = denoiser
+    texts = {"prompt_embeds": torch.zeros(1, *prompt), "pooled_prompt_embeds": torch.zeros(1, pooled)}
+    shapes, latents = linear_shapes(denoiser), (1, channels, side // 8, side // 8)
+    shapes = {name: shapes[name] for name in TrainConfig(lora_targets="attention").targets(shapes)}
+    cost = step_cost(model, shapes, rank, latents, texts, dtype=torch.bfloat16, checkpointing=checkpointing)
+    return cost, sum(w.numel() for w in denoiser.parameters()), sum(rank * sum(shape) for shape in shapes.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "side", "checkpointing", "teraflops", "saved"),
+    [("sdxl", 1024, False, 14.19, None), ("sdxl", 1024, True, 19.34, 0.49), ("flux", 1024, False, 163.9, None),
+     ("flux", 512, True, 66.2, 0.55)],
+)  # fmt: skip
+def test_a_step_of_the_published_models_costs_what_the_table_says(
+    bases: Path, family: str, side: int, checkpointing: bool, teraflops: float, saved: float | None
+) -> None:
+    cost, _, _ = cost_of(family, bases, side, 16, checkpointing)
+    assert cost.flops == pytest.approx(teraflops * 1e12, rel=0.01)
+    assert saved is None or cost.saved_bytes == pytest.approx(saved * 1e9, rel=0.05)
+
+
+def test_sdxl_at_1024_px_trains_within_12_gb(bases: Path) -> None:
+    cost, weights, trained = cost_of("sdxl", bases, 1024, 8, True)
+    assert weights == 2_567_463_684 and cost.peak_bytes > cost.saved_bytes > 0.4e9
+    assert 2 * weights + TRAINED_BYTES * trained + cost.peak_bytes + WORKSPACE_BYTES < 12e9
+
+
+def tiny_cost(model: Family, count: int = 1, checkpointing: bool = False) -> Cost:
+    """Of what a_batch and lent make."""
+    batch, options = a_batch(model, times=LEVELS[:count]), {"dtype": torch.float32, "checkpointing": checkpointing}
+    return step_cost(model, linear_shapes(model.denoiser), 2, batch.latents.shape, batch.conditioning, **options)
+
+
+@every_family
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_a_real_step_costs_what_was_foretold(family: str, bases: Path, checkpointing: bool) -> None:
+    model = loaded(family, bases, "denoiser")
+    if checkpointing:
+        model.denoiser.enable_gradient_checkpointing()
+    # torch counts plain attention, which the meta device has too; what a CPU has in its place it leaves out.
+    with lent(model) as (gate, _), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
+        Objective(model, gate)(a_batch(model)).backward()
+    assert flops.get_total_flops() == tiny_cost(loaded(family, bases), 2, checkpointing).flops > 0
+
+
+@every_family
+def test_twice_the_batch_is_twice_the_arithmetic_recomputing_is_more_in_less_memory_and_nothing_is_left(
+    family: str, bases: Path
+) -> None:
+    model = loaded(family, bases)
+    before = list(model.denoiser.named_modules())
+    one, two, recomputed = tiny_cost(model), tiny_cost(model, 2), tiny_cost(model, checkpointing=True)
+    assert two.flops == 2 * one.flops < 2 * recomputed.flops < 3 * one.flops
+    assert recomputed.saved_bytes < one.saved_bytes and recomputed.peak_bytes < one.peak_bytes
+    assert list(model.denoiser.named_modules()) == before  # and so without LoRALinear
+    assert all(weight.is_meta and weight.grad is None for weight in model.denoiser.parameters())
+
+
+class Ops(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@every_family
+def test_no_step_does_more_than_the_one_before_or_waits_for_the_device(family: str, bases: Path) -> None:
+    model, steps = loaded(family, bases, "denoiser"), list[Counter[str]]()
+    with lent(model) as (gate, parameters):
+        objective = Objective(model, gate, snr_gamma=5.0)
+        for seed in range(3):
+            with Ops() as ops:
+                objective(a_batch(model, seed, kept=True), a_batch(model, seed + 3)).backward()
+            steps.append(ops.seen)
+            for parameter in parameters:
+                parameter.grad = None
+    assert steps[0] >= steps[1] == steps[2]  # the first also makes the base's table of noise levels
+    assert sum(steps[2].values()) > 1000 and "aten._local_scalar_dense.default" not in steps[0]

@@ -1,0 +1,119 @@
+"""How the base is held for training: the fastest way that fits into what is free."""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from klora.errors import RequestError
+from klora.training.config import TrainConfig
+from klora.training.memory import Mode, choose
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # choose looks at the type alone
+BF16, FP32 = torch.bfloat16, torch.float32
+GB = 10**9
+WEIGHTS = {"sdxl": int(2.567 * GB), "flux": int(11.9 * GB)}
+TRAINED = {"sdxl": int(0.012 * GB), "flux": int(0.019 * GB)}
+PEAKS = {"sdxl": {False: 5.7, True: 0.55}, "flux": {False: 23.6, True: 2.4}}  # GB at 1024 px, of bf16
+
+
+@pytest.fixture(autouse=True)
+def without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+
+
+@pytest.fixture
+def bitsandbytes(without_bitsandbytes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something of this name that can be imported."""
+    (tmp_path / "bitsandbytes.py").touch()
+    monkeypatch.delitem(sys.modules, "bitsandbytes")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+
+
+def chosen(family: str, free: float, device: torch.device = CUDA, **settings: Any) -> Mode:
+    """free: GB."""
+
+    def peak_bytes(dtype: torch.dtype, checkpointing: bool) -> int:
+        return int(PEAKS[family][checkpointing] * GB * dtype.itemsize / 2)
+
+    config = TrainConfig(compile="off", **settings)
+    return choose(config, device, WEIGHTS[family], TRAINED[family], peak_bytes, int(free * GB))
+
+
+# In bf16, GB: SDXL needs 14.25 with activations kept, 9.10 with them recomputed; FLUX.1 50.9 and 29.7.
+@pytest.mark.parametrize(
+    ("family", "free", "recompute"),
+    [("sdxl", 10, True), ("sdxl", 12, True), ("sdxl", 24, False), ("sdxl", 48, False), ("sdxl", 80, False),
+     ("sdxl", 141, False), ("flux", 24, True), ("flux", 48, True), ("flux", 80, False), ("flux", 141, False)],
+)  # fmt: skip
+def test_activations_are_kept_wherever_they_fit(family: str, free: float, recompute: bool) -> None:
+    assert chosen(family, free) == Mode(BF16, None, recompute, False)
+
+
+@pytest.mark.usefixtures("bitsandbytes")
+@pytest.mark.parametrize(
+    ("free", "mode"),
+    [(80, (BF16, None, False)), (48, (BF16, None, True)), (32, (BF16, "int8", True)), (24, (BF16, "int8", True)),
+     (16, (BF16, "nf4", True)), (8, (BF16, "nf4", True))],
+)  # fmt: skip
+def test_flux_is_quantised_where_it_would_not_fit_and_a_library_can(free: float, mode: tuple[Any, ...]) -> None:
+    """int8 needs 19.0 GB with activations recomputed, nf4 13.1."""
+    assert chosen("flux", free) == Mode(*mode, False)
+
+
+@pytest.mark.usefixtures("bitsandbytes")
+def test_a_cpu_computes_in_fp32_and_is_never_quantised() -> None:
+    """SDXL in fp32 needs 10.27 + 0.19 + 3.22 GB, and 11.4 of activations or 1.1."""
+    modes = {free: chosen("sdxl", free, CPU) for free in (141, 24, 4)}
+    assert modes == {free: Mode(FP32, None, free < 28, False) for free in modes}
+
+
+def test_a_tenth_of_the_memory_stays_free() -> None:
+    needed = 2 * WEIGHTS["sdxl"] / GB + 16 * TRAINED["sdxl"] / GB + (3 << 30) / GB + PEAKS["sdxl"][False]
+    assert not chosen("sdxl", needed / 0.9 + 0.001).checkpointing
+    assert chosen("sdxl", needed / 0.9 - 0.001).checkpointing
+
+
+@pytest.mark.parametrize(("setting", "recompute"), [("on", True), ("off", False)])
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", BF16), ("fp32", FP32)])
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+@pytest.mark.parametrize("free", [1, 141])
+def test_what_is_asked_for_is_done_fitting_or_not_and_then_nothing_is_measured(
+    setting: str, recompute: bool, precision: str, dtype: torch.dtype, device: torch.device, free: int
+) -> None:
+    config = TrainConfig(precision=precision, gradient_checkpointing=setting, compile="on")
+    peak_bytes = Mock(side_effect=AssertionError)
+    assert choose(config, device, WEIGHTS["flux"], 1, peak_bytes, free * GB) == Mode(dtype, None, recompute, True)
+
+
+@pytest.mark.parametrize(("setting", "free", "recompute"), [("auto", 10, True), ("auto", 80, False), ("on", 80, True)])
+def test_a_precision_that_is_asked_for_leaves_the_activations_to_be_chosen(
+    setting: str, free: float, recompute: bool
+) -> None:
+    assert chosen("sdxl", free, precision="fp32", gradient_checkpointing=setting) == Mode(FP32, None, recompute, False)
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_quantising_without_the_library_is_refused_in_a_sentence_and_with_it_done_however_much_is_free(
+    precision: str, request: pytest.FixtureRequest
+) -> None:
+    expected = rf"^precision is {precision},? and bitsandbytes is not installed\. Expected bf16 or fp32\.$"
+    with pytest.raises(RequestError, match=expected):
+        chosen("flux", 141, precision=precision)
+    request.getfixturevalue("bitsandbytes")
+    assert chosen("flux", 141, precision=precision) == Mode(BF16, precision, False, False)
+
+
+@pytest.mark.parametrize(
+    ("device", "setting", "steps", "compiled"),
+    [(CUDA, "auto", 300, True), (CUDA, "auto", 299, False), (CPU, "auto", 10000, False), (CUDA, "off", 10000, False),
+     (CPU, "on", 1, True)],
+    ids=str,
+)  # fmt: skip
+def test_blocks_are_compiled_where_it_pays(device: torch.device, setting: str, steps: int, compiled: bool) -> None:
+    assert choose(TrainConfig(compile=setting, steps=steps), device, 1, 1, lambda *_: 0, GB).compiled == compiled
