@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import tarfile
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from test_folder.test_predict import QUICK, Server, running
+from test_folder.test_predict import QUICK, ROOT, Server, running
 
 BASES = {"sdxl": "sdxl", "flux": "flux-dev"}
 TINY = {"steps": 8, "learning_rate": 0.01, "lora_rank": 4, "seed": 3, "resolution": "64", "sample_steps": 2}
@@ -46,6 +47,10 @@ def five_pictures() -> str:
     return zipped(*files, ("caption.csv", b"caption,image_file\na red sbu,0.png\n"), ("notes.doc", b"?"))
 
 
+def image_of(answer: dict[str, Any]) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["output"][0].partition(",")[2]))))
+
+
 def trained(trainer: Server, **inputs: Any) -> dict[str, Any]:
     status, answer = trainer.call("POST", "/trainings", {"input": inputs})
     assert status == 200, answer
@@ -70,10 +75,13 @@ def test_a_zip_becomes_a_lora_that_the_predictor_fuses(
     environment = {"KLORA_MODELS": str(bases), "KLORA_LORA_ROOT": str(tmp_path), "KLORA_BASES": BASES[family]}
     with running(tmp_path / "predictor", environment) as predictor:
         bare = predictor.images(**QUICK, model=BASES[family])[0]
-        alone = predictor.images(**QUICK, content_lora="trained.tar")[0]
-        fused = predictor.predict(**QUICK, content_lora="trained.tar", style_lora="trained.tar")
-    assert not np.array_equal(bare, alone)
-    assert fused["status"] == "succeeded"
+        alone = predictor.predict(**QUICK, content_lora="trained.tar")
+        named = predictor.images(**QUICK | {"prompt": f"sbu, {QUICK['prompt']}"}, content_lora="trained.tar")[0]
+        fused = predictor.predict(**QUICK, content_lora="trained.tar", style_lora="trained.tar", add_triggers=False)
+    assert alone["metrics"]["triggers_added"] == "sbu"
+    assert np.array_equal(image_of(alone), named)
+    assert not np.array_equal(bare, named)
+    assert fused["status"] == "succeeded" and "triggers_added" not in fused["metrics"]
 
 
 @pytest.mark.parametrize(
@@ -82,9 +90,12 @@ def test_a_zip_becomes_a_lora_that_the_predictor_fuses(
         ({"input_images": zipped(("notes.txt", b"no picture"))}, "no usable picture"),
         ({"input_images": "data:application/zip;base64,AAAA"}, "input_images"),
         ({"input_images": five_pictures(), "resolution": "big"}, "resolution is 'big'"),
+        ({"input_images": five_pictures(), "resume_from": zipped(("a", b"b"))}, "resume_from"),
+        ({"input_images": five_pictures(), "hf_repo_id": "me/dog"}, "hf_token is not given"),
+        ({"input_images": five_pictures(), "mask_mode": "clipseg", "mask_prompt": "dog"}, "segmenter is not installed"),
         ({"input_images": five_pictures(), "layers_to_optimize_regex": "nowhere"}, "names no linear layer"),
     ],
-    ids=["no picture", "no archive", "resolution", "no layer"],
+    ids=["no picture", "no archive", "resolution", "no tar", "no token", "no segmenter", "no layer"],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(trainer: Server, inputs: dict[str, Any], said: str) -> None:
     answer = trained(trainer, **TINY | inputs)
@@ -95,3 +106,36 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(trainer: Server, inputs: d
 def test_an_absurd_number_is_refused_by_the_schema(trainer: Server) -> None:
     status, answer = trainer.call("POST", "/trainings", {"input": {"input_images": five_pictures(), "steps": 0}})
     assert (status, answer["detail"][0]["loc"][-1]) == (422, "steps")
+
+
+def test_a_file_of_the_container_is_no_upload(trainer: Server) -> None:
+    """Cog takes a bare text for a path."""
+    status, answer = trainer.call("POST", "/trainings", {"input": {"input_images": "/etc/passwd"} | TINY})
+    assert status == 422 or (answer["status"] == "failed" and "passwd" in answer["error"])
+    assert "root:" not in str(answer)
+
+
+def test_a_cancelled_training_goes_on_from_its_tar_as_if_nothing_had_been(trainer: Server) -> None:
+    """The tar is in the server's working directory, where a laptop keeps it; the next training is not disturbed."""
+    left = ROOT / "trained_model.tar"
+    left.unlink(missing_ok=True)
+    inputs = {"input_images": five_pictures(), **TINY, "sample_steps": 0}
+    request, deadline = {"input": inputs | {"steps": 5000}}, time.monotonic() + 60
+    assert trainer.call("PUT", "/trainings/to-cancel", request, {"Prefer": "respond-async"})[0] == 202
+    while trainer.call("PUT", "/trainings/to-cancel", request)[1].get("logs", "").count("/5000, ") < 2:
+        assert time.monotonic() < deadline, "training never began"
+        time.sleep(0.05)
+    assert trainer.call("POST", "/trainings/to-cancel/cancel", {})[0] == 200
+    while not left.is_file():
+        assert time.monotonic() < deadline, "no tar was left"
+        time.sleep(0.05)
+    with tarfile.open(left) as tar:
+        assert {"config.json", "train.jsonl"} <= set(tar.getnames())
+        state = tar.extractfile("run.safetensors").read()
+    header = json.loads(state[8 : 8 + int.from_bytes(state[:8], "little")])
+    steps = json.loads(header["__metadata__"]["run"])["step"] + 20
+    resume = "data:application/x-tar;base64," + base64.b64encode(left.read_bytes()).decode()
+    resumed = trained(trainer, **inputs | {"steps": steps}, resume_from=resume)
+    whole = trained(trainer, **inputs | {"steps": steps})
+    assert resumed["status"] == whole["status"] == "succeeded", resumed["error"]
+    assert resumed["metrics"]["fixed_loss"] == whole["metrics"]["fixed_loss"]
