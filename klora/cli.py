@@ -2,6 +2,8 @@
 
 import inspect
 import logging
+import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
@@ -54,6 +56,7 @@ def train(
     **given: Any,
 ) -> None:
     """Train a LoRA on pictures."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leaves a tar, as Ctrl-C does
     publishing = {item.name: given.pop(item.name) for item in fields(Publishing) if item.name in given}
     tar = run_training(
         TrainingBase(**weights.training_base(base_model)),

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +12,12 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from klora.errors import BaseModelError
 from klora.training.annotate import Captioner, Segmenter, autocaptioned, segmented
 from klora.training.dataset import Picture
+from klora.training.job import TrainingBase, run_training
 from test_folder import tiny
 
 CPU = torch.device("cpu")
@@ -197,3 +199,26 @@ def test_a_tensor_that_says_nothing_is_refused(kind: Kind, copy: Path, spoilt: l
     tensors |= {name: torch.tensor(spoilt)}
     save_file({key: tensors[key] for key in tensors if tensors[key].numel()}, copy / "model.safetensors")
     assert_refused(kind, copy, says.format(name))
+
+
+def test_a_training_learns_from_both(
+    blip: Path, clipseg: Path, bases: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Captions and masks that models make give another LoRA than none, and than each other's prompts."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "captioner").symlink_to(blip)
+    (tmp_path / "models" / "segmenter").symlink_to(clipseg)
+    (tmp_path / "pictures").mkdir()
+    noise(1).save(tmp_path / "pictures" / "a.png")
+    base = TrainingBase("sdxl", "sdxl", bases / "sdxl", "me/base", "MIT", tmp_path / "models")
+    quick = {"steps": 3, "learning_rate": 1e-3, "resolution": "64", "seed": 1, "sample_steps": 0}
+    learnt = set()
+    for given in (
+        {}, {"autocaption": True}, {"autocaption": True, "autocaption_prefix": "[trigger] toy"},
+        {"mask_mode": "clipseg", "mask_prompt": "a dog"}, {"mask_mode": "clipseg", "mask_prompt": "a red house"},
+    ):  # fmt: skip
+        tar = run_training(base, tmp_path / "pictures", quick | given, tmp_path / "lora.tar")
+        with tarfile.open(tar) as archive:
+            tensors = load(archive.extractfile("lora.safetensors").read())
+        learnt.add(b"".join(tensors[key].numpy().tobytes() for key in sorted(tensors)))
+    assert len(learnt) == 5

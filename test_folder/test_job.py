@@ -137,6 +137,18 @@ def test_an_interruption_leaves_a_tar_that_can_be_taken_up(stop: type[BaseExcept
     assert weights_of(resumed) == weights_of(whole)
 
 
+def test_a_machine_that_is_taken_away_leaves_a_tar_too() -> None:
+    """SIGTERM, a little into the run."""
+    command = [sys.executable, "-c", "from klora.cli import app; app()", "train", "pictures", "--out", "left.tar"]
+    settings = [text for name, value in QUICK.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    running = subprocess.Popen([*command, *settings, "--steps", "5000"], stdout=subprocess.PIPE, text=True)
+    while "/5000, loss" not in (running.stdout.readline() or pytest.fail("it ended")):
+        pass
+    running.terminate()
+    assert running.wait(60) == 143
+    assert {"run.safetensors", "config.json", "train.jsonl"} <= held(Path("left.tar")).keys()
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

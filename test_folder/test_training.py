@@ -11,6 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -228,6 +229,88 @@ def test_a_batch_of_two_is_two_batches_of_one(load: Load, tmp_path: Path) -> Non
                 pair.A.grad = pair.B.grad = None
     for one, two in zip(*gradients, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-7)
+
+
+def test_the_loop_is_the_textbooks(load: Load, pictures: list[Picture], tmp_path: Path) -> None:
+    """peft's layers, torch's AdamW and clipping, the formulas written out; only what was drawn is taken over."""
+    heard: list[dict[str, Any]] = []
+    settings = config(steps=5, gradient_accumulation_steps=2, max_grad_norm=0.5, weight_decay=0.01)
+    lora = train_lora(spied(load, heard), pictures, settings, tmp_path)
+    model = load(device=CPU)
+    denoiser = model.denoiser.requires_grad_(False)
+    shapes = {name: shape for name, shape in linear_shapes(denoiser).items() if name in lora}
+    denoiser.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=list(shapes)))
+    adapted = {name: denoiser.get_submodule(name) for name in shapes}
+    with torch.no_grad():
+        for name, pair in new_layers(shapes, 4, settings.seed, CPU).items():
+            adapted[name].lora_A["default"].weight.copy_(pair.A)
+    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.01)
+    draws = [draw for draw in heard if draw["grad"]]
+    for number, draw in enumerate(draws):
+        (NAIVE[model.name](denoiser, draw) / 2).backward()
+        if number % 2:
+            torch.nn.utils.clip_grad_norm_(trained, 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert len(draws) == 10
+    for name, pair in lora.items():
+        torch.testing.assert_close(pair.A, adapted[name].lora_A["default"].weight, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(pair.B, adapted[name].lora_B["default"].weight, rtol=1e-3, atol=1e-5)
+
+
+def naive_sdxl(unet: Any, draw: dict[str, Any]) -> torch.Tensor:
+    """Squared error of the noise; SDXL's betas."""
+    steps = (draw["times"] * 1000).long()
+    kept = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)[steps][:, None, None, None]
+    noised = kept.sqrt() * draw["latents"] + (1 - kept).sqrt() * draw["noise"]
+    added = {"text_embeds": draw["pooled_prompt_embeds"], "time_ids": draw["time_ids"]}
+    predicted = unet(noised, steps, draw["prompt_embeds"], added_cond_kwargs=added).sample
+    return (predicted - draw["noise"]).square().mean()
+
+
+def naive_flux(transformer: Any, draw: dict[str, Any]) -> torch.Tensor:
+    """Squared error of noise - latents; a token is 2 x 2 cells."""
+
+    def tokens(cells: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.unfold(cells, 2, stride=2).mT
+
+    height, width = (side // 2 for side in draw["latents"].shape[-2:])
+    sigma = draw["times"][:, None, None]
+    latents, noise = tokens(draw["latents"]), tokens(draw["noise"])
+    predicted = transformer(
+        hidden_states=(1 - sigma) * latents + sigma * noise,
+        timestep=draw["times"],
+        guidance=torch.ones(len(latents)),
+        encoder_hidden_states=draw["prompt_embeds"],
+        pooled_projections=draw["pooled_prompt_embeds"],
+        img_ids=torch.cartesian_prod(torch.zeros(1), torch.arange(float(height)), torch.arange(float(width))),
+        txt_ids=torch.zeros(draw["prompt_embeds"].shape[1], 3),
+    ).sample
+    return (predicted - (noise - latents)).square().mean()
+
+
+NAIVE = {"SDXL": naive_sdxl, "FLUX.1": naive_flux}
+
+
+def test_a_loss_that_is_no_number_ends_the_training(sdxl: Load, pictures: list[Picture], tmp_path: Path) -> None:
+    settings = config(learning_rate=10.0, steps=40, max_grad_norm=1000, lr_scheduler="constant")
+    with pytest.raises(
+        RequestError, match=r"^The loss is (nan|inf) at step \d+\. Expected a number: lower learning_rate\.$"
+    ):
+        train_lora(overflowing(sdxl), pictures, settings, tmp_path)
+
+
+def overflowing(load: Load) -> Load:
+    """The same, whose predictions leave the range of numbers."""
+
+    def loaded(**options: Any) -> Family:
+        model = load(**options)
+        predict = model.predict
+        model.predict = lambda *inputs: predict(*inputs)._replace(gain=None, target=torch.tensor(torch.inf))  # type: ignore[method-assign]
+        return model
+
+    return loaded
 
 
 # Interruption and resumption

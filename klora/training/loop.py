@@ -197,6 +197,8 @@ class _Loop:
         loss = self.accelerator.reduce(torch.stack(self._losses).mean(), "mean").item()  # waits for the device
         speed = (self.run.step - reported) / (time.perf_counter() - since)
         self._losses.clear()
+        if not math.isfinite(loss):
+            raise RequestError(f"The loss is {loss} at step {self.run.step}. Expected a number: lower learning_rate.")
         fixed_loss = self._fixed_loss() if _due(self.run.step, steps, MEASURES) else None
         return Progress(self.run.step, steps, loss, fixed_loss, self.run.schedule.get_last_lr()[0], speed)
 
