@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from klora import Flux, LowRank, attached, load_model
 from klora.errors import LoRAError
-from klora.kohya import save_kohya
 from klora.lora import Plan
 from klora.models.family import Family
+from klora.training.kohya import save_kohya
 from test_folder import tiny
 
 CPU = torch.device("cpu")

@@ -29,7 +29,6 @@ from klora.device import default_device
 from klora.errors import KLoRAError, RequestError
 from klora.fields import ask, check
 from klora.generate import generate
-from klora.kohya import save_kohya
 from klora.lora import LoRA, save_lora
 from klora.models import FAMILIES, load_model
 from klora.request import Request
@@ -37,6 +36,7 @@ from klora.training.annotate import Captioner, Segmenter, autocaptioned, segment
 from klora.training.card import RESUME_STATE, SETTINGS, check_repo_id, contact_sheet, model_card, push
 from klora.training.config import TrainConfig
 from klora.training.dataset import Picture, dataset_hash, read_upload
+from klora.training.kohya import save_kohya
 from klora.training.loop import Load, OnProgress, Progress, train_lora
 from klora.training.tracking import tracked
 
