@@ -110,15 +110,21 @@ def load_parts(
     alone, on the meta device; of text encoders nothing."""
     index = pipeline.load_config(path, local_files_only=True)
     components = {"text": ("text_encoder", "text_encoder_2"), "vae": ("vae",), "denoiser": ("unet", "transformer")}
-    absent = [name for part in components.keys() - set(parts) for name in components[part] if name in index]
-    pipe = pipeline.from_pretrained(
-        path, **dict.fromkeys(absent), **options, use_safetensors=True, local_files_only=True
-    ).to(device)
-    for name in set(absent) - set(components["text"]):
-        kind = getattr(diffusers, index[name][1])
-        with torch.device("meta"):
-            pipe.register_modules(**{name: kind.from_config(kind.load_config(path / name, local_files_only=True))})
+    absent = {name for part in components.keys() - set(parts) for name in components[part] if name in index}
+    bare = {name: None if name in components["text"] else _weightless(index[name][1], path / name) for name in absent}
+    pipe = pipeline.from_pretrained(path, **bare, **options, use_safetensors=True, local_files_only=True)
+    for name, module in pipe.components.items():
+        # What is quantised has been put on the device by its quantiser.
+        if isinstance(module, nn.Module) and name not in absent and not getattr(module, "is_quantized", False):
+            module.to(device)
     return pipe
+
+
+def _weightless(kind: str, folder: Path) -> Any:
+    """A model of diffusers with its shapes alone, on the meta device."""
+    model = getattr(diffusers, kind)
+    with torch.device("meta"):
+        return model.from_config(model.load_config(folder, local_files_only=True))
 
 
 def encoders(pipe: Any) -> dict[str, nn.Module]:
