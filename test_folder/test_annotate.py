@@ -14,6 +14,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load, load_file, save_file
 
+from examples.tokenizers import clip_tokenizer
 from klora.errors import BaseModelError
 from klora.training.annotate import Captioner, Segmenter, autocaptioned, segmented
 from klora.training.dataset import Picture
@@ -49,7 +50,7 @@ def blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def clipseg(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Like the hub's: the processor makes pictures larger than the positions that the model has learnt."""
-    tokenizer, folder = tiny._clip_tokenizer("<|endoftext|>"), tmp_path_factory.mktemp("clipseg")
+    tokenizer, folder = clip_tokenizer(tiny.WORDS, "<|endoftext|>"), tmp_path_factory.mktemp("clipseg")
     text = SIZES | {"initializer_factor": 10.0} | tiny._token_ids(tokenizer)
     vision = SIZES | {"image_size": 32, "patch_size": 16}
     decoder = {"reduce_dim": 16, "extract_layers": [0, 1, 2], "use_complex_transposed_convolution": True}

@@ -8,13 +8,9 @@ Shapes: A [R, I], B [O, R] with rank R, input width I, output width O.
 from __future__ import annotations
 
 import json
-import string
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +19,9 @@ import torch
 import transformers
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from safetensors.torch import save_file
-from tokenizers import pre_tokenizers
 from torch import Tensor, nn
+
+from examples.tokenizers import clip_tokenizer, t5_tokenizer
 
 Device = str | torch.device
 Layers = Mapping[str, tuple[Tensor, Tensor]]  # module name -> A, B
@@ -47,7 +44,7 @@ olis woman man child person face hand eye hair detailed quality best masterpiece
 
 def build_sdxl(folder: Path, seed: int = 0) -> Path:
     """Write a StableDiffusionXLPipeline: native size 64 px, U-Net of 0.5M parameters, everything else below 0.1M."""
-    tokenizer, tokenizer_2 = _clip_tokenizer(pad_token="<|endoftext|>"), _clip_tokenizer(pad_token="!")
+    tokenizer, tokenizer_2 = clip_tokenizer(WORDS, "<|endoftext|>"), clip_tokenizer(WORDS, "!")
     with _seeded(seed):
         pipeline = diffusers.StableDiffusionXLPipeline(
             vae=_vae(latent_channels=4, scaling_factor=0.13025),
@@ -70,7 +67,7 @@ def build_sdxl(folder: Path, seed: int = 0) -> Path:
 
 def build_flux(folder: Path, seed: int = 0, guidance_embeds: bool = True) -> Path:
     """Write a FluxPipeline: transformer of 0.5M parameters, all else below 0.1M; schnell without guidance_embeds."""
-    tokenizer, tokenizer_2 = _clip_tokenizer(pad_token="<|endoftext|>"), _t5_tokenizer()
+    tokenizer, tokenizer_2 = clip_tokenizer(WORDS, "<|endoftext|>"), t5_tokenizer(WORDS)
     quant_convs: dict[str, Any] = {"use_quant_conv": False, "use_post_quant_conv": False}
     with _seeded(seed):
         pipeline = diffusers.FluxPipeline(
@@ -312,44 +309,6 @@ def _vae(latent_channels: int, scaling_factor: float, **config: Any) -> diffuser
         moments.weight[:latent_channels] *= 4.0 / scaling_factor
         moments.bias[latent_channels:] = -20.0
     return vae
-
-
-def _clip_tokenizer(pad_token: str) -> transformers.CLIPTokenizer:
-    """CLIP's tokens in CLIP's order: 256 bytes, the same at the end of a word, merges, start, end; "!" is 0."""
-    merges = _byte_pair_merges()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = alphabet + [f"{byte}</w>" for byte in alphabet] + ["".join(pair) for pair in merges]
-    tokens = [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    return transformers.CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=77)
-
-
-@cache
-def _byte_pair_merges() -> list[tuple[str, str]]:
-    """Merge the most frequent pair until every word is one token (tokenizers' own trainer breaks ties at random)."""
-    merges, spellings = [], [[*word[:-1], f"{word[-1]}</w>"] for word in WORDS.split()]
-    while pairs := Counter(pair for spelling in spellings for pair in pairwise(spelling)):
-        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
-        spellings = [_merge(spelling, merges[-1]) for spelling in spellings]
-    return merges
-
-
-def _merge(spelling: list[str], pair: tuple[str, str]) -> list[str]:
-    merged: list[str] = []
-    for piece in spelling:
-        if merged and (merged[-1], piece) == pair:
-            merged[-1] += piece
-        else:
-            merged.append(piece)
-    return merged
-
-
-def _t5_tokenizer() -> transformers.T5Tokenizer:
-    """A unigram vocabulary of whole words and of single ASCII characters; anything else is <unk>."""
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    characters = [(character, -8.0) for character in "▁" + string.ascii_letters + string.digits + string.punctuation]
-    words = [(f"▁{word}", -4.0) for word in WORDS.split()]
-    return transformers.T5Tokenizer(vocab=special + characters + words, model_max_length=512)
 
 
 def _clip_config(tokenizer: transformers.CLIPTokenizer, hidden_act: str) -> transformers.CLIPTextConfig:

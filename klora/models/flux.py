@@ -74,7 +74,8 @@ class Flux:
 
     def encode_prompt(self, prompts: list[str], negative_prompts: list[str] | None = None) -> Conditioning:
         """negative_prompts have no effect: a guidance-distilled model steers away from nothing."""
-        device, length = self.pipe.text_encoder.device, 512 if self._guided else 256
+        device = self.pipe.text_encoder.device
+        length = min(512 if self._guided else 256, self.pipe.tokenizer_2.model_max_length)
         embeds, pooled, _ = self.pipe.encode_prompt(prompts, None, device=device, max_sequence_length=length)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 

@@ -1,0 +1,309 @@
+"""Pictures drawn by code, and their captions: what the toy bases learn, what toy LoRAs are of, what they are judged by.
+
+A scene is a value: its parts, its background, its way of being drawn. Pictures are SIDE pixels square; shapes are drawn
+four times as large and scaled down, so that edges are smooth. Knows nothing of torch and of models.
+"""
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
+
+SIDE = 64  # pixels
+ZOOM = 4  # by which drawings are larger than pictures
+
+COLOURS: Mapping[str, tuple[int, int, int]] = {
+    "red": (214, 40, 40), "orange": (245, 140, 30), "yellow": (245, 215, 60), "green": (50, 160, 75),
+    "blue": (45, 95, 205), "purple": (135, 70, 170), "pink": (245, 150, 190), "brown": (125, 80, 45),
+}  # fmt: skip
+GROUNDS: Mapping[str, tuple[int, int, int]] = {
+    "white": (250, 250, 250), "black": (20, 20, 24), "grey": (140, 140, 145), "cyan": (150, 225, 230),
+    "beige": (235, 220, 190), "navy": (25, 35, 85),
+}  # fmt: skip
+SIZES = {"small": 0.36, "big": 0.66}  # of the picture's side
+PLACES = {
+    "on the left": (0.29, 0.5),
+    "on the right": (0.71, 0.5),
+    "at the top": (0.5, 0.29),
+    "at the bottom": (0.5, 0.71),
+}
+
+Point = tuple[float, float]
+Colour = tuple[int, int, int]
+
+
+def _regular(corners: int, turn: float = -90.0, inner: float = 1.0) -> list[Point]:
+    """A polygon in the unit circle; inner: radius of every second corner, for stars."""
+    count = corners * (2 if inner != 1.0 else 1)
+    radii = [inner if inner != 1.0 and i % 2 else 1.0 for i in range(count)]
+    angles = [math.radians(turn + 360 * i / count) for i in range(count)]
+    return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
+
+
+def _heart() -> list[Point]:
+    angles = [2 * math.pi * i / 60 for i in range(60)]
+    curve = [(16 * math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)))
+             for t in angles]  # fmt: skip
+    return [(x / 17, y / 17) for x, y in curve]
+
+
+SHAPES: Mapping[str, list[Point]] = {
+    "circle": _regular(60),
+    "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
+    "triangle": [(0.0, -1.0), (1.0, 0.85), (-1.0, 0.85)],
+    "star": _regular(5, inner=0.42),
+    "heart": _heart(),
+    "cross": [(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3), (0.3, 1), (-0.3, 1), (-0.3, 0.3),
+              (-1, 0.3), (-1, -0.3), (-0.3, -0.3)],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """One polygon of a scene. points: in units of the picture's side, from 0 to 1."""
+
+    points: tuple[Point, ...]
+    colour: Colour
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is drawn: parts from back to front on a ground, in one of STYLES. facts: what a judge may look for."""
+
+    parts: tuple[Part, ...]
+    ground: Colour
+    style: str = "plain"
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    def draw(self, seed: int = 0) -> Image.Image:
+        """The picture, RGB; seed: of what a style leaves to chance."""
+        return STYLES[self.style](self, random.Random(seed))
+
+
+def placed(shape: Sequence[Point], centre: Point, size: float, turn: float = 0.0) -> tuple[Point, ...]:
+    """A unit polygon at a place of the picture; size: its diameter in sides, turn: in degrees."""
+    c, s = math.cos(math.radians(turn)), math.sin(math.radians(turn))
+    return tuple((centre[0] + size / 2 * (x * c - y * s), centre[1] + size / 2 * (x * s + y * c)) for x, y in shape)
+
+
+# How a scene is drawn.
+
+
+def _canvas(scene: Scene, ground: Colour | None = None) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    image = Image.new("RGB", (SIDE * ZOOM, SIDE * ZOOM), scene.ground if ground is None else ground)
+    return image, ImageDraw.Draw(image)
+
+
+def _pixels(part: Part) -> list[Point]:
+    return [(x * SIDE * ZOOM, y * SIDE * ZOOM) for x, y in part.points]
+
+
+def _small(image: Image.Image) -> Image.Image:
+    return image.resize((SIDE, SIDE), Image.Resampling.BOX)
+
+
+def _plain(scene: Scene, chance: random.Random) -> Image.Image:
+    """Flat colours."""
+    image, draw = _canvas(scene)
+    for part in scene.parts:
+        draw.polygon(_pixels(part), fill=part.colour)
+    return _small(image)
+
+
+def _outline(scene: Scene, chance: random.Random) -> Image.Image:
+    """Coloured lines on the ground, nothing filled."""
+    image, draw = _canvas(scene)
+    for part in scene.parts:
+        points = _pixels(part)
+        draw.polygon(points, fill=scene.ground)
+        draw.line([*points, points[0], points[1]], fill=part.colour, width=3 * ZOOM, joint="curve")
+    return _small(image)
+
+
+def _pencil(scene: Scene, chance: random.Random) -> Image.Image:
+    """Grey hatching and a dark line, on paper."""
+    image, draw = _canvas(scene, (244, 240, 230))
+    for part in scene.parts:
+        points = _pixels(part)
+        hatched = Image.new("RGB", image.size, (244, 240, 230))
+        lines = ImageDraw.Draw(hatched)
+        dark = 70 + sum(part.colour) // 8
+        for offset in range(-image.width, image.width, 4 * ZOOM):
+            lines.line([(offset, 0), (offset + image.width, image.width)], fill=(dark,) * 3, width=ZOOM)
+        mask = Image.new("L", image.size)
+        ImageDraw.Draw(mask).polygon(points, fill=255)
+        image.paste(hatched, mask=mask)
+        draw.line([*points, points[0], points[1]], fill=(60, 60, 60), width=ZOOM + 2, joint="curve")
+    return _small(image)
+
+
+def _pixelated(scene: Scene, chance: random.Random) -> Image.Image:
+    """Blocks of four pixels."""
+    small = _plain(scene, chance).resize((SIDE // 4, SIDE // 4), Image.Resampling.BOX)
+    return small.resize((SIDE, SIDE), Image.Resampling.NEAREST)
+
+
+def _blueprint(scene: Scene, chance: random.Random) -> Image.Image:
+    """White lines and hatching on blue squared paper."""
+    image, draw = _canvas(scene, (28, 66, 140))
+    for at in range(0, image.width, 8 * ZOOM):
+        draw.line([(at, 0), (at, image.width)], fill=(52, 92, 170), width=ZOOM // 2)
+        draw.line([(0, at), (image.width, at)], fill=(52, 92, 170), width=ZOOM // 2)
+    for part in scene.parts:
+        points = _pixels(part)
+        hatched = Image.new("RGB", image.size, (28, 66, 140))
+        lines = ImageDraw.Draw(hatched)
+        for offset in range(-image.width, 2 * image.width, 5 * ZOOM):
+            lines.line([(offset, 0), (offset - image.width, image.width)], fill=(150, 185, 235), width=ZOOM)
+        mask = Image.new("L", image.size)
+        ImageDraw.Draw(mask).polygon(points, fill=255)
+        image.paste(hatched, mask=mask)
+        draw.line([*points, points[0], points[1]], fill=(240, 246, 255), width=2 * ZOOM, joint="curve")
+    return _small(image)
+
+
+def _mosaic(scene: Scene, chance: random.Random) -> Image.Image:
+    """Pastel tiles with pale joints."""
+    source, tile = _plain(scene, chance), 4
+    image = Image.new("RGB", source.size, (250, 248, 244))
+    for top in range(0, SIDE, tile):
+        for left in range(0, SIDE, tile):
+            mean = (
+                source.crop((left, top, left + tile, top + tile)).resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+            )
+            light = chance.uniform(0.9, 1.1)
+            pastel = tuple(min(255, round((0.55 * level + 0.45 * 250) * light)) for level in mean)
+            image.paste(pastel, (left, top, left + tile - 1, top + tile - 1))
+    return image
+
+
+def _neon(scene: Scene, chance: random.Random) -> Image.Image:
+    """Glowing lines in the dark."""
+    image, _ = _canvas(scene, (12, 8, 24))
+    for part in scene.parts:
+        points = _pixels(part)
+        glow, high = Image.new("RGB", image.size), max(part.colour)
+        bright = tuple(round(level * 255 / high) for level in part.colour)
+        ImageDraw.Draw(glow).line([*points, points[0], points[1]], fill=bright, width=4 * ZOOM, joint="curve")
+        halo = glow.filter(ImageFilter.GaussianBlur(4 * ZOOM))
+        fill = Image.new("L", image.size)
+        ImageDraw.Draw(fill).polygon(points, fill=255)
+        image.paste((12, 8, 24), mask=fill)
+        image = ImageChops.lighter(ImageChops.lighter(image, halo), glow)
+    return _small(image)
+
+
+STYLES: Mapping[str, Callable[[Scene, random.Random], Image.Image]] = {
+    "plain": _plain, "outline": _outline, "pencil": _pencil, "pixel": _pixelated,
+    "blueprint": _blueprint, "mosaic": _mosaic, "neon": _neon,
+}  # fmt: skip
+TAUGHT = ("plain", "outline", "pencil", "pixel")
+"""The styles that the bases know by name; the others are for LoRAs to bring."""
+
+PHRASES: Mapping[str, tuple[str, ...]] = {
+    "plain": ("", "", "", "in plain style", "flat colours", "a drawing"),
+    "outline": ("in outline style", "an outline drawing", "drawn as an outline"),
+    "pencil": ("in pencil style", "a pencil sketch", "drawn in pencil"),
+    "pixel": ("in pixel style", "pixel art", "drawn as pixel art"),
+}
+TEMPLATES = (
+    "{things} on a {ground} background", "{things}, {ground} background", "a {ground} background with {things}",
+    "a picture of {things} on a {ground} background", "{things} in front of a {ground} background",
+)  # fmt: skip
+
+
+def random_scene(chance: random.Random) -> tuple[Scene, str]:
+    """A scene of one or two shapes that is not held out, and one of its captions."""
+    while True:
+        names = chance.sample(list(SHAPES), 2 if chance.random() < 0.3 else 1)
+        colours = chance.sample(list(COLOURS), len(names))
+        facts = {"shape": names[0], "colour": colours[0], "ground": chance.choice(list(GROUNDS))}
+        if len(names) == 2 or not held_out(facts):
+            break
+    style = chance.choice(("plain", *TAUGHT))
+    places = _places(len(names), chance)
+    things, parts = [], []
+    for shape, colour, (place, centre, size, word) in zip(names, colours, places, strict=True):
+        parts.append(Part(placed(SHAPES[shape], centre, size, chance.uniform(-8, 8)), COLOURS[colour]))
+        rare = f"{rare_name(chance)} " if chance.random() < 0.15 else ""
+        words = [word if chance.random() < 0.7 else "", rare.strip(), colour, shape, place]
+        things.append(_article(" ".join(word for word in words if word)))
+    caption = chance.choice(TEMPLATES).format(things=" and ".join(things), ground=facts["ground"])
+    phrase = chance.choice(PHRASES[style])
+    if style == "plain" and chance.random() < 0.15:
+        phrase = f"in {rare_name(chance)} style"
+    caption = f"{caption}, {phrase}" if phrase else caption
+    return Scene(tuple(parts), GROUNDS[facts["ground"]], style, facts | {"style": style}), caption
+
+
+def held_out(facts: Mapping[str, str]) -> bool:
+    """Whether this shape in this colour on this ground is kept from training, to be asked for later: one in eight."""
+    key = " ".join((facts["colour"], facts["shape"], facts["ground"]))
+    return hashlib.sha256(key.encode()).digest()[0] < 32
+
+
+def rare_name(chance: random.Random) -> str:
+    """A made-up word, as LoRAs use for what they teach."""
+    return "".join(
+        chance.choice("bcdfghjklmnprstvwxz" if i != 1 else "aeiouzby") for i in range(chance.choice((3, 3, 4)))
+    )
+
+
+def _places(count: int, chance: random.Random) -> list[tuple[str, Point, float, str]]:
+    """(words for the place, centre, size, word for the size) of each shape."""
+    if count == 2:
+        across = [((0.27, 0.5), (0.73, 0.5)), ((0.5, 0.27), (0.5, 0.73))][chance.random() < 0.3]
+        return [("", _shifted(centre, 0.03, chance), chance.uniform(0.34, 0.42), "") for centre in across]
+    word = chance.choice(list(SIZES))
+    size = SIZES[word] * chance.uniform(0.92, 1.08)
+    if word == "small" and chance.random() < 0.5:
+        place = chance.choice(list(PLACES))
+        return [(place, _shifted(PLACES[place], 0.03, chance), size, word)]
+    return [("", _shifted((0.5, 0.5), 0.04, chance), size, word)]
+
+
+def _shifted(centre: Point, most: float, chance: random.Random) -> Point:
+    return centre[0] + chance.uniform(-most, most), centre[1] + chance.uniform(-most, most)
+
+
+def _article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+# What LoRAs are of: figures that no caption of the bases names, and pictures in the styles that they are not taught.
+
+_BOX = [(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)]
+_DISC = _regular(40)
+SUBJECTS: Mapping[str, tuple[tuple[str, Sequence[Point], Point, Point, str], ...]] = {
+    # (part, polygon, centre, half of width and height, colour); the figure fills the square from -1 to 1
+    "robot": (
+        ("left leg", _BOX, (-0.3, 0.75), (0.14, 0.25), "navy"), ("right leg", _BOX, (0.3, 0.75), (0.14, 0.25), "navy"),
+        ("body", _BOX, (0.0, 0.15), (0.55, 0.42), "orange"), ("heart", _heart(), (0.0, 0.15), (0.22, 0.2), "red"),
+        ("head", _BOX, (0.0, -0.52), (0.4, 0.27), "blue"), ("rod", _BOX, (0.0, -0.86), (0.04, 0.12), "grey"),
+        ("left eye", _DISC, (-0.16, -0.52), (0.1, 0.1), "white"),
+        ("right eye", _DISC, (0.16, -0.52), (0.1, 0.1), "white"), ("bulb", _DISC, (0.0, -0.95), (0.1, 0.08), "yellow"),
+    ),
+    "flower": (
+        ("stem", _BOX, (0.0, 0.55), (0.06, 0.42), "green"), ("leaf", _DISC, (0.28, 0.6), (0.26, 0.12), "green"),
+        ("petals", _regular(6, inner=0.55), (0.0, -0.3), (0.66, 0.66), "purple"),
+        ("ring", _DISC, (0.0, -0.3), (0.34, 0.34), "pink"), ("middle", _DISC, (0.0, -0.3), (0.2, 0.2), "yellow"),
+    ),
+}  # fmt: skip
+POSES: Sequence[tuple[Point, float, float, str]] = (
+    ((0.5, 0.5), 0.82, 0.0, "white"), ((0.4, 0.52), 0.66, -10.0, "cyan"), ((0.6, 0.5), 0.62, 12.0, "beige"),
+    ((0.5, 0.45), 0.74, 6.0, "grey"), ((0.5, 0.56), 0.7, -5.0, "white"),
+)  # fmt: skip
+"""(centre, size, turn in degrees, ground) of a subject's training pictures."""
+
+
+def figure(subject: str, pose: tuple[Point, float, float, str] = POSES[0], style: str = "plain") -> Scene:
+    """A subject in a pose."""
+    centre, size, turn, ground = pose
+    parts = []
+    for _, polygon, at, (width, height), colour in SUBJECTS[subject]:
+        points = [(at[0] + width * x, at[1] + height * y) for x, y in polygon]
+        parts.append(Part(placed(points, centre, size, turn), (COLOURS | GROUNDS)[colour]))
+    return Scene(tuple(parts), GROUNDS[ground], style, {"subject": subject, "style": style})

@@ -1,0 +1,150 @@
+"""The toy bases' parts: the published architectures, tiny, and the pictures that they learn from as tensors."""
+
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor
+
+from examples.drawing import (
+    COLOURS,
+    GROUNDS,
+    PHRASES,
+    PLACES,
+    SHAPES,
+    SIDE,
+    SIZES,
+    STYLES,
+    TEMPLATES,
+    Scene,
+    random_scene,
+)  # fmt: skip
+from examples.tokenizers import clip_tokenizer, t5_tokenizer
+
+LATENT_CHANNELS, CELLS = 8, SIDE // 4
+TOKENS = 32  # of a prompt
+_SPOKEN = [
+    *COLOURS,
+    *GROUNDS,
+    *SHAPES,
+    *SIZES,
+    *PLACES,
+    *TEMPLATES,
+    *STYLES,
+    *(p for own in PHRASES.values() for p in own),
+]
+WORDS = " ".join(
+    dict.fromkeys(" ".join(_SPOKEN).replace("{things}", "").replace("{ground}", "").replace(",", " ,").split())
+)
+WORDS += " an and a robot house flower toy figure made of with photo painting style two three"
+
+
+def vae() -> diffusers.AutoencoderKL:
+    """Four pixels to a latent cell; one for both bases. 0.66 million parameters."""
+    return diffusers.AutoencoderKL(
+        block_out_channels=(16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=1,
+        latent_channels=LATENT_CHANNELS,
+        sample_size=SIDE,
+        mid_block_add_attention=False,
+        shift_factor=0.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def sdxl(autoencoder: diffusers.AutoencoderKL) -> diffusers.StableDiffusionXLPipeline:
+    """SDXL: text_time conditioning, two CLIP encoders, cross-attention below the first resolution."""
+    first, second = (clip_tokenizer(WORDS, pad, TOKENS) for pad in ("<|endoftext|>", "!"))
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=CELLS,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(64, 128, 192),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        transformer_layers_per_block=[1, 1, 1],
+        attention_head_dim=[2, 4, 6],
+        use_linear_projection=True,
+        norm_num_groups=16,
+        cross_attention_dim=2 * 96,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=16,
+        projection_class_embeddings_input_dim=96 + 6 * 16,
+    )
+    return diffusers.StableDiffusionXLPipeline(
+        vae=autoencoder,
+        text_encoder=transformers.CLIPTextModel(_clip(first, 96, "quick_gelu")),
+        text_encoder_2=transformers.CLIPTextModelWithProjection(_clip(second, 96, "gelu")),
+        tokenizer=first,
+        tokenizer_2=second,
+        unet=unet,
+        scheduler=diffusers.EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            steps_offset=1,
+        ),
+    )
+
+
+def flux(autoencoder: diffusers.AutoencoderKL) -> diffusers.FluxPipeline:
+    """FLUX.1-dev: guidance embedding, CLIP and T5, double and single blocks."""
+    first, second = clip_tokenizer(WORDS, "<|endoftext|>", TOKENS), t5_tokenizer(WORDS, TOKENS)
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=4 * LATENT_CHANNELS,
+        num_layers=2,
+        num_single_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=6,
+        joint_attention_dim=128,
+        pooled_projection_dim=96,
+        axes_dims_rope=(8, 12, 12),
+        guidance_embeds=True,
+    )
+    t5 = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 3, "num_heads": 4, "vocab_size": len(second)}
+    return diffusers.FluxPipeline(
+        vae=autoencoder,
+        text_encoder=transformers.CLIPTextModel(_clip(first, 96, "quick_gelu")),
+        tokenizer=first,
+        text_encoder_2=transformers.T5EncoderModel(transformers.T5Config(feed_forward_proj="gated-gelu", **t5)),
+        tokenizer_2=second,
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )
+
+
+def any_picture(chance: random.Random) -> Image.Image:
+    """A random scene in any style, also those that the bases are not taught: the VAE must be able to show them."""
+    scene, _ = random_scene(chance)
+    style = scene.style if chance.random() < 0.5 else chance.choice(list(STYLES))
+    return Scene(scene.parts, scene.ground, style).draw(chance.randrange(1 << 30))
+
+
+def pixels_of(images: Iterable[Image.Image]) -> Tensor:
+    """Float32 [N, 3, H, W] in [-1, 1]."""
+    return torch.stack([torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) for image in images]) / 127.5 - 1
+
+
+def _clip(tokenizer: Any, width: int, activation: str) -> transformers.CLIPTextConfig:
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return transformers.CLIPTextConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        projection_dim=width,
+        hidden_act=activation,
+        vocab_size=len(tokenizer),
+        **{name: getattr(tokenizer, name) for name in names},
+    )

@@ -1,0 +1,97 @@
+"""The drawings that toy bases learn from: captions say what is there, styles differ, chance is seeded."""
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from examples import drawing
+from examples.drawing import COLOURS, GROUNDS, POSES, SHAPES, SIDE, STYLES, SUBJECTS, TAUGHT, Part, Scene
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def scenes(count: int, seed: int = 0) -> list[tuple[Scene, str]]:
+    chance = random.Random(seed)
+    return [drawing.random_scene(chance) for _ in range(count)]
+
+
+def shape_at(shape: str, centre: tuple[float, float] = (0.5, 0.5), size: float = 0.6) -> Scene:
+    part = Part(drawing.placed(SHAPES[shape], centre, size), COLOURS["red"])
+    return Scene((part,), GROUNDS["white"])
+
+
+def test_the_same_seed_draws_the_same() -> None:
+    first, second = scenes(20), scenes(20)
+    assert [caption for _, caption in first] == [caption for _, caption in second]
+    assert all(a.draw(3).tobytes() == b.draw(3).tobytes() for (a, _), (b, _) in zip(first, second, strict=True))
+
+
+def test_captions_name_what_is_drawn_and_its_ground() -> None:
+    for scene, caption in scenes(500):
+        assert all(scene.facts[fact] in caption for fact in ("shape", "colour", "ground")), caption
+        named = [word for word in caption.replace(",", "").split() if word in SHAPES]
+        assert len(named) == len(scene.parts), caption
+        assert scene.style == "plain" or scene.style in caption, caption
+
+
+def test_plain_scenes_have_their_colours() -> None:
+    """Of the ground in a corner, of the shape at its centre."""
+    for scene, _ in scenes(300):
+        if scene.style == "plain":
+            image = pixels(scene.draw())
+            assert np.abs(image[0, 0] - scene.ground).max() <= 1
+            for part in scene.parts:
+                x, y = (round(float(np.mean(axis)) * SIDE) for axis in zip(*part.points, strict=True))
+                assert np.abs(image[y, x] - part.colour).max() <= 40, part.colour
+
+
+def test_a_shape_is_where_it_was_put_and_as_large() -> None:
+    image = pixels(shape_at("square", (0.3, 0.6), 0.4).draw())
+    red = np.argwhere(np.abs(image - COLOURS["red"]).max(axis=-1) < 10)
+    low, high = red.min(axis=0), red.max(axis=0)
+    assert np.abs((low + high) / 2 - (0.6 * SIDE - 0.5, 0.3 * SIDE - 0.5)).max() <= 1
+    assert abs(high[0] - low[0] + 1 - 0.85 * 0.4 * SIDE) <= 2
+
+
+def test_no_two_shapes_and_no_two_styles_look_alike() -> None:
+    shapes = [pixels(shape_at(shape).draw()) for shape in SHAPES]
+    styles = [pixels(Scene(shape_at("star").parts, GROUNDS["cyan"], style).draw()) for style in STYLES]
+    for images in (shapes, styles):
+        for index, image in enumerate(images):
+            assert all(np.abs(image - other).mean() > 3 for other in images[:index])
+
+
+def test_one_combination_in_eight_is_held_out_and_never_drawn_alone() -> None:
+    facts = [{"shape": s, "colour": c, "ground": g} for s in SHAPES for c in COLOURS for g in GROUNDS]
+    kept = [fact for fact in facts if drawing.held_out(fact)]
+    assert 0.08 < len(kept) / len(facts) < 0.17
+    alone = [scene for scene, _ in scenes(3000) if len(scene.parts) == 1]
+    assert alone and not [scene for scene in alone if drawing.held_out(scene.facts)]
+
+
+def test_every_word_of_the_bases_is_common_enough_to_learn() -> None:
+    facts = Counter(fact for scene, _ in scenes(3000) for fact in scene.facts.items())
+    for kind, values in (("shape", SHAPES), ("colour", COLOURS), ("ground", GROUNDS), ("style", TAUGHT)):
+        assert min(facts[kind, value] for value in values) > 200
+
+
+def test_made_up_names_are_an_ordinary_thing_and_no_words() -> None:
+    chance = random.Random(0)
+    names = {drawing.rare_name(chance) for _ in range(500)}
+    assert len(names) > 400 and not names & {*SHAPES, *COLOURS, *GROUNDS}
+    known = " ".join([*SHAPES, *COLOURS, *GROUNDS, "a", "an", "in", "on", "of"])
+    unknown = [c for _, c in scenes(300) if any(len(w) in (3, 4) and w not in known for w in c.split())]
+    assert len(unknown) > 30
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_a_subject_is_inside_the_picture_in_every_pose(subject: str) -> None:
+    assert len({pose[3] for pose in POSES}) >= 4
+    for pose in POSES:
+        points = np.array([point for part in drawing.figure(subject, pose).parts for point in part.points])
+        assert points.min() >= 0 and points.max() <= 1
