@@ -62,7 +62,7 @@ class TrainingBase:
     annotators: Path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)  # it holds secrets
 class Publishing:
     """Where a training is shown besides its tar, checked on creation: the Hugging Face hub, Weights & Biases."""
 
