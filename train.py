@@ -13,8 +13,9 @@ from cog import BaseModel, Input, Path, Secret, current_scope
 
 import weights
 from klora.form import filled, progress_line, uploaded
-from klora.training.job import Publishing, TrainingBase, run_training
+from klora.training.job import TrainingBase, run_training
 from klora.training.loop import Progress
+from klora.training.publishing import Publishing
 
 
 class TrainingOutput(BaseModel):

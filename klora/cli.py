@@ -19,7 +19,8 @@ from klora.form import progress_line
 from klora.request import Request, open_images
 from klora.studio import Studio, save_images
 from klora.training.config import TrainConfig
-from klora.training.job import Publishing, TrainingBase, run_training
+from klora.training.job import TrainingBase, run_training
+from klora.training.publishing import Publishing
 
 app = typer.Typer(help="K-LoRA: one LoRA's subject in another LoRA's style.", no_args_is_help=True)
 

@@ -26,8 +26,9 @@ from klora.errors import RequestError
 from klora.training.cache import encode_pictures
 from klora.training.config import TrainConfig
 from klora.training.dataset import Picture
-from klora.training.job import Publishing, TrainingBase, run_training
+from klora.training.job import TrainingBase, run_training
 from klora.training.loop import Progress
+from klora.training.publishing import Publishing
 
 CPU = torch.device("cpu")
 QUICK = {"steps": 6, "learning_rate": 1e-3, "lora_rank": 4, "resolution": "64", "seed": 3, "sample_steps": 0,
@@ -316,6 +317,8 @@ def test_weights_and_biases_hears_every_report_and_the_key_goes_nowhere_else(
 def test_a_hub_out_of_reach_loses_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     tar = trained(publishing=Publishing(hf_repo_id="me/dog", hf_token="hf_x"))
+    assert b'load_lora_weights("me/dog"' in tar["README.md"]
+    assert all(b"hf_x" not in data for data in tar.values())
     assert weights_of(tar) == weights_of(trained())
     assert any("hf_repo_id" in line and line.endswith("What was trained is in the tar.") for line in caplog.messages)
 

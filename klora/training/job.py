@@ -12,7 +12,6 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -26,19 +25,18 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from klora.device import default_device
-from klora.errors import KLoRAError, RequestError
-from klora.fields import ask, check
+from klora.errors import RequestError
 from klora.generate import generate
 from klora.lora import LoRA, save_lora
 from klora.models import FAMILIES, load_model
 from klora.request import Request
 from klora.training.annotate import Captioner, Segmenter, autocaptioned, segmented
-from klora.training.card import RESUME_STATE, SETTINGS, check_repo_id, contact_sheet, model_card, push
+from klora.training.card import RESUME_STATE, SETTINGS, contact_sheet, model_card
 from klora.training.config import TrainConfig
 from klora.training.dataset import Picture, dataset_hash, read_upload
 from klora.training.kohya import save_kohya
 from klora.training.loop import Load, OnProgress, Progress, train_lora
-from klora.training.tracking import tracked
+from klora.training.publishing import Publishing
 
 logger = logging.getLogger(__name__)
 
@@ -60,42 +58,6 @@ class TrainingBase:
     repository: str
     licence: str
     annotators: Path
-
-
-@dataclass(frozen=True, repr=False)  # it holds secrets
-class Publishing:
-    """Where a training is shown besides its tar, checked on creation: the Hugging Face hub, Weights & Biases."""
-
-    hf_repo_id: str = ask("", "Hugging Face repository, owner/name, to which the LoRA is uploaded.")
-    hf_token: str = ask("", "Hugging Face token with the right to write there.")
-    hf_private: bool = ask(True, "Make the repository private.")
-    wandb_api_key: str = ask("", "Weights & Biases key: report the training there.")
-    wandb_project: str = ask("klora", "Weights & Biases project.")
-    wandb_run: str = ask("", "Weights & Biases name of the run. Default: one of its own.")
-    wandb_entity: str = ask("", "Weights & Biases user or team. Default: the key's.")
-
-    def __post_init__(self) -> None:
-        check(self)
-        if self.hf_repo_id:
-            check_repo_id(self.hf_repo_id)
-            if not self.hf_token:
-                raise RequestError(f"hf_repo_id is {self.hf_repo_id!r} but hf_token is not given. Give it, too.")
-
-    def tracked(self, config: TrainConfig) -> AbstractContextManager[OnProgress]:
-        """A listener that reports to Weights & Biases, if that was asked for."""
-        if not self.wandb_api_key:
-            return nullcontext(lambda progress: None)
-        names = (self.wandb_project, self.wandb_run or None, self.wandb_entity or None)
-        return tracked(self.wandb_api_key, *names, dataclasses.asdict(config))
-
-    def push(self, folder: Path) -> None:
-        """Upload the folder, if that was asked for. What has been trained is not lost because a hub is out of reach:
-        the log says so, and the tar is there."""
-        if self.hf_repo_id:
-            try:
-                logger.info("uploaded to %s", push(folder, self.hf_repo_id, self.hf_token, self.hf_private))
-            except KLoRAError as error:
-                logger.error("%s What was trained is in the tar.", error)
 
 
 def run_training(
@@ -123,7 +85,8 @@ def run_training(
             with publishing.tracked(config) as track:
                 heard: list[OnProgress] = [partial(_log, folder / LOG), on_progress, track]
                 heard = heard if state.is_main_process else []
-                _train(base, upload, config, folder, state, heard, resuming=resume_from is not None)
+                facts = {"hf_repo_id": publishing.hf_repo_id}
+                _train(base, upload, config, folder, state, heard, facts, resuming=resume_from is not None)
             publishing.push(folder)
             return _tarred(folder, out) if state.is_main_process else out
         except (OSError, SafetensorError) as error:
@@ -144,17 +107,18 @@ def _train(
     folder: Path,
     state: PartialState,
     heard: Sequence[OnProgress],
+    facts: Mapping[str, Any],
     *,
     resuming: bool,
 ) -> None:
-    """Fill the folder."""
+    """Fill the folder. facts: what to say of the training besides what is found here."""
     if state.num_processes > 1:
         [config] = broadcast_object_list([config])  # a seed that was chosen at random
     family = FAMILIES[base.family]
     pictures, skipped = read_upload(upload)
     for item in skipped:
         logger.info("skipped %s: %s", item.name, item.reason)
-    facts = dataclasses.asdict(config) | {
+    facts = {**facts, **dataclasses.asdict(config)} | {
         "base": base.name,
         "family": family.name,
         "repository": base.repository,

@@ -1,0 +1,86 @@
+"""Where a training is shown besides its tar: the Hugging Face hub and Weights & Biases, for those who ask for it."""
+
+import dataclasses
+import importlib
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from klora.errors import KLoRAError, RequestError
+from klora.fields import ask, check
+from klora.training.card import check_repo_id, push
+from klora.training.config import TrainConfig
+from klora.training.loop import OnProgress, Progress
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, repr=False)  # it holds secrets
+class Publishing:
+    """Where to show it, checked on creation."""
+
+    hf_repo_id: str = ask("", "Hugging Face repository, owner/name, to which the LoRA is uploaded.")
+    hf_token: str = ask("", "Hugging Face token with the right to write there.")
+    hf_private: bool = ask(True, "Make the repository private.")
+    wandb_api_key: str = ask("", "Weights & Biases key: report the training there.")
+    wandb_project: str = ask("klora", "Weights & Biases project.")
+    wandb_run: str = ask("", "Weights & Biases name of the run. Default: one of its own.")
+    wandb_entity: str = ask("", "Weights & Biases user or team. Default: the key's.")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.hf_repo_id:
+            check_repo_id(self.hf_repo_id)
+            if not self.hf_token:
+                raise RequestError(f"hf_repo_id is {self.hf_repo_id!r} but hf_token is not given. Give it, too.")
+
+    def tracked(self, config: TrainConfig) -> AbstractContextManager[OnProgress]:
+        """A listener that reports to Weights & Biases, if that was asked for."""
+        if not self.wandb_api_key:
+            return nullcontext(lambda progress: None)
+        names = (self.wandb_project, self.wandb_run or None, self.wandb_entity or None)
+        return _tracked(self.wandb_api_key, *names, dataclasses.asdict(config))
+
+    def push(self, folder: Path) -> None:
+        """Upload the folder, if that was asked for. What has been trained is not lost because a hub is out of reach:
+        the log says so, and the tar is there."""
+        if self.hf_repo_id:
+            try:
+                logger.info("uploaded to %s", push(folder, self.hf_repo_id, self.hf_token, self.hf_private))
+            except KLoRAError as error:
+                logger.error("%s What was trained is in the tar.", error)
+
+
+@contextmanager
+def _tracked(
+    key: str, project: str, name: str | None, entity: str | None, facts: Mapping[str, Any]
+) -> Iterator[OnProgress]:
+    """A listener that sends each report to a run of this project; facts: what the run is told of itself.
+
+    The key goes into this run's settings, not into the machine's login. Raises RequestError.
+    """
+    try:
+        wandb: Any = importlib.import_module("wandb")
+    except ImportError as error:
+        raise RequestError("wandb_api_key is given and wandb is not installed. Install it, or leave it out.") from error
+    try:
+        settings = wandb.Settings(api_key=key, silent=True)
+        run = wandb.init(project=project, name=name, entity=entity, config=dict(facts), settings=settings)
+    except Exception as error:  # wandb's own, for a key, a name, a network; not chained, because they may quote the key
+        said = str(error).replace(key, "...")
+        raise RequestError(f"wandb_api_key cannot be used: {said}. Expected a key of wandb.ai, or none.") from None
+
+    def on_progress(progress: Progress) -> None:
+        values = {"loss": progress.loss, "fixed_loss": progress.fixed_loss, "learning_rate": progress.learning_rate,
+                  "steps_per_second": progress.steps_per_second}  # fmt: skip
+        run.log({name: value for name, value in values.items() if value is not None}, step=progress.step)
+
+    exit_code = 1
+    try:
+        yield on_progress
+        exit_code = 0
+    finally:
+        run.finish(exit_code=exit_code)
