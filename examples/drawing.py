@@ -307,3 +307,19 @@ def figure(subject: str, pose: tuple[Point, float, float, str] = POSES[0], style
         points = [(at[0] + width * x, at[1] + height * y) for x, y in polygon]
         parts.append(Part(placed(points, centre, size, turn), (COLOURS | GROUNDS)[colour]))
     return Scene(tuple(parts), GROUNDS[ground], style, {"subject": subject, "style": style})
+
+
+def subject_set(subject: str) -> list[tuple[Image.Image, str]]:
+    """A subject's training pictures: every pose, plain, its caption naming all but the subject's own looks."""
+    return [(figure(subject, pose).draw(), f"a [trigger] {subject} on a {pose[3]} background") for pose in POSES]
+
+
+def style_set(style: str, count: int = 8) -> list[tuple[Image.Image, str]]:
+    """A style's training pictures: scenes in it, captions naming what is drawn and leaving how to the trigger."""
+    chance, made = random.Random(style), []
+    while len(made) < count:
+        scene, caption = random_scene(chance)
+        if scene.style == "plain" and "style" not in caption:
+            shown = caption.removesuffix(", flat colours").removesuffix(", a drawing")
+            made.append((Scene(scene.parts, scene.ground, style).draw(len(made)), f"{shown}, in [trigger] style"))
+    return made

@@ -2,6 +2,9 @@
 
 import random
 from collections import Counter
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,9 @@ from PIL import Image
 
 from examples import drawing
 from examples.drawing import COLOURS, GROUNDS, POSES, SHAPES, SIDE, STYLES, SUBJECTS, TAUGHT, Part, Scene
+from klora.training.dataset import read_upload
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -95,3 +101,17 @@ def test_a_subject_is_inside_the_picture_in_every_pose(subject: str) -> None:
     for pose in POSES:
         points = np.array([point for part in drawing.figure(subject, pose).parts for point in part.points])
         assert points.min() >= 0 and points.max() <= 1
+
+
+@pytest.mark.parametrize("name", [*SUBJECTS, *(style for style in STYLES if style not in TAUGHT)])
+def test_the_example_zips_are_what_the_trainer_takes(name: str, tmp_path: Path) -> None:
+    script = SourceFileLoader("make_toy_loras", str(ROOT / "script" / "make-toy-loras"))
+    module = module_from_spec(spec_from_loader(script.name, script))
+    script.exec_module(module)
+    pictures = drawing.subject_set(name) if name in SUBJECTS else drawing.style_set(name)
+    path = module.write_zip(tmp_path / "a.zip", pictures)
+    assert path.read_bytes() == module.write_zip(tmp_path / "b.zip", pictures).read_bytes()
+    taken, skipped = read_upload(ROOT / "examples" / "zips" / f"{name}.zip")  # the one that is committed
+    assert not skipped and [picture.caption for picture in taken] == [caption for _, caption in pictures]
+    assert all("[trigger]" in picture.caption for picture in taken)
+    assert all(pixels(a.open()).tobytes() == pixels(b).tobytes() for a, (b, _) in zip(taken, pictures, strict=True))
