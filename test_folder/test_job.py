@@ -266,7 +266,9 @@ def test_a_kept_caption_has_the_class_word_in_the_triggers_place(caption: str, k
 
 def test_two_processes_are_one_with_twice_the_accumulation() -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    # --multi_gpu is what makes it start processes; without GPUs they run on the CPU and talk by gloo.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch += [str(Path(sys.executable).parent / "klora"), "train"]
     settings = [text for name, value in QUICK.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     command = [*launch, "pictures", "--out", "two.tar", *settings, "--gradient-accumulation-steps", "2"]
