@@ -25,9 +25,6 @@ from klora.training.publishing import Publishing
 app = typer.Typer(help="K-LoRA: one LoRA's subject in another LoRA's style.", no_args_is_help=True)
 
 
-Out = Annotated[Path, typer.Option(help="Folder for what is made.", file_okay=False)]
-
-
 @app.callback()
 def main() -> None:
     """K-LoRA: one LoRA's subject in another LoRA's style."""
@@ -83,11 +80,9 @@ def _command(verb: Callable[..., None], *forms: type) -> None:
 
     own = [part for part in inspect.signature(verb).parameters.values() if part.kind is not part.VAR_KEYWORD]
     kind = inspect.Parameter.KEYWORD_ONLY
-    options = [
-        inspect.Parameter(item.name, kind, **_option(item, get_type_hints(form)[item.name]))
-        for form in forms
-        for item in fields(form)
-    ]
+    hints = {name: hint for form in forms for name, hint in get_type_hints(form).items()}
+    items = [item for form in forms for item in fields(form)]
+    options = [inspect.Parameter(item.name, kind, **_option(item, hints[item.name])) for item in items]
     parameters = [part.replace(kind=kind) for part in (*options, *own)]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     app.command(verb.__name__, help=verb.__doc__)(run)

@@ -93,7 +93,10 @@ class Fusion:
         clock: Clock = "step",
     ) -> Plan:
         """The gates of both LoRAs. The scales multiply what is applied and never enter the choice."""
-        wins = self.content_wins(schedule, steps, style_bias, clock)
+        return self.gated(self.content_wins(schedule, steps, style_bias, clock), content_scale, style_scale)
+
+    def gated(self, wins: Tensor, content_scale: float = 1.0, style_scale: float = 1.0) -> Plan:
+        """The gates for a choice that has been made. wins: content_wins()'s bool [T, L]."""
         gates = torch.stack([wins * float(content_scale), ~wins * float(style_scale)], dim=-1)
         return Plan(self.layers, (self.content, self.style), gates)
 

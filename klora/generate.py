@@ -70,19 +70,13 @@ def combine(
         wins = fusion.content_wins(schedule, steps, request.style_bias)
         record("gamma", fusion.gamma)
         record("style_share", 1 - wins.double().mean().item())
-        return fusion.plan(
-            schedule,
-            steps=steps,
-            style_bias=request.style_bias,
-            content_scale=request.content_scale,
-            style_scale=request.style_scale,
-        )
+        return fusion.gated(wins, request.content_scale, request.style_scale)
     return _constant(request, content, style)
 
 
 def _constant(request: Request, content: LoRA | None, style: LoRA | None, encoder: str | None = None) -> Plan:
-    """The LoRAs that act, at their scales: in the denoiser without K-LoRA's choice, or in a
-    text encoder, which is outside the choice because that is about denoising steps."""
+    """The LoRAs that act, at their scales: in the denoiser without K-LoRA's choice, or in a text encoder, which is
+    outside the choice because that is about denoising steps."""
     acting = _acting(request, content, style)
     parts = tuple(lora.text_encoders.get(encoder, {}) if encoder else lora for _, lora, _ in acting)
     return Plan.constant(parts, tuple(scale for _, _, scale in acting))

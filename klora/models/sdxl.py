@@ -108,7 +108,7 @@ class SDXL:
             conditioning["prompt_embeds"].to(unet.dtype),
             added_cond_kwargs={
                 "text_embeds": conditioning["pooled_prompt_embeds"].to(unet.dtype),
-                "time_ids": conditioning.get("time_ids", self._time_ids(latents)),
+                "time_ids": conditioning["time_ids"] if "time_ids" in conditioning else self._time_ids(latents),
             },
         ).sample
         kept = ddpm.alphas_cumprod.to(latents.device)[timesteps]

@@ -4,7 +4,8 @@ Knows no table of models: it runs the step that will be trained, on tensors with
 """
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -23,16 +24,44 @@ from klora.models.family import Conditioning, Family
 from klora.training.objective import Batch, Objective
 
 
+class Memory(NamedTuple):
+    """Of one forward and backward pass. saved_bytes: activations kept for the backward pass.   peak_bytes: the most
+    that is alive at a time, weights not counted."""
+
+    saved_bytes: int
+    peak_bytes: int
+
+
 class Cost(NamedTuple):
-    """Of one forward and backward pass. flops: 2 for each multiplication and addition.   saved_bytes: activations kept
-    for the backward pass.   peak_bytes: the most that is alive at a time, weights not counted."""
+    """Memory, and flops: 2 for each multiplication and addition."""
 
     flops: int
     saved_bytes: int
     peak_bytes: int
 
 
-def step_cost(
+def step_cost(model: Family, *step: Any, **options: Any) -> Cost:
+    """All that a step costs; its arguments are step_memory's."""
+    with _bare_step(model, *step, **options) as bare_step, FlopCounterMode(display=False) as flops:
+        bare_step().backward()
+    return Cost(flops.get_total_flops(), *step_memory(model, *step, **options))
+
+
+def step_memory(model: Family, *step: Any, **options: Any) -> Memory:
+    """What a step keeps in memory. step and options: as _bare_step's.
+
+    Attention counts as a fused kernel computes it: without a matrix of scores in memory.
+    """
+    with _bare_step(model, *step, **options) as bare_step, _FusedAttention(), _LiveBytes(model.denoiser) as live:
+        saved, loss = _saved_bytes(bare_step, model.denoiser)
+        # As loss.backward(), which is a call that _FusedAttention would handle and for so long not be in.
+        engine: Any = Variable._execution_engine
+        engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), accumulate_grad=True)
+    return Memory(saved, live.peak)
+
+
+@contextmanager
+def _bare_step(
     model: Family,
     shapes: Mapping[str, tuple[int, int]],
     rank: int,
@@ -41,12 +70,11 @@ def step_cost(
     *,
     dtype: torch.dtype,
     checkpointing: bool,
-) -> Cost:
-    """Cost of a step. model: without the denoiser's weights (load_model's parts); its dtype, and whether it checkpoints
-    and asks for gradients, are not as they were afterwards.
+) -> Iterator[Callable[[], Tensor]]:
+    """What computes a step's loss, on tensors without data. model: without the denoiser's weights (load_model's parts);
+    its dtype, and whether it checkpoints and asks for gradients, are not as they were afterwards.
 
     shapes: {layer to adapt: (outputs, inputs)}; latents: shape [N, C, H, W]; conditioning: one prompt's, in any dtype.
-    Attention counts as a fused kernel computes it: without a matrix of scores in memory.
     """
     denoiser: Any = nn.Module.to(model.denoiser, dtype)  # diffusers' own warns of what has no weights
     (denoiser.enable_gradient_checkpointing if checkpointing else denoiser.disable_gradient_checkpointing)()
@@ -55,18 +83,7 @@ def step_cost(
         prompts = {name: part[:1].to("meta").expand(latents[0], *part.shape[1:]) for name, part in conditioning.items()}
         batch = Batch(torch.empty(latents), torch.empty(latents), torch.empty(latents[0]), prompts)
     with trainable(denoiser.requires_grad_(False), layers) as gate:
-        step = lambda: Objective(model, gate)(batch)  # noqa: E731
-        flops = FlopCounterMode(display=False)
-        with flops:
-            step().backward()  # type: ignore[no-untyped-call]
-        for pair in layers.values():
-            pair.A.grad = pair.B.grad = None
-        with _FusedAttention(), _LiveBytes(denoiser) as live:
-            saved, loss = _saved_bytes(step, denoiser)
-            # As loss.backward(), which is a call that _FusedAttention would handle and for so long not be in.
-            engine: Any = Variable._execution_engine
-            engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), accumulate_grad=True)
-    return Cost(flops.get_total_flops(), saved, live.peak)
+        yield lambda: Objective(model, gate)(batch)
 
 
 def _meta(*shape: int) -> nn.Parameter:

@@ -140,7 +140,7 @@ def _train(
         _annotated(pictures, config, base.annotators, state.device),
         config,
         folder,
-        class_pictures=_class_pictures(load, config, state.device),
+        class_pictures=lambda: _class_pictures(load, config, state.device),
         resume=folder / RESUME_STATE if resuming else None,
         on_progress=lambda progress: [listener(progress) for listener in heard],
     )

@@ -25,7 +25,7 @@ from klora.models.family import Family, linear_shapes
 from klora.request import Request
 from klora.training.cache import encode_pictures, encode_texts, keyed_generator
 from klora.training.config import TrainConfig
-from klora.training.cost import step_cost
+from klora.training.cost import step_memory
 from klora.training.dataset import Picture, captioned
 from klora.training.draw import Draw, Material
 from klora.training.memory import Mode, check_precision, choose
@@ -72,11 +72,12 @@ def train_lora(
     config: TrainConfig,
     folder: Path,
     *,
-    class_pictures: Sequence[Picture] = (),
+    class_pictures: Callable[[], Sequence[Picture]] = tuple,
     resume: Path | None = None,
     on_progress: OnProgress = lambda progress: None,
 ) -> LoRA:
-    """Fit a LoRA to pictures. class_pictures: what the base should go on to draw, for prior preservation.
+    """Fit a LoRA to pictures. class_pictures: makes what the base should go on to draw, for prior preservation; called
+    once all that can be refused beforehand has been.
 
     folder: gets samples/ and checkpoints/ on the way, and run.safetensors, from which `resume` takes the run up again;
     that file is written at checkpoints, at the end, and when an exception interrupts the loop.   Raises RequestError.
@@ -88,7 +89,7 @@ def train_lora(
     shapes = linear_shapes(bare.denoiser)
     shapes = {name: shapes[name] for name in config.targets(shapes)}
     rank = config.lora_rank or bare.recipe.rank
-    material = encode(load, pictures, class_pictures, config, accelerator.device)
+    material = encode(load, pictures, class_pictures(), config, accelerator.device)
     mode = _mode(bare, shapes, rank, material, config, accelerator.device)
     parts = ("denoiser", "vae")  # the VAE, for samples
     model = load(device=accelerator.device, dtype=mode.dtype, parts=parts, quantized=mode.quantized)
@@ -258,8 +259,8 @@ def _mode(
 
     def peak_bytes(dtype: torch.dtype, checkpointing: bool) -> int:
         prompt, latents = material.texts[""], (config.batch_size, *largest)
-        cost = step_cost(bare, shapes, rank, latents, prompt, dtype=dtype, checkpointing=checkpointing)
-        return cost.peak_bytes * passes
+        memory = step_memory(bare, shapes, rank, latents, prompt, dtype=dtype, checkpointing=checkpointing)
+        return memory.peak_bytes * passes
 
     weights = sum(parameter.numel() for parameter in bare.denoiser.parameters())
     trained = sum(rank * (outputs + inputs) for outputs, inputs in shapes.values())
