@@ -1,7 +1,7 @@
 """Pictures drawn by code, and their captions: what the toy bases learn, what toy LoRAs are of, what they are judged by.
 
 A scene is a value: its parts, its background, its way of being drawn. Pictures are SIDE pixels square; shapes are drawn
-four times as large and scaled down, so that edges are smooth. Knows nothing of torch and of models.
+larger and scaled down, so that edges are smooth. Knows nothing of torch and of models.
 """
 
 import hashlib
@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-SIDE = 64  # pixels
-ZOOM = 4  # by which drawings are larger than pictures
+SIDE = 128  # pixels
+ZOOM = 3  # by which drawings are larger than pictures
+UNIT = SIDE * ZOOM // 64  # a pencil's width in a drawing
+TILES = 16  # along a side
 
 COLOURS: Mapping[str, tuple[int, int, int]] = {
     "red": (214, 40, 40), "orange": (245, 140, 30), "yellow": (245, 215, 60), "green": (50, 160, 75),
@@ -119,7 +121,7 @@ def _outline(scene: Scene, chance: random.Random) -> Image.Image:
     for part in scene.parts:
         points = _pixels(part)
         draw.polygon(points, fill=scene.ground)
-        draw.line([*points, points[0], points[1]], fill=part.colour, width=3 * ZOOM, joint="curve")
+        draw.line([*points, points[0], points[1]], fill=part.colour, width=3 * UNIT, joint="curve")
     return _small(image)
 
 
@@ -131,52 +133,50 @@ def _pencil(scene: Scene, chance: random.Random) -> Image.Image:
         hatched = Image.new("RGB", image.size, (244, 240, 230))
         lines = ImageDraw.Draw(hatched)
         dark = 70 + sum(part.colour) // 8
-        for offset in range(-image.width, image.width, 4 * ZOOM):
-            lines.line([(offset, 0), (offset + image.width, image.width)], fill=(dark,) * 3, width=ZOOM)
+        for offset in range(-image.width, image.width, 4 * UNIT):
+            lines.line([(offset, 0), (offset + image.width, image.width)], fill=(dark,) * 3, width=UNIT)
         mask = Image.new("L", image.size)
         ImageDraw.Draw(mask).polygon(points, fill=255)
         image.paste(hatched, mask=mask)
-        draw.line([*points, points[0], points[1]], fill=(60, 60, 60), width=ZOOM + 2, joint="curve")
+        draw.line([*points, points[0], points[1]], fill=(60, 60, 60), width=3 * UNIT // 2, joint="curve")
     return _small(image)
 
 
 def _pixelated(scene: Scene, chance: random.Random) -> Image.Image:
-    """Blocks of four pixels."""
-    small = _plain(scene, chance).resize((SIDE // 4, SIDE // 4), Image.Resampling.BOX)
-    return small.resize((SIDE, SIDE), Image.Resampling.NEAREST)
+    """Large square pixels."""
+    tiles = _plain(scene, chance).resize((TILES, TILES), Image.Resampling.BOX)
+    return tiles.resize((SIDE, SIDE), Image.Resampling.NEAREST)
 
 
 def _blueprint(scene: Scene, chance: random.Random) -> Image.Image:
     """White lines and hatching on blue squared paper."""
     image, draw = _canvas(scene, (28, 66, 140))
-    for at in range(0, image.width, 8 * ZOOM):
-        draw.line([(at, 0), (at, image.width)], fill=(52, 92, 170), width=ZOOM // 2)
-        draw.line([(0, at), (image.width, at)], fill=(52, 92, 170), width=ZOOM // 2)
+    for at in range(0, image.width, 8 * UNIT):
+        draw.line([(at, 0), (at, image.width)], fill=(52, 92, 170), width=UNIT // 2)
+        draw.line([(0, at), (image.width, at)], fill=(52, 92, 170), width=UNIT // 2)
     for part in scene.parts:
         points = _pixels(part)
         hatched = Image.new("RGB", image.size, (28, 66, 140))
         lines = ImageDraw.Draw(hatched)
-        for offset in range(-image.width, 2 * image.width, 5 * ZOOM):
-            lines.line([(offset, 0), (offset - image.width, image.width)], fill=(150, 185, 235), width=ZOOM)
+        for offset in range(-image.width, 2 * image.width, 5 * UNIT):
+            lines.line([(offset, 0), (offset - image.width, image.width)], fill=(150, 185, 235), width=UNIT)
         mask = Image.new("L", image.size)
         ImageDraw.Draw(mask).polygon(points, fill=255)
         image.paste(hatched, mask=mask)
-        draw.line([*points, points[0], points[1]], fill=(240, 246, 255), width=2 * ZOOM, joint="curve")
+        draw.line([*points, points[0], points[1]], fill=(240, 246, 255), width=2 * UNIT, joint="curve")
     return _small(image)
 
 
 def _mosaic(scene: Scene, chance: random.Random) -> Image.Image:
-    """Pastel tiles with pale joints."""
-    source, tile = _plain(scene, chance), 4
-    image = Image.new("RGB", source.size, (250, 248, 244))
-    for top in range(0, SIDE, tile):
-        for left in range(0, SIDE, tile):
-            mean = (
-                source.crop((left, top, left + tile, top + tile)).resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
-            )
+    """Pastel tiles with dark joints."""
+    tiles, side = _plain(scene, chance).resize((TILES, TILES), Image.Resampling.BOX), SIDE // TILES
+    image = Image.new("RGB", (SIDE, SIDE), (84, 78, 92))
+    for top in range(TILES):
+        for left in range(TILES):
             light = chance.uniform(0.9, 1.1)
-            pastel = tuple(min(255, round((0.55 * level + 0.45 * 250) * light)) for level in mean)
-            image.paste(pastel, (left, top, left + tile - 1, top + tile - 1))
+            pastel = tuple(min(255, round((0.7 * level + 0.3 * 250) * light)) for level in tiles.getpixel((left, top)))
+            at = (left * side, top * side)
+            image.paste(pastel, (*at, at[0] + side - 1, at[1] + side - 1))
     return image
 
 
@@ -187,8 +187,8 @@ def _neon(scene: Scene, chance: random.Random) -> Image.Image:
         points = _pixels(part)
         glow, high = Image.new("RGB", image.size), max(part.colour)
         bright = tuple(round(level * 255 / high) for level in part.colour)
-        ImageDraw.Draw(glow).line([*points, points[0], points[1]], fill=bright, width=4 * ZOOM, joint="curve")
-        halo = glow.filter(ImageFilter.GaussianBlur(4 * ZOOM))
+        ImageDraw.Draw(glow).line([*points, points[0], points[1]], fill=bright, width=4 * UNIT, joint="curve")
+        halo = glow.filter(ImageFilter.GaussianBlur(4 * UNIT))
         fill = Image.new("L", image.size)
         ImageDraw.Draw(fill).polygon(points, fill=255)
         image.paste((12, 8, 24), mask=fill)
@@ -209,6 +209,9 @@ PHRASES: Mapping[str, tuple[str, ...]] = {
     "pencil": ("in pencil style", "a pencil sketch", "drawn in pencil"),
     "pixel": ("in pixel style", "pixel art", "drawn as pixel art"),
 }
+NOUNS = ("robot", "flower", "figure", "toy", "house", "thing")
+"""What captions call things that they say nothing of."""
+
 TEMPLATES = (
     "{things} on a {ground} background", "{things}, {ground} background", "a {ground} background with {things}",
     "a picture of {things} on a {ground} background", "{things} in front of a {ground} background",
@@ -231,12 +234,33 @@ def random_scene(chance: random.Random) -> tuple[Scene, str]:
         rare = f"{rare_name(chance)} " if chance.random() < 0.15 else ""
         words = [word if chance.random() < 0.7 else "", rare.strip(), colour, shape, place]
         things.append(_article(" ".join(word for word in words if word)))
-    caption = chance.choice(TEMPLATES).format(things=" and ".join(things), ground=facts["ground"])
+    caption = chance.choice(TEMPLATES).format(things=_called(things), ground=facts["ground"])
     phrase = chance.choice(PHRASES[style])
     if style == "plain" and chance.random() < 0.15:
         phrase = f"in {rare_name(chance)} style"
     caption = f"{caption}, {phrase}" if phrase else caption
     return Scene(tuple(parts), GROUNDS[facts["ground"]], style, facts | {"style": style}), caption
+
+
+def _called(things: Sequence[str]) -> str:
+    """The words for what is shown. Now and then they say nothing of a lone shape: what a prompt names by a word that
+    means nothing to the base must leave the rest of the prompt its meaning."""
+    words = " and ".join(things)
+    chance = random.Random(words)  # of its own, so that what is drawn is as it was
+    if len(things) == 2 or chance.random() > 0.08:
+        return words
+    return _article(f"{rare_name(chance)} {chance.choice(NOUNS)}" if chance.random() < 0.7 else chance.choice(NOUNS))
+
+
+def exam(count: int) -> list[tuple[Mapping[str, str], str]]:
+    """Captions of what is held out, each with the shape, colour and ground that it asks for, in plain style."""
+    chance = random.Random("exam")
+    every = [{"shape": shape, "colour": colour, "ground": ground}
+             for shape in SHAPES for colour in COLOURS for ground in GROUNDS]  # fmt: skip
+    kept = [facts for facts in every if held_out(facts)]
+    asked = [kept[number % len(kept)] for number in range(count)]
+    return [(facts, chance.choice(TEMPLATES).format(things=_article(f"{chance.choice(('', 'small ', 'big '))}"
+             f"{facts['colour']} {facts['shape']}"), ground=facts["ground"])) for facts in asked]  # fmt: skip
 
 
 def held_out(facts: Mapping[str, str]) -> bool:

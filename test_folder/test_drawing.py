@@ -11,7 +11,20 @@ import pytest
 from PIL import Image
 
 from examples import drawing
-from examples.drawing import COLOURS, GROUNDS, POSES, SHAPES, SIDE, STYLES, SUBJECTS, TAUGHT, Part, Scene
+from examples.drawing import (
+    COLOURS,
+    GROUNDS,
+    NOUNS,
+    PHRASES,
+    POSES,
+    SHAPES,
+    SIDE,
+    STYLES,
+    SUBJECTS,
+    TAUGHT,
+    Part,
+    Scene,
+)  # fmt: skip
 from klora.training.dataset import read_upload
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,11 +51,28 @@ def test_the_same_seed_draws_the_same() -> None:
 
 
 def test_captions_name_what_is_drawn_and_its_ground() -> None:
+    silent = 0
     for scene, caption in scenes(500):
-        assert all(scene.facts[fact] in caption for fact in ("shape", "colour", "ground")), caption
-        named = [word for word in caption.replace(",", "").split() if word in SHAPES]
-        assert len(named) == len(scene.parts), caption
-        assert scene.style == "plain" or scene.style in caption, caption
+        words = caption.replace(",", "").split()
+        named = [word for word in words if word in SHAPES]
+        unnamed = any(word in NOUNS for word in words)
+        silent += unnamed
+        told = ("ground",) if unnamed else ("shape", "colour", "ground")
+        assert all(scene.facts[fact] in words for fact in told), caption
+        assert len(named) == (0 if unnamed else len(scene.parts)), caption
+        assert scene.style == "plain" or any(phrase in caption for phrase in PHRASES[scene.style]), caption
+    assert 10 < silent < 60  # now and then the words for a lone shape say nothing of it
+
+
+def test_the_exam_asks_for_what_no_scene_of_the_training_shows() -> None:
+    asked = drawing.exam(200)
+    assert len({caption for _, caption in asked}) > 100
+    assert all(set(facts.values()) <= set(caption.replace(",", "").split()) for facts, caption in asked)
+    shown = {tuple(scene.facts[name] for name in ("shape", "colour", "ground"))
+             for scene, _ in scenes(5000) if len(scene.parts) == 1}  # fmt: skip
+    assert not shown & {tuple(facts[name] for name in ("shape", "colour", "ground")) for facts, _ in asked}
+    assert {facts["shape"] for facts, _ in asked} == set(SHAPES)
+    assert {facts["colour"] for facts, _ in asked} == set(COLOURS)
 
 
 def test_plain_scenes_have_their_colours() -> None:
