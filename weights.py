@@ -3,8 +3,9 @@
 Knows nothing of torch, pipelines or the web form.
 """
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,6 +14,10 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError
 
 from klora.errors import BaseModelError, LoRAError
+
+logger = logging.getLogger(__name__)
+
+TOYS = Path(__file__).resolve().parent / "examples" / "toy"  # not there where klora is installed as a package
 
 
 @dataclass(frozen=True)
@@ -91,34 +96,76 @@ def models_folder() -> Path:
     return Path(os.environ.get("KLORA_MODELS") or Path.home() / ".cache" / "klora" / "models")
 
 
+def use_toys_if_no_bases(toys: Path = TOYS) -> None:
+    """Make the toy bases the installed ones, and say so, where KLORA_MODELS is unset and no base is installed.
+
+    Unless KLORA_LORA_ROOT is set, requests may then name the toys' LoRA files.  For programs that people start by hand;
+    predict.py never calls it, for a container without its bases must not serve toys.
+    """
+    if os.environ.get("KLORA_MODELS") or installed_bases() or not _bases_in(toys):
+        return
+    os.environ["KLORA_MODELS"] = str(toys)
+    os.environ["KLORA_LORA_ROOT"] = os.environ.get("KLORA_LORA_ROOT") or str(toys / "loras")
+    logger.warning(
+        "No base models in ~/.cache/klora/models: using the toy ones in examples/toy (pictures of shapes). "
+        "Set KLORA_MODELS for real ones."
+    )
+
+
 def installed_bases() -> list[str]:
-    """The bases whose folders are there, in the order of the table."""
-    folder = models_folder()
-    return [name for name, base in BASES.items() if base.family and (folder / name / "model_index.json").is_file()]
+    """The bases whose folders are there, in the order of the table. Raises BaseModelError."""
+    return _bases_in(models_folder())
+
+
+def _bases_in(folder: Path) -> list[str]:
+    try:
+        return [name for name, base in BASES.items() if base.family and (folder / name / "model_index.json").is_file()]
+    except OSError as error:
+        raise BaseModelError(
+            f"The folder of base models is {folder.absolute()}, which cannot be read: {error.strerror}. "
+            "Expected KLORA_MODELS to name one that can."
+        ) from error
 
 
 def resident_bases() -> list[Installed]:
-    """The bases to load at set-up: KLORA_BASES, separated by commas, else every installed one."""
+    """The bases to load at set-up: KLORA_BASES, separated by commas, else every installed one. Raises BaseModelError.
+
+    That none is installed is an error, too: such a server could answer nothing.
+    """
     named = [name.strip() for name in os.environ.get("KLORA_BASES", "").split(",") if name.strip()]
-    return [find_base(name) for name in named or installed_bases()]
+    names: Sequence[str | None] = named or installed_bases() or [None]
+    return [find_base(name) for name in names]
 
 
 def find_base(name: str | None, family: str | None = None) -> Installed:
     """The base of this name; without one, the first installed base of the family, or of any. Raises BaseModelError."""
+    known = {base: facts.family for base, facts in BASES.items() if facts.family}
+    wanted = [base for base in known if name == base or (name is None and family in (None, known[base]))]
+    if not wanted:
+        raise BaseModelError(f"There is no base model {name!r}. Expected one of {', '.join(known)}.")
     installed = installed_bases()
-    fitting = [base for base in installed if name == base or (name is None and family in (None, BASES[base].family))]
-    if not fitting:
-        raise BaseModelError(
-            f"{name or family or 'A base model'} is not installed. Installed: {', '.join(installed) or 'none'}; "
-            f"KLORA_MODELS is {models_folder()}."
-        )
-    return Installed(fitting[0], BASES[fitting[0]].family or "", models_folder() / fitting[0])
+    found = next((base for base in wanted if base in installed), None)
+    if found is None:
+        what = name or (f"A base model for {family} LoRAs" if family else "A base model")
+        raise BaseModelError(f"{what} is not installed: {_lack_of(wanted, installed)}")
+    return Installed(found, known[found], models_folder() / found)
+
+
+def _lack_of(wanted: list[str], installed: list[str]) -> str:
+    """What is in the folder of base models instead of one of the wanted, and how it gets there."""
+    folder = models_folder().absolute()
+    seen = f"{folder} has {', '.join(installed) or 'no base model'}" if folder.is_dir() else f"{folder} is no folder"
+    places = " or ".join(f"{BASES[name].repository} in {folder / name}" for name in wanted)
+    return (
+        f"{seen}. Expected {places}, downloaded from Hugging Face with its model_index.json, or KLORA_MODELS set to "
+        "another folder of base models; examples/toy in the repository is one, with toy sdxl and flux-dev."
+    )
 
 
 def training_base(name: str) -> dict[str, Any]:
     """The base of this name, by the fields of klora.training.job.TrainingBase. Raises BaseModelError."""
-    found = {"repository": BASES[name].repository, "licence": BASES[name].licence, "annotators": models_folder()}
-    return find_base(name)._asdict() | found
+    found = find_base(name)._asdict()
+    return found | {"repository": BASES[name].repository, "licence": BASES[name].licence, "annotators": models_folder()}
 
 
 def safety_checker_path() -> Path:

@@ -73,6 +73,7 @@ def _command(verb: Callable[..., None], *forms: type) -> None:
 
     def run(**given: Any) -> None:
         try:
+            weights.use_toys_if_no_bases()
             verb(**{name: value for name, value in given.items() if value is not None})
         except KLoRAError as error:
             typer.echo(f"Error: {error}", err=True)

@@ -72,7 +72,6 @@ class Studio:
 
         loras: files by input, "content_lora" and "style_lora". Without request.model the LoRAs choose the base.
         """
-        checker = None if request.disable_safety_checker else self._safety()
         made_for = {name: family_of(_said_of(name, read_keys, path)) for name, path in loras.items()}
         needed = next((family for family in made_for.values() if family), None)
         base, family, path = self._find_base(request.model, needed)
@@ -82,6 +81,7 @@ class Studio:
                 raise LoRAError(
                     f"{name} was made for {seen}, but this request runs {base}. Expected one for {expected}."
                 )
+        checker = None if request.disable_safety_checker else self._safety()
         model = self.load(base, family, path)
         read = {name.removesuffix("_lora"): _said_of(name, model.read_lora, file) for name, file in loras.items()}
         images = generate(model, request, **read, record=record, on_step=on_step)

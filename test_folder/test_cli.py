@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -137,12 +138,33 @@ def test_an_error_is_one_line_on_stderr(arguments: tuple[str, ...], message: str
     assert not Path("out").exists()
 
 
-def test_a_missing_base_and_a_missing_checker_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_checker_is_told(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sdxl").symlink_to(bases / "sdxl")
     monkeypatch.setenv("KLORA_MODELS", str(tmp_path))
     assert fuse().stderr.startswith("Error: The safety checker is not installed.")
-    assert (
-        fuse(*QUICK).stderr == f"Error: A base model is not installed. Installed: none; KLORA_MODELS is {tmp_path}.\n"
-    )
+
+
+BASE_COMMANDS = {
+    "fuse": (["fuse", PROMPT], "A base model"),
+    "fuse on a base": (["fuse", PROMPT, "--model", "flux-dev"], "flux-dev"),
+    "fuse flux": (["fuse", PROMPT, *pair("flux")], "A base model for flux LoRAs"),
+    "train": (["train", "."], "sdxl"),
+}
+
+
+@pytest.mark.parametrize("command", BASE_COMMANDS)
+@pytest.mark.parametrize(("folder", "seen"), [("nowhere", "is no folder"), ("empty", "has no base model")])
+def test_a_missing_base_is_one_line_that_says_where_it_should_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, folder: str, seen: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("KLORA_MODELS", str(tmp_path / folder))
+    arguments, what = BASE_COMMANDS[command]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    assert result.stderr.startswith(f"Error: {what} is not installed: {tmp_path / folder} {seen}. Expected ")
+    assert f" in {tmp_path / folder / ('sdxl' if command in ('fuse', 'train') else 'flux-dev')}" in result.stderr
+    assert result.stderr.endswith("examples/toy in the repository is one, with toy sdxl and flux-dev.\n")
 
 
 @pytest.mark.parametrize(
@@ -186,3 +208,17 @@ def test_a_real_process_ends_with_one_line_and_status_one() -> None:
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.splitlines()[-1].startswith(f"Error: style_lora is 'none.safetensors'. {OUTSIDE}")
     assert "Traceback" not in result.stderr
+
+
+def test_without_bases_a_real_process_draws_with_the_toys_and_says_so(bases: Path, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "weights.py", tmp_path)  # it looks for the toys beside itself
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "toy").symlink_to(bases)
+    environment = {name: value for name, value in os.environ.items() if name != "KLORA_MODELS"}
+    environment |= {"PYTHONPATH": f"{tmp_path}:{ROOT}", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", "from klora.cli import app; app()", "fuse", PROMPT, *pair("sdxl"), *QUICK]
+    result = subprocess.run([*command, "--seed", "1"], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "No base models in ~/.cache/klora/models: using the toy ones in examples/toy" in result.stderr
+    assert f"loaded sdxl from {tmp_path}/examples/toy/sdxl" in result.stderr
+    assert result.stdout.startswith("out/klora_1_0.png\n")

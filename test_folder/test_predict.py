@@ -5,6 +5,7 @@ import io
 import json
 import re
 import socket
+import tempfile
 import threading
 import time
 import urllib.error
@@ -19,6 +20,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
+from klora.errors import BaseModelError
+from predict import Predictor
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRESS = re.compile(r"^\s*(\d+)%\s*\|.+?\|\s*(\d+)/(\d+)")  # as Replicate's clients parse it
@@ -281,6 +285,16 @@ def test_a_cancelled_request_leaves_the_next_one_right(server: Server) -> None:
     client.join(60)
     assert answers[0][1]["status"] == "canceled"
     assert np.array_equal(server.images(**QUICK, **SDXL)[0], before)
+
+
+@pytest.mark.parametrize(("folder", "seen"), [("", "has no base model"), ("nowhere", "is no folder")])
+def test_set_up_without_bases_fails_with_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, seen: str
+) -> None:
+    monkeypatch.setenv("KLORA_MODELS", str(tmp_path / folder))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # set-up makes a folder there
+    with pytest.raises(BaseModelError, match=f"^A base model is not installed: {tmp_path / folder} {seen}. Expected "):
+        Predictor().setup()
 
 
 def test_tokens_are_not_echoed_by_us(server: Server) -> None:

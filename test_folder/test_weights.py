@@ -1,7 +1,11 @@
 """Names of bases and LoRA references become paths; the environment is read when asked, and a server keeps its files."""
 
+import logging
 import os
 import runpy
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,27 +16,30 @@ from klora.errors import BaseModelError, LoRAError
 from klora.models import FAMILIES
 from klora.request import MODELS
 
+ROOT = Path(__file__).resolve().parent.parent
 KLORA_VARIABLES = ("KLORA_MODELS", "KLORA_BASES", "KLORA_LORA_ROOT")
 
 
 @pytest.fixture(autouse=True)
 def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in KLORA_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is put back as it was, even where it was unset
+        monkeypatch.delenv(name)
+
+
+def folder_of_bases(folder: Path, *names: str) -> Path:
+    """A folder with these bases, which hold no more than what says that they are there."""
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "model_index.json").write_text("{}")
+    return folder
 
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Make these bases the installed ones; their folders hold no more than what says so."""
+    """Make these bases the installed ones."""
     monkeypatch.setenv("KLORA_MODELS", str(tmp_path))
-
-    def make(*names: str) -> Path:
-        for name in names:
-            (tmp_path / name).mkdir()
-            (tmp_path / name / "model_index.json").write_text("{}")
-        return tmp_path
-
-    return make
+    return lambda *names: folder_of_bases(tmp_path, *names)
 
 
 def base_refusal(*given: str | None) -> str:
@@ -65,27 +72,72 @@ def test_the_table_and_not_the_disk_orders_the_bases(install: Callable[..., Path
     assert weights.installed_bases() == list(MODELS)
 
 
-@pytest.mark.parametrize("asked", [("flux-dev", None), (None, "flux"), ("no-such-base", "sdxl")])
-def test_what_is_not_installed_is_refused_naming_what_is(
-    install: Callable[..., Path], asked: tuple[str | None, str | None]
+HOW = (
+    ", downloaded from Hugging Face with its model_index.json, or KLORA_MODELS set to another folder of base models; "
+    "examples/toy in the repository is one, with toy sdxl and flux-dev."
+)
+
+
+@pytest.mark.parametrize(
+    ("asked", "what", "wanted"),
+    [
+        (("flux-dev", None), "flux-dev", ("flux-dev",)),
+        ((None, "flux"), "A base model for flux LoRAs", ("flux-dev", "flux-schnell")),
+    ],
+)
+def test_what_is_not_installed_is_refused_naming_what_is_and_how_to_get_it(
+    install: Callable[..., Path], asked: tuple[str | None, str | None], what: str, wanted: tuple[str, ...]
 ) -> None:
     models = install("sdxl", "illustrious-xl")
-    wanted = asked[0] or asked[1]
+    places = " or ".join(f"{weights.BASES[name].repository} in {models}/{name}" for name in wanted)
     assert base_refusal(*asked) == (
-        f"{wanted} is not installed. Installed: sdxl, illustrious-xl; KLORA_MODELS is {models}."
+        f"{what} is not installed: {models} has sdxl, illustrious-xl. Expected {places}{HOW}"
     )
 
 
-def test_where_nothing_is_installed_the_sentence_says_none(install: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("ask", [lambda: weights.find_base("sdxl"), lambda: weights.training_base("sdxl")])
+@pytest.mark.parametrize(("folder", "seen"), [("empty", "has no base model"), ("nowhere", "is no folder")])
+def test_an_empty_and_a_missing_folder_are_told_apart_by_their_full_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Callable[[], object], folder: str, seen: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KLORA_MODELS", folder)
+    with pytest.raises(BaseModelError) as error:
+        ask()
+    place = f"{weights.BASES['sdxl'].repository} in {tmp_path}/{folder}/sdxl"
+    assert str(error.value) == f"sdxl is not installed: {tmp_path}/{folder} {seen}. Expected {place}{HOW}"
+
+
+def test_a_server_without_any_base_is_told_where_each_could_be(install: Callable[..., Path]) -> None:
     models = install()
-    assert base_refusal(None) == f"A base model is not installed. Installed: none; KLORA_MODELS is {models}."
+    with pytest.raises(BaseModelError, match=r"^A base model is not installed: ") as error:
+        weights.resident_bases()
+    assert all(f"{weights.BASES[name].repository} in {models}/{name}" in str(error.value) for name in MODELS)
+
+
+def test_a_folder_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KLORA_MODELS", f"/{'a' * 300}")
+    assert base_refusal("sdxl") == (
+        f"The folder of base models is /{'a' * 300}, which cannot be read: File name too long. "
+        "Expected KLORA_MODELS to name one that can."
+    )
+
+
+@pytest.mark.parametrize("ask", [weights.find_base, weights.training_base])
+def test_a_name_that_is_no_base_is_refused(install: Callable[..., Path], ask: Callable[[str], object]) -> None:
+    install("sdxl")
+    with pytest.raises(BaseModelError) as error:
+        ask("no-such-base")
+    assert str(error.value) == f"There is no base model 'no-such-base'. Expected one of {', '.join(MODELS)}."
 
 
 def test_a_folder_without_its_index_and_the_safety_checker_are_no_bases(install: Callable[..., Path]) -> None:
     models = install("safety-checker")
     (models / "sdxl").mkdir()
     assert weights.installed_bases() == []
-    assert base_refusal("safety-checker").startswith("safety-checker is not installed.")
+    assert base_refusal("sdxl").startswith(f"sdxl is not installed: {models} has no base model.")
+    assert base_refusal("safety-checker").startswith("There is no base model 'safety-checker'.")
 
 
 def test_every_installed_base_is_resident_unless_klora_bases_names_some(
@@ -106,7 +158,7 @@ def test_klora_bases_with_an_unknown_name_is_refused(
 ) -> None:
     install("sdxl")
     monkeypatch.setenv("KLORA_BASES", "sdxl,sd-1.5")
-    with pytest.raises(BaseModelError, match=r"^sd-1\.5 is not installed\. Installed: sdxl;"):
+    with pytest.raises(BaseModelError, match=r"^There is no base model 'sd-1\.5'\. Expected one of sdxl, "):
         weights.resident_bases()
 
 
@@ -126,6 +178,82 @@ def test_models_are_in_the_cache_folder_unless_klora_models_says_otherwise(
 def test_the_table_has_every_model_of_the_form_in_its_order_and_no_unknown_family() -> None:
     assert tuple(name for name, base in weights.BASES.items() if base.family) == MODELS
     assert {base.family for base in weights.BASES.values()} == {*FAMILIES, None}
+
+
+# Toys.
+
+TOLD = (
+    "No base models in ~/.cache/klora/models: using the toy ones in examples/toy (pictures of shapes). "
+    "Set KLORA_MODELS for real ones."
+)
+
+
+@pytest.fixture
+def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of toy bases, and a home without any."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return folder_of_bases(tmp_path / "toy", "sdxl", "flux-dev")
+
+
+def test_without_bases_the_toys_and_their_loras_are_taken_and_it_is_said_once(
+    toys: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        weights.use_toys_if_no_bases(toys)
+    assert weights.find_base(None, "flux") == ("flux-dev", "flux", toys / "flux-dev")
+    assert weights.lora_root() == toys / "loras"
+    assert [(record.levelno, record.message) for record in caplog.records] == [(logging.WARNING, TOLD)]
+
+
+def test_a_lora_folder_of_ones_own_stays_with_the_toys(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KLORA_LORA_ROOT", "/mine")
+    weights.use_toys_if_no_bases(toys)
+    assert (weights.models_folder(), weights.lora_root()) == (toys, Path("/mine"))
+
+
+@pytest.mark.parametrize("case", ["KLORA_MODELS is set", "a base is installed", "no toys are there"])
+def test_otherwise_nothing_is_chosen_nor_said(
+    toys: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, case: str
+) -> None:
+    if case == "KLORA_MODELS is set":
+        monkeypatch.setenv("KLORA_MODELS", "/nowhere")
+    elif case == "a base is installed":
+        folder_of_bases(weights.models_folder(), "flux-schnell")
+    else:
+        shutil.rmtree(toys)
+    before = dict(os.environ)
+    weights.use_toys_if_no_bases(toys)
+    assert (dict(os.environ), caplog.records) == (before, [])
+
+
+def test_the_toys_are_beside_the_programs() -> None:
+    assert ROOT / "examples" / "toy" == weights.TOYS
+
+
+# What script/serve needs of the repository, and in cog's place a server that says what it is given and ends.
+SERVED = ("predict.py", "train.py", "cog.yaml", "weights.py", "script/serve", "script/schema", "script/in_venv.py")
+ECHO = "import os, sys\nprint(sys.argv[1:], os.environ['KLORA_MODELS'], os.environ['KLORA_LORA_ROOT'])"
+
+
+@pytest.mark.parametrize("mode", ["predict", "train"])
+def test_script_serve_hands_the_toys_to_its_server(toys: Path, tmp_path: Path, mode: str) -> None:
+    for name in SERVED:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "script" / "setup").symlink_to(shutil.which("true"))
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    (tmp_path / "cog" / "server").mkdir(parents=True)
+    for name, text in (("__init__.py", ""), ("server/__init__.py", ""), ("server/http.py", ECHO)):
+        (tmp_path / "cog" / name).write_text(text)
+    (tmp_path / "examples").mkdir()
+    (seen := tmp_path / "examples" / "toy").symlink_to(toys)
+    command = [sys.executable, tmp_path / "script" / "serve", *(["--train"] if mode == "train" else [])]
+    result = subprocess.run(command, capture_output=True, text=True)
+    options = ["--host", "127.0.0.1", *(["--x-mode", "train"] if mode == "train" else [])]
+    *said, given, last = result.stderr.splitlines()
+    assert said.count(TOLD) == 1
+    assert given == f"{options} {seen} {seen / 'loras'}"
+    assert (result.returncode, last) == (1, "The server ended with status 0.")
 
 
 # LoRA references.
