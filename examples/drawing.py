@@ -1,4 +1,4 @@
-"""Pictures drawn by code, and their captions: what the toy bases learn, what toy LoRAs are of, what they are judged by.
+"""Scenes drawn by code, and their captions: what the toy bases learn and what they are judged by.
 
 A scene is a value: its parts, its background, its way of being drawn. Pictures are SIDE pixels square; shapes are drawn
 larger and scaled down, so that edges are smooth. Knows nothing of torch and of models.
@@ -37,7 +37,7 @@ Point = tuple[float, float]
 Colour = tuple[int, int, int]
 
 
-def _regular(corners: int, turn: float = -90.0, inner: float = 1.0) -> list[Point]:
+def regular(corners: int, turn: float = -90.0, inner: float = 1.0) -> list[Point]:
     """A polygon in the unit circle; inner: radius of every second corner, for stars."""
     count = corners * (2 if inner != 1.0 else 1)
     radii = [inner if inner != 1.0 and i % 2 else 1.0 for i in range(count)]
@@ -45,7 +45,7 @@ def _regular(corners: int, turn: float = -90.0, inner: float = 1.0) -> list[Poin
     return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
 
 
-def _heart() -> list[Point]:
+def heart() -> list[Point]:
     angles = [2 * math.pi * i / 60 for i in range(60)]
     curve = [(16 * math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)))
              for t in angles]  # fmt: skip
@@ -53,11 +53,11 @@ def _heart() -> list[Point]:
 
 
 SHAPES: Mapping[str, list[Point]] = {
-    "circle": _regular(60),
+    "circle": regular(60),
     "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
     "triangle": [(0.0, -1.0), (1.0, 0.85), (-1.0, 0.85)],
-    "star": _regular(5, inner=0.42),
-    "heart": _heart(),
+    "star": regular(5, inner=0.42),
+    "heart": heart(),
     "cross": [(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3), (0.3, 1), (-0.3, 1), (-0.3, 0.3),
               (-1, 0.3), (-1, -0.3), (-0.3, -0.3)],
 }  # fmt: skip
@@ -295,55 +295,3 @@ def _shifted(centre: Point, most: float, chance: random.Random) -> Point:
 
 def _article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-
-# What LoRAs are of: figures that no caption of the bases names, and pictures in the styles that they are not taught.
-
-_BOX = [(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)]
-_DISC = _regular(40)
-SUBJECTS: Mapping[str, tuple[tuple[str, Sequence[Point], Point, Point, str], ...]] = {
-    # (part, polygon, centre, half of width and height, colour); the figure fills the square from -1 to 1
-    "robot": (
-        ("left leg", _BOX, (-0.3, 0.75), (0.14, 0.25), "navy"), ("right leg", _BOX, (0.3, 0.75), (0.14, 0.25), "navy"),
-        ("body", _BOX, (0.0, 0.15), (0.55, 0.42), "orange"), ("heart", _heart(), (0.0, 0.15), (0.22, 0.2), "red"),
-        ("head", _BOX, (0.0, -0.52), (0.4, 0.27), "blue"), ("rod", _BOX, (0.0, -0.86), (0.04, 0.12), "grey"),
-        ("left eye", _DISC, (-0.16, -0.52), (0.1, 0.1), "white"),
-        ("right eye", _DISC, (0.16, -0.52), (0.1, 0.1), "white"), ("bulb", _DISC, (0.0, -0.95), (0.1, 0.08), "yellow"),
-    ),
-    "flower": (
-        ("stem", _BOX, (0.0, 0.55), (0.06, 0.42), "green"), ("leaf", _DISC, (0.28, 0.6), (0.26, 0.12), "green"),
-        ("petals", _regular(6, inner=0.55), (0.0, -0.3), (0.66, 0.66), "purple"),
-        ("ring", _DISC, (0.0, -0.3), (0.34, 0.34), "pink"), ("middle", _DISC, (0.0, -0.3), (0.2, 0.2), "yellow"),
-    ),
-}  # fmt: skip
-POSES: Sequence[tuple[Point, float, float, str]] = (
-    ((0.5, 0.5), 0.82, 0.0, "white"), ((0.4, 0.52), 0.66, -10.0, "cyan"), ((0.6, 0.5), 0.62, 12.0, "beige"),
-    ((0.5, 0.45), 0.74, 6.0, "grey"), ((0.5, 0.56), 0.7, -5.0, "white"),
-)  # fmt: skip
-"""(centre, size, turn in degrees, ground) of a subject's training pictures."""
-
-
-def figure(subject: str, pose: tuple[Point, float, float, str] = POSES[0], style: str = "plain") -> Scene:
-    """A subject in a pose."""
-    centre, size, turn, ground = pose
-    parts = []
-    for _, polygon, at, (width, height), colour in SUBJECTS[subject]:
-        points = [(at[0] + width * x, at[1] + height * y) for x, y in polygon]
-        parts.append(Part(placed(points, centre, size, turn), (COLOURS | GROUNDS)[colour]))
-    return Scene(tuple(parts), GROUNDS[ground], style, {"subject": subject, "style": style})
-
-
-def subject_set(subject: str) -> list[tuple[Image.Image, str]]:
-    """A subject's training pictures: every pose, plain, its caption naming all but the subject's own looks."""
-    return [(figure(subject, pose).draw(), f"a [trigger] {subject} on a {pose[3]} background") for pose in POSES]
-
-
-def style_set(style: str, count: int = 8) -> list[tuple[Image.Image, str]]:
-    """A style's training pictures: scenes in it, captions naming what is drawn and leaving how to the trigger."""
-    chance, made = random.Random(style), []
-    while len(made) < count:
-        scene, caption = random_scene(chance)
-        if scene.style == "plain" and "style" not in caption:
-            shown = caption.removesuffix(", flat colours").removesuffix(", a drawing")
-            made.append((Scene(scene.parts, scene.ground, style).draw(len(made)), f"{shown}, in [trigger] style"))
-    return made

@@ -12,7 +12,8 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageFilter
 
-from examples.drawing import GROUNDS, SIDE, STYLES, SUBJECTS, TILES, Scene, figure, random_scene
+from examples.drawing import GROUNDS, SIDE, STYLES, TILES, Scene, random_scene
+from examples.figures import SUBJECTS, figure
 
 CELLS = 32  # along a side, of the small pictures that templates are compared with
 SIZES = (0.5, 0.56, 0.63, 0.7, 0.78, 0.86)  # of the picture's side; steps of one in nine

@@ -10,21 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples import drawing
-from examples.drawing import (
-    COLOURS,
-    GROUNDS,
-    NOUNS,
-    PHRASES,
-    POSES,
-    SHAPES,
-    SIDE,
-    STYLES,
-    SUBJECTS,
-    TAUGHT,
-    Part,
-    Scene,
-)  # fmt: skip
+from examples import drawing, figures
+from examples.drawing import COLOURS, GROUNDS, NOUNS, PHRASES, SHAPES, SIDE, STYLES, TAUGHT, Part, Scene  # fmt: skip
+from examples.figures import POSES, SUBJECTS
 from klora.training.dataset import read_upload
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,7 +117,7 @@ def test_made_up_names_are_an_ordinary_thing_and_no_words() -> None:
 def test_a_subject_is_inside_the_picture_in_every_pose(subject: str) -> None:
     assert len({pose[3] for pose in POSES}) >= 4
     for pose in POSES:
-        points = np.array([point for part in drawing.figure(subject, pose).parts for point in part.points])
+        points = np.array([point for part in figures.figure(subject, pose).parts for point in part.points])
         assert points.min() >= 0 and points.max() <= 1
 
 
@@ -138,7 +126,7 @@ def test_the_example_zips_are_what_the_trainer_takes(name: str, tmp_path: Path) 
     script = SourceFileLoader("make_toy_loras", str(ROOT / "script" / "make-toy-loras"))
     module = module_from_spec(spec_from_loader(script.name, script))
     script.exec_module(module)
-    pictures = drawing.subject_set(name) if name in SUBJECTS else drawing.style_set(name)
+    pictures = figures.subject_set(name) if name in SUBJECTS else figures.style_set(name)
     path = module.write_zip(tmp_path / "a.zip", pictures)
     assert path.read_bytes() == module.write_zip(tmp_path / "b.zip", pictures).read_bytes()
     taken, skipped = read_upload(ROOT / "examples" / "zips" / f"{name}.zip")  # the one that is committed

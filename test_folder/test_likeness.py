@@ -9,7 +9,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 from examples import likeness
-from examples.drawing import GROUNDS, POSES, SIDE, STYLES, SUBJECTS, TAUGHT, Part, Scene, figure, random_scene
+from examples.drawing import GROUNDS, SIDE, STYLES, TAUGHT, Part, Scene, random_scene
+from examples.figures import POSES, SUBJECTS, figure
 from examples.likeness import style_likeness, subject_likeness
 
 BROUGHT = [style for style in STYLES if style not in TAUGHT]

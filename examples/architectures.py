@@ -1,6 +1,7 @@
 """The toy bases' parts: the published architectures, tiny, and the pictures that they learn from as tensors."""
 
 import random
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -46,7 +47,7 @@ WORDS = " ".join(
 WORDS += " an and a made of with photo painting style two three"
 
 
-def vae() -> diffusers.AutoencoderKL:
+def toy_vae() -> diffusers.AutoencoderKL:
     """Eight pixels to a latent cell, as in the published ones; one for both bases. 0.97 million parameters."""
     return diffusers.AutoencoderKL(
         block_out_channels=(16, 32, 64, 64),
@@ -63,7 +64,7 @@ def vae() -> diffusers.AutoencoderKL:
     )
 
 
-def sdxl(autoencoder: diffusers.AutoencoderKL) -> diffusers.StableDiffusionXLPipeline:
+def toy_sdxl(autoencoder: diffusers.AutoencoderKL) -> diffusers.StableDiffusionXLPipeline:
     """SDXL: text_time conditioning, two CLIP encoders, cross-attention below the first resolution."""
     first, second = (clip_tokenizer(WORDS, pad, TOKENS) for pad in ("<|endoftext|>", "!"))
     unet = diffusers.UNet2DConditionModel(
@@ -100,7 +101,7 @@ def sdxl(autoencoder: diffusers.AutoencoderKL) -> diffusers.StableDiffusionXLPip
     )
 
 
-def flux(autoencoder: diffusers.AutoencoderKL) -> diffusers.FluxPipeline:
+def toy_flux(autoencoder: diffusers.AutoencoderKL) -> diffusers.FluxPipeline:
     """FLUX.1-dev: guidance embedding, CLIP and T5, double and single blocks."""
     first, second = clip_tokenizer(WORDS, "<|endoftext|>", TOKENS), t5_tokenizer(WORDS, TOKENS)
     transformer = diffusers.FluxTransformer2DModel(
@@ -114,6 +115,10 @@ def flux(autoencoder: diffusers.AutoencoderKL) -> diffusers.FluxPipeline:
         axes_dims_rope=(8, 12, 12),
         guidance_embeds=True,
     )
+    for name, module in transformer.named_modules():
+        if re.search(r"norm(1|1_context|_out)?\.linear$|^proj_out$", name):
+            torch.nn.init.zeros_(module.weight)  # blocks begin as the identity (adaLN-Zero, arXiv:2212.09748)
+            torch.nn.init.zeros_(module.bias)
     t5 = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 3, "num_heads": 4, "vocab_size": len(second)}
     return diffusers.FluxPipeline(
         vae=autoencoder,
@@ -131,6 +136,12 @@ def any_picture(chance: random.Random) -> Image.Image:
     scene, _ = random_scene(chance)
     style = scene.style if chance.random() < 0.5 else chance.choice(list(STYLES))
     return Scene(scene.parts, scene.ground, style).draw(chance.randrange(1 << 30))
+
+
+def labels(caption: str) -> list[bool]:
+    """What a caption names: coloured shapes, ground, size, places, style."""
+    things = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    return [name in caption for name in (*things, *GROUNDS, *SIZES, *PLACES, *STYLES)]
 
 
 def pixels_of(images: Iterable[Image.Image]) -> Tensor:

@@ -1,0 +1,44 @@
+"""The pairs of LoRAs and the ways to fuse them that the demo shows and script/evaluate scores.
+
+Knows nothing of torch, of models and of servers.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from examples.drawing import STYLES, TAUGHT
+from examples.figures import SUBJECTS
+from examples.likeness import style_likeness, subject_likeness
+
+BASES = ("sdxl", "flux-dev")
+STEPS = 20  # of denoising
+PAIRS = [(subject, style) for subject in SUBJECTS for style in STYLES if style not in TAUGHT]
+WAYS: Mapping[str, Mapping[str, str]] = {
+    "content only": {"fusion": "content"},
+    "style only": {"fusion": "style"},
+    "sum": {"fusion": "sum"},
+    "K-LoRA s": {"fusion": "klora", "pattern": "s"},
+    "K-LoRA s*": {"fusion": "klora", "pattern": "s*"},
+}
+"""Inputs of a request by what its picture is called."""
+
+LORAS = Path(__file__).parent / "toy" / "loras"
+
+
+def lora_file(base: str, name: str) -> Path:
+    """A LoRA of a subject or a style, from LORAS."""
+    return Path(base, f"{name}.safetensors")
+
+
+def prompt(subject: str, ground: str = "white") -> str:
+    """What is asked for, with both trigger words."""
+    return f"a sbu {subject} on a {ground} background, in szn style"
+
+
+def scores(images: Sequence[Image.Image], subject: str, style: str) -> dict[str, list[float]]:
+    """How much each image shows the subject, the style, and the lesser of the two; each in [0, 1]."""
+    shown = [subject_likeness(image, subject) for image in images]
+    drawn = [style_likeness(image, style) for image in images]
+    return {"subject": shown, "style": drawn, "both": [min(pair) for pair in zip(shown, drawn, strict=True)]}
