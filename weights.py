@@ -158,7 +158,7 @@ def _lack_of(wanted: list[str], installed: list[str]) -> str:
     places = " or ".join(f"{BASES[name].repository} in {folder / name}" for name in wanted)
     return (
         f"{seen}. Expected {places}, downloaded from Hugging Face with its model_index.json, or KLORA_MODELS set to "
-        "another folder of base models; examples/toy in the repository is one, with toy sdxl and flux-dev."
+        "another folder of base models; script/make-toy-bases makes toy ones in examples/toy."
     )
 
 

@@ -28,7 +28,8 @@ from examples.drawing import (
 )  # fmt: skip
 from examples.tokenizers import clip_tokenizer, t5_tokenizer
 
-LATENT_CHANNELS, CELLS = 16, SIDE // 8
+LATENT_CHANNELS = {"sdxl": 4, "flux-dev": 16}  # as published; diffusers' SDXL inpainting takes no others
+CELL = {"sdxl": 4, "flux-dev": 8}  # side in pixels; so few channels cannot show shapes in larger ones
 TOKENS = 32  # of a prompt
 _SPOKEN = [
     *COLOURS,
@@ -47,15 +48,16 @@ WORDS = " ".join(
 WORDS += " an and a made of with photo painting style two three"
 
 
-def toy_vae() -> diffusers.AutoencoderKL:
-    """Eight pixels to a latent cell, as in the published ones; one for both bases. 0.97 million parameters."""
+def toy_vae(base: str) -> diffusers.AutoencoderKL:
+    """Each base's own, as the published ones differ. 0.65 and 0.97 million parameters."""
+    widths = {4: (16, 32, 64), 8: (16, 32, 64, 64)}[CELL[base]]
     return diffusers.AutoencoderKL(
-        block_out_channels=(16, 32, 64, 64),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
         layers_per_block=1,
         norm_num_groups=1,
-        latent_channels=LATENT_CHANNELS,
+        latent_channels=LATENT_CHANNELS[base],
         sample_size=SIDE,
         mid_block_add_attention=False,
         shift_factor=0.0,
@@ -68,15 +70,15 @@ def toy_sdxl(autoencoder: diffusers.AutoencoderKL) -> diffusers.StableDiffusionX
     """SDXL: text_time conditioning, two CLIP encoders, cross-attention below the first resolution."""
     first, second = (clip_tokenizer(WORDS, pad, TOKENS) for pad in ("<|endoftext|>", "!"))
     unet = diffusers.UNet2DConditionModel(
-        sample_size=CELLS,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        block_out_channels=(64, 128, 160),
+        sample_size=SIDE // CELL["sdxl"],
+        in_channels=LATENT_CHANNELS["sdxl"],
+        out_channels=LATENT_CHANNELS["sdxl"],
+        block_out_channels=(32, 96, 160),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         transformer_layers_per_block=[1, 1, 1],
-        attention_head_dim=[2, 4, 5],
+        attention_head_dim=[1, 3, 5],
         use_linear_projection=True,
         norm_num_groups=16,
         cross_attention_dim=2 * 96,
@@ -105,7 +107,7 @@ def toy_flux(autoencoder: diffusers.AutoencoderKL) -> diffusers.FluxPipeline:
     """FLUX.1-dev: guidance embedding, CLIP and T5, double and single blocks."""
     first, second = clip_tokenizer(WORDS, "<|endoftext|>", TOKENS), t5_tokenizer(WORDS, TOKENS)
     transformer = diffusers.FluxTransformer2DModel(
-        in_channels=4 * LATENT_CHANNELS,
+        in_channels=4 * LATENT_CHANNELS["flux-dev"],
         num_layers=2,
         num_single_layers=4,
         attention_head_dim=32,

@@ -230,11 +230,11 @@ def random_scene(chance: random.Random) -> tuple[Scene, str]:
     places = _places(len(names), chance)
     things, parts = [], []
     for shape, colour, (place, centre, size, word) in zip(names, colours, places, strict=True):
-        parts.append(Part(placed(SHAPES[shape], centre, size, chance.uniform(-8, 8)), COLOURS[colour]))
+        parts.append(Part(placed(SHAPES[shape], centre, size), COLOURS[colour]))
         rare = f"{rare_name(chance)} " if chance.random() < 0.15 else ""
         words = [word if chance.random() < 0.7 else "", rare.strip(), colour, shape, place]
         things.append(_article(" ".join(word for word in words if word)))
-    caption = chance.choice(TEMPLATES).format(things=_called(things), ground=facts["ground"])
+    caption = chance.choice((*TEMPLATES, "{things}")).format(things=_called(things), ground=facts["ground"])
     phrase = chance.choice(PHRASES[style])
     if style == "plain" and chance.random() < 0.15:
         phrase = f"in {rare_name(chance)} style"
@@ -280,17 +280,13 @@ def _places(count: int, chance: random.Random) -> list[tuple[str, Point, float, 
     """(words for the place, centre, size, word for the size) of each shape."""
     if count == 2:
         across = [((0.27, 0.5), (0.73, 0.5)), ((0.5, 0.27), (0.5, 0.73))][chance.random() < 0.3]
-        return [("", _shifted(centre, 0.03, chance), chance.uniform(0.34, 0.42), "") for centre in across]
+        return [("", centre, 0.38, "") for centre in across]
     word = chance.choice(list(SIZES))
-    size = SIZES[word] * chance.uniform(0.92, 1.08)
+    size = SIZES[word]
     if word == "small" and chance.random() < 0.5:
         place = chance.choice(list(PLACES))
-        return [(place, _shifted(PLACES[place], 0.03, chance), size, word)]
-    return [("", _shifted((0.5, 0.5), 0.04, chance), size, word)]
-
-
-def _shifted(centre: Point, most: float, chance: random.Random) -> Point:
-    return centre[0] + chance.uniform(-most, most), centre[1] + chance.uniform(-most, most)
+        return [(place, PLACES[place], size, word)]
+    return [("", (0.5, 0.5), size, word)]
 
 
 def _article(words: str) -> str:

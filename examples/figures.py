@@ -28,8 +28,8 @@ SUBJECTS: Mapping[str, tuple[tuple[str, Sequence[Point], Point, Point, str], ...
     ),
 }  # fmt: skip
 POSES: Sequence[tuple[Point, float, float, str]] = (
-    ((0.5, 0.5), 0.82, 0.0, "white"), ((0.4, 0.52), 0.66, -10.0, "cyan"), ((0.6, 0.5), 0.62, 12.0, "beige"),
-    ((0.5, 0.45), 0.74, 6.0, "grey"), ((0.5, 0.56), 0.7, -5.0, "white"),
+    ((0.5, 0.5), 0.8, 0.0, "white"), ((0.42, 0.5), 0.7, -5.0, "cyan"), ((0.58, 0.5), 0.7, 5.0, "beige"),
+    ((0.5, 0.5), 0.7, 0.0, "grey"), ((0.5, 0.5), 0.8, 0.0, "cyan"),
 )  # fmt: skip
 """(centre, size, turn in degrees, ground) of a subject's training pictures."""
 
@@ -50,11 +50,11 @@ def subject_set(subject: str) -> list[tuple[Image.Image, str]]:
 
 
 def style_set(style: str, count: int = 8) -> list[tuple[Image.Image, str]]:
-    """A style's training pictures: scenes in it, captions naming what is drawn and leaving how to the trigger."""
+    """A style's training pictures: scenes in it, captions naming the shapes and leaving all else to the trigger."""
     chance, made = random.Random(style), []
     while len(made) < count:
         scene, caption = random_scene(chance)
-        if scene.style == "plain" and "style" not in caption:
+        if scene.style == "plain" and "style" not in caption and "background" not in caption:
             shown = caption.removesuffix(", flat colours").removesuffix(", a drawing")
             made.append((Scene(scene.parts, scene.ground, style).draw(len(made)), f"{shown}, in [trigger] style"))
     return made

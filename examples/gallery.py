@@ -12,8 +12,12 @@ from examples.drawing import STYLES, TAUGHT
 from examples.figures import SUBJECTS
 from examples.likeness import style_likeness, subject_likeness
 
-BASES = ("sdxl", "flux-dev")
-STEPS = 20  # of denoising
+BASES: Mapping[str, Mapping[str, float]] = {
+    "sdxl": {"num_inference_steps": 20, "guidance_scale": 4.0},
+    "flux-dev": {"num_inference_steps": 20, "guidance_scale": 3.5},
+}
+"""Inputs that suit the toy bases."""
+
 PAIRS = [(subject, style) for subject in SUBJECTS for style in STYLES if style not in TAUGHT]
 WAYS: Mapping[str, Mapping[str, str]] = {
     "content only": {"fusion": "content"},
@@ -32,9 +36,9 @@ def lora_file(base: str, name: str) -> Path:
     return Path(base, f"{name}.safetensors")
 
 
-def prompt(subject: str, ground: str = "white") -> str:
-    """What is asked for, with both trigger words."""
-    return f"a sbu {subject} on a {ground} background, in szn style"
+def prompt(subject: str) -> str:
+    """What is asked for, with both trigger words; the ground is the style's."""
+    return f"a sbu {subject}, in szn style"
 
 
 def scores(images: Sequence[Image.Image], subject: str, style: str) -> dict[str, list[float]]:

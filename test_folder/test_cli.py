@@ -164,7 +164,7 @@ def test_a_missing_base_is_one_line_that_says_where_it_should_be(
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1)
     assert result.stderr.startswith(f"Error: {what} is not installed: {tmp_path / folder} {seen}. Expected ")
     assert f" in {tmp_path / folder / ('sdxl' if command in ('fuse', 'train') else 'flux-dev')}" in result.stderr
-    assert result.stderr.endswith("examples/toy in the repository is one, with toy sdxl and flux-dev.\n")
+    assert result.stderr.endswith("script/make-toy-bases makes toy ones in examples/toy.\n")
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_the_table_and_not_the_disk_orders_the_bases(install: Callable[..., Path
 
 HOW = (
     ", downloaded from Hugging Face with its model_index.json, or KLORA_MODELS set to another folder of base models; "
-    "examples/toy in the repository is one, with toy sdxl and flux-dev."
+    "script/make-toy-bases makes toy ones in examples/toy."
 )
 
 

@@ -1,0 +1,122 @@
+"""The training of toy bases: every stage runs and goes on, and what it leaves serves every way to make an image."""
+
+import random
+from collections.abc import Iterator
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from PIL import Image
+
+from examples.architectures import any_picture, labels, pixels_of, toy_flux, toy_vae
+from examples.drawing import SIDE
+from klora import Request, generate, load_model
+
+ROOT = Path(__file__).resolve().parent.parent
+each_base = pytest.mark.parametrize("base", ["sdxl", "flux-dev"])
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The program, small and in a folder of its own; compilers are left out, for they take minutes."""
+    loader = SourceFileLoader("make_toy_bases", str(ROOT / "script" / "make-toy-bases"))
+    module = module_from_spec(spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    small = {"STATE": tmp_path / "state", "TOYS": tmp_path / "toys", "SCENES": 32, "WORD_STEPS": 2, "REPORT_STEPS": 1}
+    for name, value in small.items():
+        monkeypatch.setattr(module, name, value)
+    for folder in (module.STATE, module.TOYS):
+        folder.mkdir()
+    torch.compiler.set_stance("force_eager")
+    yield module
+    torch.compiler.set_stance("default")
+
+
+@each_base
+def test_the_stages_leave_a_base_that_serves_every_way_to_make_an_image(script: ModuleType, base: str) -> None:
+    script.train_vae(base, 10, False)
+    script.save_latents(base, False)
+    script.train_denoiser(base, 10, False)
+    assert not any(str(script.TOYS) in path.read_text() for path in script.TOYS.rglob("*.json"))
+    assert len((script.TOYS / f"{base}.jsonl").read_text().splitlines()) == 1
+    model = load_model(base.split("-")[0], script.TOYS / base, torch.device("cpu"))
+    assert model.native_size == SIDE
+    picture, mask = any_picture(random.Random(0)), Image.new("L", (SIDE, SIDE), 255)
+    for inputs in ({}, {"image": picture}, {"image": picture, "mask": mask}):
+        [image] = generate(model, Request("a red circle", num_inference_steps=2, seed=0, **inputs))
+        assert image.size == (SIDE, SIDE)
+
+
+def test_a_stage_goes_on_from_where_it_was(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """In as many steps in all, to the same weights."""
+    modules = [torch.nn.Linear(3, 3) for _ in range(2)]
+    modules[1].load_state_dict(modules[0].state_dict())
+
+    def trained(name: str, module: torch.nn.Module, stop: int) -> None:
+        stage = script.Stage(name, 6, {"module": module}, rate=0.1)
+        for step in stage.run():
+            if step == stop:
+                stage.save()
+                return
+            stage.advance(module(torch.full((1, 3), float(step))).square().sum())
+        stage.finish()
+
+    trained("whole", modules[0], 6)
+    trained("halves", modules[1], 2)
+    torch.nn.init.zeros_(modules[1].weight)  # what is gone on with is what the file holds
+    trained("halves", modules[1], 6)
+    assert "halves: going on from step 2" in capsys.readouterr().out
+    assert torch.equal(modules[0].weight, modules[1].weight)
+
+
+@each_base
+def test_evening_out_changes_the_latents_and_no_picture(script: ModuleType, base: str) -> None:
+    torch.manual_seed(0)
+    vae, pixels = toy_vae(base), pixels_of(any_picture(random.Random(i)) for i in range(32))
+    with torch.no_grad():
+        vae.encoder.conv_out.weight[0] *= 5
+        before, uneven = encoded(vae, pixels)
+        script.even_out(vae, pixels)
+        after, even = encoded(vae, pixels)
+    assert (before - after).abs().max() < 1e-4
+    least = uneven.mean() / 100  # a direction that varies less than this stays the less
+    assert torch.allclose(even, (uneven / uneven.clamp(min=least)).sort().values, atol=1e-3)
+    assert uneven.max() > 2 * uneven.mean() and vae.config.scaling_factor == 1
+
+
+def encoded(vae: torch.nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the VAE makes of pictures, and the variances of their latents' principal directions, rising."""
+    means = vae.encode(pixels).latent_dist.mean
+    return vae.decode(means).sample, torch.linalg.eigvalsh(torch.cov(means.transpose(0, 1).flatten(1)))
+
+
+def test_text_encoders_learn_what_captions_name(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    from klora import Flux
+
+    torch.manual_seed(0)
+    model = Flux(toy_flux(toy_vae("flux-dev")))
+    captions, losses = ["a red circle", "a blue star on a white background"], []
+    monkeypatch.setattr(script, "WORD_STEPS", 20)
+    monkeypatch.setattr("builtins.print", lambda line, **_: losses.append(float(line.split()[-1])))
+    script.teach_words(model, captions, False)
+    assert losses[-1] < losses[0] / 3
+
+
+def test_labels_are_what_a_caption_says() -> None:
+    said = labels("a small red circle and a blue star on a white background, in pencil style")
+    assert sum(said) == 5  # two coloured shapes, ground, size, style
+    assert not any(labels("a sbu robot"))
+
+
+def test_guidance_is_replaced_while_it_is_drawn_and_given_back(script: ModuleType) -> None:
+    class Denoiser(torch.nn.Module):
+        def forward(self, guidance: torch.Tensor) -> torch.Tensor:
+            return guidance
+
+    denoiser = Denoiser()
+    with script.any_guidance(denoiser, torch.tensor(5.0)):
+        assert denoiser(guidance=torch.tensor(1.0)) == 5
+    assert denoiser(guidance=torch.tensor(1.0)) == 1
