@@ -24,7 +24,7 @@ UNLIKE, ALIKE = 0.4, 0.85  # correlations that mean 0 and 1: what wrong drawings
 
 SOFTENING = 0.7  # pixels; evens out the noise and the sharpness of pictures before their style is looked at
 BANDS = (2, 4, 7, 11, 15, 18, 24, 30, 34, 46)  # cycles a side; 16 is a mosaic's tiles, 8 and its multiples a blueprint
-EXAMPLES = 64  # drawings of each style that the regression is fitted to
+EXAMPLES = 96  # drawings of each style that the regression is fitted to
 WIDTH, RIDGE = 0.5, 0.003  # of the kernel, and of the regression
 
 

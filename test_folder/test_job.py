@@ -178,7 +178,7 @@ def test_what_cannot_be_taken_up_is_refused(given: dict[str, Any], said: str) ->
 # Refused
 
 
-def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing() -> None:
+def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
     """By a limit on the size of files, which fails as a full disk does."""
     command = [sys.executable, "-c", "from klora.cli import app; app()", "train", "pictures", "--out", "lora.tar"]
     settings = [text for name, value in QUICK.items() for text in (f"--{name.replace('_', '-')}", str(value))]
@@ -186,12 +186,15 @@ def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing() -> None:
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
-    before = set(Path("/tmp").glob("klora-train-*"))
-    ended = subprocess.run([*command, *settings], capture_output=True, text=True, preexec_fn=limited, check=False)
+    scratch = tmp_path_factory.mktemp("scratch")  # of its own: other tests train in the usual one at the same time
+    environment = os.environ | {"TMPDIR": str(scratch)}
+    ended = subprocess.run(
+        [*command, *settings], capture_output=True, text=True, preexec_fn=limited, env=environment, check=False
+    )
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1].startswith("Error: The training could not be written: ")
     assert [path.name for path in Path().iterdir()] == ["pictures"]
-    assert set(Path("/tmp").glob("klora-train-*")) <= before
+    assert [*scratch.glob("klora-train-*")] == []
 
 
 @pytest.mark.parametrize(
