@@ -46,6 +46,7 @@ def regular(corners: int, turn: float = -90.0, inner: float = 1.0) -> list[Point
 
 
 def heart() -> list[Point]:
+    """A polygon in the unit circle, nearly."""
     angles = [2 * math.pi * i / 60 for i in range(60)]
     curve = [(16 * math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)))
              for t in angles]  # fmt: skip
@@ -246,7 +247,7 @@ def _called(things: Sequence[str]) -> str:
     """The words for what is shown. Now and then they say nothing of a lone shape: what a prompt names by a word that
     means nothing to the base must leave the rest of the prompt its meaning."""
     words = " and ".join(things)
-    chance = random.Random(words)  # of its own, so that what is drawn is as it was
+    chance = random.Random(words)  # of its own, so that words change no picture
     if len(things) == 2 or chance.random() > 0.08:
         return words
     return _article(f"{rare_name(chance)} {chance.choice(NOUNS)}" if chance.random() < 0.7 else chance.choice(NOUNS))

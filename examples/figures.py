@@ -1,14 +1,31 @@
-"""What toy LoRAs are of: figures that no caption of the bases shows, and pictures in styles that they are not taught.
+"""Figures of several parts: any, as the bases see them, and those that toy LoRAs are of; the LoRAs' training pictures.
 
 Knows nothing of torch and of models.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from PIL import Image
 
-from examples.drawing import COLOURS, GROUNDS, Part, Point, Scene, heart, placed, random_scene, regular
+from examples.drawing import (
+    COLOURS,
+    GROUNDS,
+    NOUNS,
+    PHRASES,
+    SHAPES,
+    TAUGHT,
+    TEMPLATES,
+    Part,
+    Point,
+    Scene,
+    heart,
+    placed,
+    random_scene,
+    rare_name,
+    regular,
+)  # fmt: skip
 
 _BOX = [(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)]
 _DISC = regular(40)
@@ -36,12 +53,31 @@ POSES: Sequence[tuple[Point, float, float, str]] = (
 
 def figure(subject: str, pose: tuple[Point, float, float, str] = POSES[0], style: str = "plain") -> Scene:
     """A subject in a pose."""
-    centre, size, turn, ground = pose
-    parts = []
-    for _, polygon, at, (width, height), colour in SUBJECTS[subject]:
-        points = [(at[0] + width * x, at[1] + height * y) for x, y in polygon]
-        parts.append(Part(placed(points, centre, size, turn), (COLOURS | GROUNDS)[colour]))
-    return Scene(tuple(parts), GROUNDS[ground], style, {"subject": subject, "style": style})
+    *place, ground = pose
+    parts = _assembled([part for _, *part in SUBJECTS[subject]], *place)
+    return Scene(parts, GROUNDS[ground], style, {"subject": subject, "style": style})
+
+
+def random_figure(chance: random.Random) -> tuple[Scene, str]:
+    """A figure that never was, in a style that bases are taught, and a caption which says no more of it than a name.
+
+    So a LoRA's subject is nothing strange to a base, and one that is half drawn is finished as it was begun.
+    """
+    bodies, paints = (_BOX, _DISC, *SHAPES.values()), list(COLOURS | GROUNDS)
+    parts = [(chance.choice(bodies), (0.0, 0.2), (chance.uniform(0.3, 0.6), chance.uniform(0.3, 0.5))),
+             (chance.choice(bodies), (0.0, -0.5), (chance.uniform(0.25, 0.6), chance.uniform(0.2, 0.4)))]  # fmt: skip
+    for _ in range(chance.randint(1, 3)):
+        detail, at = chance.choice(bodies), (chance.choice((0.0, 0.2, 0.35)), chance.uniform(-0.8, 0.8))
+        size = (chance.uniform(0.08, 0.25), chance.uniform(0.08, 0.25))
+        parts += [(detail, (side * at[0], at[1]), size) for side in (-1, 1)[: 2 if at[0] else 1]]
+    named = [(*part, chance.choice(paints)) for part in parts]
+    pose = ((chance.uniform(0.42, 0.58), 0.5), chance.uniform(0.75, 0.95), chance.uniform(-6, 6))
+    ground, style = chance.choice(list(GROUNDS)), chance.choice(("plain", *TAUGHT))
+    name = f"a {rare_name(chance)} {chance.choice(NOUNS)}"
+    caption = chance.choice((*TEMPLATES, "{things}")).format(things=name, ground=ground)
+    phrase = chance.choice(PHRASES[style])
+    scene = Scene(_assembled(named, *pose), GROUNDS[ground], style, {"ground": ground, "style": style})
+    return scene, f"{caption}, {phrase}" if phrase else caption
 
 
 def subject_set(subject: str) -> list[tuple[Image.Image, str]]:
@@ -50,11 +86,20 @@ def subject_set(subject: str) -> list[tuple[Image.Image, str]]:
 
 
 def style_set(style: str, count: int = 8) -> list[tuple[Image.Image, str]]:
-    """A style's training pictures: scenes in it, captions naming the shapes and leaving all else to the trigger."""
-    chance, made = random.Random(style), []
+    """A style's training pictures: scenes and figures in turn, captions leaving to the trigger how they are drawn."""
+    chance, made, kinds = random.Random(style), [], (random_scene, random_figure)
     while len(made) < count:
-        scene, caption = random_scene(chance)
+        scene, caption = kinds[len(made) % 2](chance)
         if scene.style == "plain" and "style" not in caption and "background" not in caption:
             shown = caption.removesuffix(", flat colours").removesuffix(", a drawing")
             made.append((Scene(scene.parts, scene.ground, style).draw(len(made)), f"{shown}, in [trigger] style"))
     return made
+
+
+def _assembled(parts: Iterable[Any], centre: Point, size: float, turn: float) -> tuple[Part, ...]:
+    """Parts as SUBJECTS has them, but for their names, in a pose."""
+    made = []
+    for polygon, at, (width, height), colour in parts:
+        points = [(at[0] + width * x, at[1] + height * y) for x, y in polygon]
+        made.append(Part(placed(points, centre, size, turn), (COLOURS | GROUNDS)[colour]))
+    return tuple(made)

@@ -8,7 +8,7 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from examples.drawing import COLOURS, GROUNDS, SHAPES, Part, Scene, placed
 
@@ -32,7 +32,7 @@ def judged(image: Image.Image) -> Verdict:
     border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3),
                              pixels[:, -2:].reshape(-1, 3)])  # fmt: skip
     ground = np.median(border, axis=0)
-    figure = np.abs(pixels - ground).max(axis=-1) > FIGURE
+    figure = _without_specks(np.abs(pixels - ground).max(axis=-1) > FIGURE)
     if figure.sum() < 9:
         return Verdict("", "", _nearest(ground, GROUNDS), 0.0)
     inner = figure & np.roll(figure, 1, 0) & np.roll(figure, -1, 0) & np.roll(figure, 1, 1) & np.roll(figure, -1, 1)
@@ -45,6 +45,11 @@ def judged(image: Image.Image) -> Verdict:
 
 def _nearest(colour: np.ndarray, names: Mapping[str, tuple[int, int, int]]) -> str:
     return min(names, key=lambda name: float(np.square(colour - names[name]).sum()))
+
+
+def _without_specks(figure: np.ndarray) -> np.ndarray:
+    """A pixel counts as most of the 5 x 5 around it do: one odd pixel in a corner would set the bounding box."""
+    return np.asarray(Image.fromarray(255 * figure.astype(np.uint8)).filter(ImageFilter.MedianFilter(5))) > 127
 
 
 def _framed(figure: np.ndarray) -> np.ndarray:
@@ -63,9 +68,10 @@ def _framed(figure: np.ndarray) -> np.ndarray:
 def _ideals(shape: str) -> tuple[np.ndarray, ...]:
     """The shape as it should look, a little turned in either direction."""
     scenes = [
-        Scene((Part(placed(SHAPES[shape], (0.5, 0.5), 0.8, turn), (0, 0, 0)),), (255, 255, 255)) for turn in TURNS
+        Scene((Part(placed(SHAPES[shape], (0.5, 0.5), 0.5, turn), (0, 0, 0)),), (255, 255, 255)) for turn in TURNS
     ]
-    return tuple(_framed(np.asarray(scene.draw(), dtype=float).max(axis=-1) < 128) for scene in scenes)
+    figures = (np.asarray(scene.draw(), dtype=float).max(axis=-1) < 128 for scene in scenes)
+    return tuple(_framed(_without_specks(figure)) for figure in figures)
 
 
 def _overlap(first: np.ndarray, second: np.ndarray) -> float:

@@ -2,12 +2,11 @@
 
 import random
 from collections import Counter
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import numpy as np
 import pytest
+from in_venv import program
 from PIL import Image
 
 from examples import drawing, figures
@@ -122,11 +121,18 @@ def test_a_subject_is_inside_the_picture_in_every_pose(subject: str) -> None:
         assert points.min() >= 0 and points.max() <= 1
 
 
+def test_a_random_figure_is_inside_the_picture_and_its_caption_names_none_of_it() -> None:
+    for number in range(200):
+        scene, caption = figures.random_figure(random.Random(number))
+        points = np.array([point for part in scene.parts for point in part.points])
+        assert points.min() >= 0 and points.max() <= 1 and len(scene.parts) >= 3
+        assert not {*COLOURS, *SHAPES} & {*caption.split()}
+        assert scene.ground in GROUNDS.values() and ("background" not in caption or scene.facts["ground"] in caption)
+
+
 @pytest.mark.parametrize("name", [*SUBJECTS, *(style for style in STYLES if style not in TAUGHT)])
 def test_the_example_zips_are_what_the_trainer_takes(name: str, tmp_path: Path) -> None:
-    script = SourceFileLoader("make_toy_loras", str(ROOT / "script" / "make-toy-loras"))
-    module = module_from_spec(spec_from_loader(script.name, script))
-    script.exec_module(module)
+    module = program("make-toy-loras")
     pictures = figures.subject_set(name) if name in SUBJECTS else figures.style_set(name)
     path = module.write_zip(tmp_path / "a.zip", pictures)
     assert path.read_bytes() == module.write_zip(tmp_path / "b.zip", pictures).read_bytes()

@@ -1,24 +1,19 @@
 """The evaluation's own parts: what the VAE alone costs a drawing, and the table."""
 
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from types import ModuleType, SimpleNamespace
 
 import diffusers
 import numpy as np
 import pytest
 from diffusers.image_processor import VaeImageProcessor
+from in_venv import program
 
 from examples.gallery import LORAS, PAIRS, scores
-from test_folder.test_make_toy_bases import ROOT
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    loader = SourceFileLoader("evaluate", str(ROOT / "script" / "evaluate"))
-    module = module_from_spec(spec_from_loader(loader.name, loader))
-    loader.exec_module(module)
-    return module
+    return program("evaluate")
 
 
 @pytest.mark.parametrize(("subject", "style"), PAIRS)

@@ -2,13 +2,12 @@
 
 import random
 from collections.abc import Iterator
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from in_venv import program
 from PIL import Image
 
 from examples.architectures import any_picture, labels, pixels_of, toy_flux, toy_vae
@@ -22,9 +21,7 @@ each_base = pytest.mark.parametrize("base", ["sdxl", "flux-dev"])
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The program, small and in a folder of its own; compilers are left out, for they take minutes."""
-    loader = SourceFileLoader("make_toy_bases", str(ROOT / "script" / "make-toy-bases"))
-    module = module_from_spec(spec_from_loader(loader.name, loader))
-    loader.exec_module(module)
+    module = program("make-toy-bases")
     small = {"STATE": tmp_path / "state", "TOYS": tmp_path / "toys", "SCENES": 32, "WORD_STEPS": 2, "REPORT_STEPS": 1}
     for name, value in small.items():
         monkeypatch.setattr(module, name, value)
