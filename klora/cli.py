@@ -1,12 +1,12 @@
 """The `klora` command: what the forms do, from a shell and without Cog. Its options are the forms' fields, by name."""
 
-import inspect
 import logging
 import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -16,6 +16,7 @@ from PIL import Image
 import weights
 from klora.errors import KLoRAError
 from klora.form import progress_line
+from klora.inspection import inspect as inspected
 from klora.request import Request, open_images
 from klora.studio import Studio, save_images
 from klora.training.config import TrainConfig
@@ -68,6 +69,17 @@ def train(
     typer.echo(tar)
 
 
+def inspect(
+    lora: Annotated[Path, typer.Argument(help="A LoRA file, a tar that holds one, or a PEFT repository.", exists=True)],
+) -> None:
+    """Say what a LoRA file is, and which installed bases read it."""
+    bases = {name: weights.find_base(name) for name in weights.installed_bases() if weights.BASES[name].family}
+    found = inspected(lora, {name: (base.family, base.path) for name, base in bases.items()})
+    typer.echo(found)
+    if not found.fits:
+        raise typer.Exit(1)
+
+
 def _command(verb: Callable[..., None], *forms: type) -> None:
     """Add a verb to the command: its own options, and one for each field of dataclasses, handed over when given."""
 
@@ -79,13 +91,13 @@ def _command(verb: Callable[..., None], *forms: type) -> None:
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(1) from error
 
-    own = [part for part in inspect.signature(verb).parameters.values() if part.kind is not part.VAR_KEYWORD]
-    kind = inspect.Parameter.KEYWORD_ONLY
+    own = [part for part in signature(verb).parameters.values() if part.kind is not part.VAR_KEYWORD]
+    kind = Parameter.KEYWORD_ONLY
     hints = {name: hint for form in forms for name, hint in get_type_hints(form).items()}
     items = [item for form in forms for item in fields(form)]
-    options = [inspect.Parameter(item.name, kind, **_option(item, hints[item.name])) for item in items]
+    options = [Parameter(item.name, kind, **_option(item, hints[item.name])) for item in items]
     parameters = [part.replace(kind=kind) for part in (*options, *own)]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     app.command(verb.__name__, help=verb.__doc__)(run)
 
 
@@ -105,3 +117,4 @@ def _option(item: "Field[Any]", hint: Any) -> dict[str, Any]:
 
 _command(fuse, Request)
 _command(train, TrainConfig, Publishing)
+_command(inspect)

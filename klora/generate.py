@@ -2,12 +2,13 @@
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from klora.device import synchronize
 from klora.errors import RequestError
@@ -16,6 +17,7 @@ from klora.layers import attached
 from klora.lora import LoRA, Plan
 from klora.models.family import Family
 from klora.request import Request
+from klora.words import Words, taught
 
 Record = Callable[[str, Any], Any]
 """(name, number) -> ignored. Told what a run measured: fuse_seconds, denoise_seconds, style_share, ..."""
@@ -43,8 +45,9 @@ def generate(
     with ExitStack() as loans:
         for component, encoder in model.text_encoders.items():
             loans.enter_context(attached(encoder, _constant(request, content, style, component)))
-        negative = [request.negative_prompt] if request.negative_prompt else None
-        conditioning = model.encode_prompt([_prompt(request, content, style, record)], negative)
+        spoken = loans.enter_context(taught(model.pipe, _words(request, content, style)))
+        negative = [spoken(request.negative_prompt)] if request.negative_prompt else None
+        conditioning = model.encode_prompt([spoken(_prompt(request, content, style, record))], negative)
     lap("encode_seconds")
     with attached(model.denoiser, plan) as gate:
 
@@ -106,6 +109,21 @@ def _prompt(request: Request, content: LoRA | None, style: LoRA | None, record: 
     if added:
         record("triggers_added", ", ".join(added))
     return prompt
+
+
+def _words(request: Request, content: LoRA | None, style: LoRA | None) -> Words:
+    """The words that the acting LoRAs teach the text encoders, also as content:WORD and style:WORD. Raises RequestError
+    where a prompt has a word that both teach."""
+    bare: dict[str, Mapping[str, Tensor]] = {}
+    qualified: dict[str, Mapping[str, Tensor]] = {}
+    for role, lora, _ in _acting(request, content, style):
+        for word, parts in lora.words.items():
+            if word in bare and re.search(rf"(?<![\w:]){re.escape(word)}(?!\w)", request.prompt):
+                raise RequestError(
+                    f"Both LoRAs teach the word {word!r}. Write content:{word} or style:{word} in the prompt."
+                )
+            bare[word] = qualified[f"{role}:{word}"] = parts
+    return bare | qualified
 
 
 def _checked_steps(model: Family, request: Request) -> int:

@@ -108,7 +108,7 @@ def attached(
     linears = [_linear(denoiser, name) for name in plan.layers]
     pairs = [_stacked(plan, name, linear) for name, linear in zip(plan.layers, linears, strict=True)]
     engine = engine or ("merged" if _fits(linears) else "gated")
-    with _lending() as loans:
+    with lending() as loans:
         lend = _lend_merged if engine == "merged" else _lend_gated
         yield Gate(plan, engine, lend(denoiser, plan, pairs, loans))
 
@@ -120,14 +120,14 @@ def trainable(denoiser: nn.Module, layers: Mapping[str, LowRank]) -> Iterator[Te
     layers: {module name: pair}, A and B nn.Parameters on the module's device, in any float dtype. Yields all their
     gates as one tensor of ones; zeros make the module the base again.
     """
-    with _lending() as loans:
+    with lending() as loans:
         gates = _lend_linears(loans, denoiser, layers)
         yield gates.fill_(1)
 
 
 @contextmanager
-def _lending() -> Iterator[list[Loan]]:
-    """A list of loans, all undone on leaving."""
+def lending() -> Iterator[list[Loan]]:
+    """A list of loans, all undone on leaving, by whatever exception."""
     loans: list[Loan] = []
     try:
         yield loans
@@ -152,7 +152,7 @@ def _lend_merged(denoiser: nn.Module, plan: Plan, pairs: list[LowRank], loans: l
     pristine = [linear.weight.detach() for linear in linears]
     active = [torch.empty_like(weight) for weight in pristine]
     for linear, weight in zip(linears, active, strict=True):
-        _lend(loans, linear._parameters, "weight", nn.Parameter(weight, requires_grad=False))
+        lend(loans, linear._parameters, "weight", nn.Parameter(weight, requires_grad=False))
 
     def apply(gates: list[Tensor], changed: list[int]) -> None:
         for index in changed:
@@ -180,7 +180,7 @@ def _lend_linears(loans: list[Loan], denoiser: nn.Module, layers: Mapping[str, L
     for (name, pair), gate in zip(layers.items(), everywhere.split(ranks), strict=True):
         path, _, child = name.rpartition(".")
         linear = LoRALinear(_linear(denoiser, name), pair.A, pair.B, gate)
-        _lend(loans, denoiser.get_submodule(path)._modules, child, linear)
+        lend(loans, denoiser.get_submodule(path)._modules, child, linear)
     return everywhere
 
 
@@ -219,6 +219,7 @@ def _fits(linears: list[nn.Linear]) -> bool:
     return not weights or sum(w.nbytes for w in weights) + HEADROOM_BYTES <= free_bytes(weights[0].device)
 
 
-def _lend(loans: list[Loan], slots: dict[str, Any], key: str, loan: Any) -> None:
+def lend(loans: list[Loan], slots: dict[str, Any], key: str, loan: Any) -> None:
+    """Put something in the place of what slots hold under the key, until lending() ends."""
     loans.append((slots, key, slots[key]))  # before the swap, so that an exception in between loses nothing
     slots[key] = loan

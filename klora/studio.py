@@ -17,8 +17,7 @@ from klora.device import default_device, default_dtype, free_bytes
 from klora.errors import LoRAError, SafetyError
 from klora.generate import Record, generate
 from klora.layers import HEADROOM_BYTES
-from klora.lora import read_keys
-from klora.models import FAMILIES, family_of, load_model, weight_files
+from klora.models import FAMILIES, load_model, origin_of, weight_files
 from klora.models.family import Family
 from klora.models.safety import SafetyChecker
 from klora.request import Request
@@ -72,18 +71,22 @@ class Studio:
 
         loras: files by input, "content_lora" and "style_lora". Without request.model the LoRAs choose the base.
         """
-        made_for = {name: family_of(_said_of(name, read_keys, path)) for name, path in loras.items()}
-        needed = next((family for family in made_for.values() if family), None)
+        found = {name: _said_of(name, origin_of, path) for name, path in loras.items()}
+        made_for = {name: origin for name, origin in found.items() if origin}
+        needed = next((origin.family for origin in made_for.values() if origin.family), None)
         base, family, path = self._find_base(request.model, needed)
-        for name, other in made_for.items():
-            if other not in (None, family):
-                seen, expected = FAMILIES[other].name, FAMILIES[family].name
+        for name, origin in made_for.items():
+            if origin.family != family:
                 raise LoRAError(
-                    f"{name} was made for {seen}, but this request runs {base}. Expected one for {expected}."
+                    f"{name} was made for {origin.model} ({origin.evidence}), but this request runs {base}. "
+                    f"Expected one for {FAMILIES[family].name}."
                 )
         checker = None if request.disable_safety_checker else self._safety()
         model = self.load(base, family, path)
-        read = {name.removesuffix("_lora"): _said_of(name, model.read_lora, file) for name, file in loras.items()}
+        read = {name: _said_of(name, model.read_lora, file) for name, file in loras.items()}
+        for name, lora in read.items():
+            logger.info("%s: %s", name, lora.report)
+        read = {name.removesuffix("_lora"): lora for name, lora in read.items()}
         images = generate(model, request, **read, record=record, on_step=on_step)
         return _shown(images, checker)
 

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from klora.errors import LoRAError
+from klora.files import read_lora
 from klora.layers import attached
-from klora.lora import LoRA, LowRank, Plan, read_keys, read_lora, save_lora
-from klora.models import FAMILIES, family_of, load_model
+from klora.lora import LoRA, LowRank, Plan, save_lora
+from klora.models import FAMILIES, load_model, origin_of
 from klora.models.family import Family
 from klora.models.sdxl import SDXL
 from klora.request import Request
@@ -196,8 +197,8 @@ def test_saved_file_reads_back_bit_for_bit(model: Family, path: Path, dtype: tor
 def test_file_is_saved_in_the_dtype_asked_for(path: Path) -> None:
     A, B = pair(4, 5)
     save_lora(path, LoRA({"x": LowRank(A, B)}), "unet", torch.float16)
-    assert {key: tensor.dtype for key, tensor in load_file(path).items()} == dict.fromkeys(read_keys(path), torch.half)
-    assert set(read_keys(path)) == {"unet.x.lora_A.weight", "unet.x.lora_B.weight"}
+    assert {key: tensor.dtype for key, tensor in load_file(path).items()} == dict.fromkeys(load_file(path), torch.half)
+    assert load_file(path).keys() == {"unet.x.lora_A.weight", "unet.x.lora_B.weight"}
 
 
 def test_stock_diffusers_reads_what_klora_saves(model: Family, bases: Path, path: Path) -> None:
@@ -217,12 +218,7 @@ def test_stock_diffusers_reads_what_klora_saves(model: Family, bases: Path, path
 def test_layers_come_in_the_inventorys_order_not_the_files(path: Path) -> None:
     order = ["c", "a", "d", "b"]
     save_file({key: x for name in sorted(order) for key, x in keyed(name, pair(4, 5)).items()}, path)
-    assert list(read_lora(path, {"unet": dict.fromkeys(order, (4, 5))}, dict)) == order
-
-
-def test_keys_of_a_file_are_its_tensor_names(path: Path) -> None:
-    save_file(keyed("b", pair(4, 5)) | keyed("a", pair(4, 5)), path)
-    assert sorted(read_keys(path)) == [f"{name}.lora_{part}.weight" for name in "ab" for part in "AB"]
+    assert list(read_lora(path, {"unet": dict.fromkeys(order, (4, 5))}, dict, {})) == order
 
 
 # Spellings of the denoiser's layers.
@@ -362,7 +358,7 @@ def test_linear1_of_full_width_is_q_k_v_and_mlp(path: Path, rank: int) -> None:
     (A, B), alpha, probe = pair(21504, 3072, rank), 2.0, torch.randn(3072, 2, dtype=torch.float64)
     save_file(keyed(stem, (A, B), KOHYA) | {f"{stem}.alpha": torch.tensor(alpha)}, path)
     inventory = {"transformer": {f"{block}.{part}": (outputs, 3072) for part, outputs in rows.items()}}
-    seen = read_lora(path, inventory, FluxPipeline.lora_state_dict)
+    seen = read_lora(path, inventory, FluxPipeline.lora_state_dict, {})
     meant = (alpha / rank * (B.double() @ (A.double() @ probe))).split(list(rows.values()))
     for part, product in zip(rows, meant, strict=True):
         layer = seen[f"{block}.{part}"]
@@ -678,24 +674,32 @@ def kohya_layer(stem: str, outputs: int, inputs: int) -> dict[str, Tensor]:
     return keyed(stem, pair(outputs, inputs), KOHYA)
 
 
-LINEAR_CONV = keyed(f"unet.{Q}", (torch.ones(2, 32, 1, 1), torch.ones(32, 2, 1, 1)))
 CONV = keyed("unet.conv_in", (torch.ones(2, 4, 3, 3), torch.ones(16, 2, 1, 1)))
 
 REFUSED = {  # what the file holds: (family of the base, tensors, what the sentence names)
     "DoRA": ("sdxl", GOOD | {f"unet.{Q}.dora_scale": torch.ones(32)}, "DoRA"),
     "DoRA of peft": ("sdxl", GOOD | {f"unet.{Q}.lora_magnitude_vector.weight": torch.ones(32)}, "DoRA"),
-    "LoHa": ("sdxl", {f"{KOHYA_Q}.hada_w1_a": torch.ones(32, 2)}, "LoHa"),
-    "LoKr": ("sdxl", {f"{KOHYA_Q}.lokr_w1": torch.ones(4, 4)}, "LoKr"),
+    "part of a LoHa": ("sdxl", {f"{KOHYA_Q}.hada_w1_a": torch.ones(32, 2)}, f"only hada_w1_a for '{KOHYA_Q}'"),
+    "part of a LoKr": ("sdxl", {f"{KOHYA_Q}.lokr_w1": torch.ones(4, 4)}, f"only lokr_w1 for '{KOHYA_Q}'"),
     "Tucker": ("sdxl", GOOD | {f"{KOHYA_Q}.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "Tucker"),
+    "LoKr of a convolution": ("sdxl", GOOD | {f"{KOHYA_Q}.lokr_t2": torch.ones(2, 2, 3, 3)}, "Tucker"),
     "OFT": ("sdxl", {f"{KOHYA_Q}.oft_blocks": torch.ones(2, 2, 2)}, "OFT"),
-    "difference": ("sdxl", GOOD | {f"{KOHYA_Q}.diff": torch.ones(32, 32)}, "weight difference"),
-    "difference of a bias": ("sdxl", GOOD | {f"{KOHYA_Q}.diff_b": torch.ones(32)}, "weight difference"),
+    "difference twice": ("sdxl", GOOD | {f"{KOHYA_Q}.diff": torch.ones(32, 32)}, f"'{Q}' twice"),
+    "difference beside factors": (
+        *("sdxl", kohya_layer(KOHYA_Q, 32, 32) | {f"{KOHYA_Q}.diff": torch.ones(32, 32)}),
+        f"only lora_A and lora_B and diff for '{KOHYA_Q}'",
+    ),
+    "difference of a bias": ("sdxl", GOOD | {f"{KOHYA_Q}.diff_b": torch.ones(32)}, "a bias difference"),
     "difference of a norm": ("sdxl", GOOD | {f"{KOHYA_Q}.w_norm": torch.ones(32)}, "norm difference"),
     "trained bias": ("sdxl", GOOD | {f"unet.{Q}.lora_B.bias": torch.ones(32)}, f"'unet.{Q}.lora_B.bias'"),
-    "embedding": ("sdxl", GOOD | {"bundle_emb.sks.clip_l": torch.ones(1, 768)}, "embedding"),
+    "embedding of another width": ("sdxl", GOOD | {"bundle_emb.sks.clip_l": torch.ones(1, 768)}, "[1, 768]"),
+    "embedding of another encoder": (
+        "sdxl",
+        GOOD | {"bundle_emb.sks.llama": torch.ones(1, 32)},
+        "unknown text encoder",
+    ),
     "checkpoint": ("sdxl", {"conv_in.weight": torch.ones(16, 4, 3, 3)}, "'conv_in.weight', which is no LoRA factor"),
     "convolution": ("sdxl", GOOD | CONV, "convolution 'unet.conv_in'"),
-    "convolution on a linear": ("sdxl", LINEAR_CONV, f"convolution 'unet.{Q}'"),
     "orphan alpha": ("sdxl", GOOD | {f"{KOHYA_Q}.alpha": torch.tensor(1.0)}, f"alpha but no factors for '{KOHYA_Q}'"),
     "A alone": ("sdxl", {f"unet.{Q}.lora_A.weight": torch.ones(2, 32)}, f"only lora_A for 'unet.{Q}'"),
     "B alone": ("flux", {f"transformer.{FLUX_Q}.lora_B.weight": torch.ones(64, 2)}, "only lora_B"),
@@ -726,11 +730,14 @@ REFUSED = {  # what the file holds: (family of the base, tensors, what the sente
     "block that FLUX lacks": ("flux", kohya_layer(BFL_PROJ.replace("0", "30"), 64, 64), "double_blocks_30"),
     "SDXL to FLUX": ("flux", GOOD, f"'unet.{Q}', which this base does not have"),
     "some unknown to FLUX": ("flux", GOOD_FLUX | keyed("mystery", pair(32, 32)), "'mystery', which this base"),
-    "XLabs": ("flux", keyed("single_blocks.0.processor.qkv", pair(192, 64), LEGACY), "'single_blocks.0.processor.qkv'"),
+    "XLabs' block that FLUX lacks": (
+        *("flux", keyed("double_blocks.30.processor.qkv_lora1", pair(192, 64), (".down.weight", ".up.weight"))),
+        "double_blocks.30",
+    ),
     "position embedding": ("flux", kohya_layer(BFL_PROJ, 64, 64) | kohya_layer(POSITIONS, 77, 32), f"'{POSITIONS}'"),
     "nothing for SDXL": ("sdxl", {}, "no tensors"),
     "nothing for FLUX": ("flux", {}, "no tensors"),
-    "complex": ("sdxl", {k: x.to(torch.complex64) for k, x in GOOD.items()}, "complex64"),
+    "complex": ("sdxl", {k: x.to(torch.complex64) for k, x in GOOD.items()}, "C64"),
     "two adapters": (
         "sdxl",
         GOOD | keyed(f"unet.{Q}", pair(32, 32), (".lora_A.b.weight", ".lora_B.b.weight")),
@@ -744,7 +751,7 @@ REFUSED = {  # what the file holds: (family of the base, tensors, what the sente
         *("sdxl", {"model.diffusion_model.out.2.weight": torch.ones(4, 16, 3, 3)}),
         "'model.diffusion_model.out.2.weight', which is no LoRA factor",
     ),
-    "int8": ("sdxl", {k: x.to(torch.int8) for k, x in GOOD.items()}, "int8 values"),
+    "int8": ("sdxl", {k: x.to(torch.int8) for k, x in GOOD.items()}, "I8 values"),
     "BFL's name twice": (
         *("flux", kohya_layer(BFL_PROJ, 64, 64) | keyed("double_blocks.0.img_attn.proj", pair(64, 64))),
         "twice",
@@ -807,7 +814,7 @@ def test_file_that_is_no_safetensors_is_refused_in_a_sentence(
     model: Family, path: Path, write: Callable[[Path], object]
 ) -> None:
     write(path)
-    for reader in (model.read_lora, read_keys):
+    for reader in (model.read_lora, origin_of):
         with pytest.raises(LoRAError) as refusal:
             reader(path)
         assert_is_a_sentence(str(refusal.value), path, "cannot be read")
@@ -822,30 +829,36 @@ def assert_is_a_sentence(message: str, path: Path, seen: str) -> None:
 # Whose LoRA it is.
 
 
+def family_of(keys: list[str], path: Path) -> str | None:
+    save_file({key: torch.ones(2, 2) for key in keys}, path)
+    origin = origin_of(path)
+    return origin and origin.family
+
+
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_exactly_one_family_recognises_a_spelling(models: dict[str, Family], spelling: str) -> None:
+def test_exactly_one_family_recognises_a_spelling(models: dict[str, Family], path: Path, spelling: str) -> None:
     for family, model in models.items():
         keys = list(spelled(tiny.random_lora(attention(model), 1, seed=0), model.component, spelling))
         assert [name for name, kind in FAMILIES.items() if kind.recognises(keys)] == [family]
-        assert family_of(keys) == family
+        assert family_of(keys, path) == family
 
 
-def test_foreign_spellings_are_recognised(models: dict[str, Family]) -> None:
+def test_foreign_spellings_are_recognised(models: dict[str, Family], path: Path) -> None:
     """By any one key of a denoiser's block."""
     modules = {"sdxl": [sgm(name) for name in attention(models["sdxl"])], "flux": [name.format(0) for name in BFL]}
     for family, names in modules.items():
         for name in names:
-            assert family_of([f"lora_unet_{name.replace('.', '_')}.lora_down.weight"]) == family
-            assert family_of([f"diffusion_model.{name}.lora_A.weight"]) == family
+            assert family_of([f"lora_unet_{name.replace('.', '_')}.lora_down.weight"], path) == family
+            assert family_of([f"diffusion_model.{name}.lora_A.weight"], path) == family
 
 
 @pytest.mark.parametrize(
     "keys",
-    [[], ["mystery.lora_A.weight"], [f"lora_te1_{CLIP_Q}.lora_down.weight"], ["blocks.0.self_attn.q.lora_A.weight"]],
-    ids=["no keys", "nonsense", "text encoder alone", "video model"],
+    [[], ["mystery.lora_A.weight"], [f"lora_te1_{CLIP_Q}.lora_down.weight"]],
+    ids=["no keys", "nonsense", "text encoder alone"],
 )
-def test_keys_of_no_known_family_have_none(keys: list[str]) -> None:
-    assert family_of(keys) is None
+def test_keys_of_no_known_family_have_none(path: Path, keys: list[str]) -> None:
+    assert family_of(keys, path) is None
 
 
 # The data.

@@ -2,13 +2,16 @@
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from safetensors import safe_open
 
 from klora.device import default_device, default_dtype
 from klora.errors import BaseModelError
-from klora.lora import read_keys
-from klora.models.family import EVERY_PART, Family, Part, Quantized
+from klora.files.container import opened
+from klora.files.origin import stranger
+from klora.models.family import EVERY_PART, Family, Part, Quantized, weightless_encoders
 from klora.models.flux import Flux
 from klora.models.sdxl import SDXL
 
@@ -32,9 +35,17 @@ def load_model(
     except Exception as error:  # for a damaged folder the libraries raise whatever they stumble on
         raise BaseModelError(f"The base in {path} cannot be loaded as {family}: {error}") from error
     for part, module in model.text_encoders.items():
-        stored = sum(not key.endswith("position_ids") for file in weight_files(path / part) for key in read_keys(file))
+        stored = sum(not key.endswith("position_ids") for file in weight_files(path / part) for key in _keys(file))
         if stored < len(list(module.parameters())):  # transformers fills what is missing with random numbers
             raise BaseModelError(f"The base in {path} lacks tensors of its {part}. Fetch the base again.")
+    return model
+
+
+def load_shapes(family: str, path: Path) -> Family:
+    """A base that can read LoRA files and do nothing else: all its parts have shapes alone, on the meta device. Raises
+    BaseModelError."""
+    model = load_model(family, path, torch.device("cpu"), parts=())
+    model.text_encoders |= weightless_encoders(model.pipe, path)
     return model
 
 
@@ -53,6 +64,24 @@ def _refuse_incomplete(path: Path) -> None:
             raise BaseModelError(f"{path} lacks the vocabulary of its {part}. Fetch the base again.")
 
 
-def family_of(keys: list[str]) -> str | None:
-    """The family that a LoRA file with these tensor names was made for; None when they tell nothing."""
-    return next((name for name, family in FAMILIES.items() if family.recognises(keys)), None)
+class Origin(NamedTuple):
+    """The model that a LoRA file was made for. family: a key of FAMILIES, None for what they do not run; evidence: how
+    it is known."""
+
+    model: str
+    family: str | None
+    evidence: str
+
+
+def origin_of(path: Path) -> Origin | None:
+    """By the header of a LoRA file; None when it tells nothing. Raises LoRAError."""
+    with opened(path) as contents:
+        if unknown := stranger(contents):
+            return Origin(unknown[0], None, unknown[1])
+        found = next((name for name, family in FAMILIES.items() if family.recognises(list(contents.specs))), None)
+    return Origin(FAMILIES[found].name, found, "the names of its layers") if found else None
+
+
+def _keys(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())

@@ -10,10 +10,12 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import diffusers
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor, nn
 
-from klora.lora import Inventory, LoRA
+from klora.files.names import Inventory
+from klora.lora import LoRA
 from klora.request import Request
 
 Conditioning = Mapping[str, Tensor]
@@ -63,6 +65,7 @@ class Family(Protocol):
     schedulers: ClassVar[Mapping[str, Any]]  # Any: diffusers' scheduler classes share no typed base
     size_multiple: ClassVar[int]
     negative_prompts: ClassVar[bool]
+    pipe: Any  # the diffusers pipeline that holds its parts
     denoiser: nn.Module
     text_encoders: dict[str, nn.Module]  # by component, in the order of kohya's lora_te1_, lora_te2_
     native_size: int  # side in pixels of the square that the base was trained on
@@ -125,6 +128,16 @@ def _weightless(kind: str, folder: Path) -> Any:
     model = getattr(diffusers, kind)
     with torch.device("meta"):
         return model.from_config(model.load_config(folder, local_files_only=True))
+
+
+def weightless_encoders(pipeline: Any, path: Path) -> dict[str, nn.Module]:
+    """A folder's text encoders with their shapes alone, on the meta device."""
+    index, found = pipeline.load_config(path, local_files_only=True), dict[str, nn.Module]()
+    for name in ("text_encoder", "text_encoder_2"):
+        config = transformers.AutoConfig.from_pretrained(path / name, local_files_only=True)
+        with torch.device("meta"):
+            found[name] = getattr(transformers, index[name][1])(config)
+    return found
 
 
 def encoders(pipe: Any) -> dict[str, nn.Module]:
@@ -223,6 +236,12 @@ def inventory(model: Family, inputs: Mapping[str, Any]) -> Inventory:
     """What a LoRA may adapt: the linear layers of the denoiser, in execution order, and of the text encoders."""
     encoders = {name: linear_shapes(encoder) for name, encoder in model.text_encoders.items()}
     return {model.component: execution_order(model.denoiser, inputs)} | encoders
+
+
+def word_widths(model: Family) -> dict[str, int]:
+    """The length of a token's vector, by text encoder."""
+    encoders: dict[str, Any] = dict(model.text_encoders)  # Any: nn.Module does not say that they have embeddings
+    return {name: encoder.get_input_embeddings().weight.shape[1] for name, encoder in encoders.items()}
 
 
 def linear_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:

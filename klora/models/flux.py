@@ -11,7 +11,9 @@ from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
 from PIL import Image
 from torch import Tensor, nn
 
-from klora.lora import Inventory, LoRA, read_lora
+from klora.files import read_lora
+from klora.files.names import Inventory
+from klora.lora import LoRA
 from klora.models.family import (
     EVERY_PART,
     Conditioning,
@@ -25,6 +27,7 @@ from klora.models.family import (
     inventory,
     load_parts,
     quantization,
+    word_widths,
 )  # fmt: skip
 from klora.request import Request
 
@@ -70,7 +73,7 @@ class Flux:
         def rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return FluxPipeline.lora_state_dict(tensors)
 
-        return read_lora(path, self._inventory, rename)
+        return read_lora(path, self._inventory, rename, word_widths(self))
 
     def encode_prompt(self, prompts: list[str], negative_prompts: list[str] | None = None) -> Conditioning:
         """negative_prompts have no effect: a guidance-distilled model steers away from nothing."""

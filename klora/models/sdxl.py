@@ -12,7 +12,9 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaint
 from PIL import Image
 from torch import Tensor, nn
 
-from klora.lora import Inventory, LoRA, read_lora
+from klora.files import read_lora
+from klora.files.names import Inventory
+from klora.lora import LoRA
 from klora.models.family import (
     EVERY_PART,
     Conditioning,
@@ -26,6 +28,7 @@ from klora.models.family import (
     inventory,
     load_parts,
     quantization,
+    word_widths,
 )  # fmt: skip
 from klora.request import Request
 
@@ -80,7 +83,7 @@ class SDXL:
         def rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return StableDiffusionXLPipeline.lora_state_dict(tensors, unet_config=self.pipe.unet.config)[0]
 
-        return read_lora(path, self._inventory, rename)
+        return read_lora(path, self._inventory, rename, word_widths(self))
 
     def encode_prompt(self, prompts: list[str], negative_prompts: list[str] | None = None) -> Conditioning:
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")

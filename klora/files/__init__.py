@@ -1,0 +1,37 @@
+"""LoRA files -> klora.lora.LoRA: exactly what their authors meant, or a refusal that says why.
+
+container   one safetensors file, alone, in a tar or in a repository; its header held against bounds
+factors     its tensors -> a pair for each module      lycoris   the pairs of LoHa, LoKr and weight differences
+names       modules as spelled -> layers of the base   adapter   alphas that are stated beside the tensors
+origin      which base a file was made for             report    what there is to say of a file
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from klora.errors import LoRAError
+from klora.files.adapter import with_alphas
+from klora.files.container import opened
+from klora.files.embeddings import taught
+from klora.files.factors import pairs
+from klora.files.names import Inventory, Rename, located
+from klora.files.origin import stranger
+from klora.files.report import report
+from klora.lora import LoRA
+
+
+def read_lora(path: Path, inventory: Inventory, rename: Rename, widths: Mapping[str, int]) -> LoRA:
+    """Read a LoRA file for the base that the inventory describes, or raise LoRAError: not a LoRA, damaged, of a kind
+    that cannot be applied exactly, or not of this base. widths: of the base's text encoders' vectors, by component."""
+    with opened(path) as contents:
+        if made_for := stranger(contents):
+            raise LoRAError(f"is a LoRA for {made_for[0]} ({made_for[1]}). Expected one for the base of this request.")
+        spelled, inexact = pairs(contents)
+        found = with_alphas(located(spelled, inventory, rename), contents)
+        ordered = {part: {n: found[part, n] for n in names if (part, n) in found} for part, names in inventory.items()}
+        layers, *encoders = ordered.values()
+        texts = {part: layers for part, layers in zip(list(inventory)[1:], encoders, strict=True) if layers}
+        metadata = {key: text for key, text in contents.metadata.items() if key != "lora_adapter_metadata"}
+        lora = LoRA(layers, texts, metadata, taught(contents, widths), inexact)
+        return replace(lora, report=report(contents, lora))

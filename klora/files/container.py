@@ -1,0 +1,164 @@
+"""A LoRA file as it lies on the disk: one safetensors file, by itself, in a trainer's tar or in a PEFT repository.
+
+What its header says is held against bounds before any tensor is read. Knows nothing of layers and of spellings.
+"""
+
+import json
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from klora.errors import LoRAError
+
+MAX_HEADER_BYTES = 10 << 20
+MAX_BYTES = 2 << 30
+MAX_TENSORS = 20_000
+MAX_KEY = 256  # characters
+MAX_JSON_BYTES = 1 << 20
+MAX_MEMBERS = 10_000
+
+FLOATS = ("F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64")
+WHOLE = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")  # for an alpha
+
+_REPOSITORY = ("pytorch_lora_weights.safetensors", "lora.safetensors", "adapter_model.safetensors")
+_ADAPTER = "adapter_config.json"
+_BESIDE = {"lora.safetensors": "lora", "embeddings.pti": "embeddings", "special_params.json": "words"}
+
+
+class Spec(NamedTuple):
+    """What a header says of a tensor. dtype: as safetensors spells it, F16 or BF16."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """An open LoRA file: its header, and its tensors on demand.
+
+    adapter: a PEFT repository's adapter_config.json. embeddings: a cog-sdxl tar's, by their own keys; words: which
+    words of a prompt they stand for.
+    """
+
+    specs: Mapping[str, Spec]
+    metadata: Mapping[str, str]
+    reader: Any  # safetensors types its reader nowhere
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
+    words: Mapping[str, Any] = field(default_factory=dict)
+
+    def tensor(self, key: str) -> Tensor:
+        """On the CPU, as stored."""
+        return cast(Tensor, self.reader.get_tensor(key))
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Contents]:
+    """The contents of a file, a tar or a folder. Raises LoRAError, also for what is wrong while they are used: always
+    one sentence that begins with the file's name."""
+    path = Path(path)
+    try:
+        with _found(path) as files, _reader(files["lora"]) as (specs, metadata, reader):
+            embeddings: dict[str, Tensor] = {}
+            if "embeddings" in files:
+                with _reader(files["embeddings"]) as (names, _, tensors):
+                    embeddings = {name: tensors.get_tensor(name) for name in names}
+            adapter, words = (_json(files[part]) if part in files else {} for part in ("adapter", "words"))
+            yield Contents(specs, metadata, reader, adapter, embeddings, words)
+    except LoRAError as error:
+        raise LoRAError(f"{path.name} {error}") from error
+    except (SafetensorError, OSError, tarfile.TarError) as error:
+        why = getattr(error, "strerror", None) or error  # an OSError's own text names the folder
+        raise LoRAError(f"{path.name} cannot be read ({why}). Expected a LoRA in a .safetensors file.") from error
+
+
+@contextmanager
+def _found(path: Path) -> Iterator[dict[str, Path]]:
+    """The files that make up a LoRA, by part: "lora", and what may lie beside it."""
+    if path.is_dir():
+        yield _in_folder(path)
+    elif path.is_file() and _is_tar(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield _unpacked(path, Path(folder))
+    else:
+        config = path.with_name(_ADAPTER)
+        peft = path.name == "adapter_model.safetensors" and config.is_file()
+        yield {"lora": path} | ({"adapter": config} if peft else {})
+
+
+def _is_tar(path: Path) -> bool:
+    """By content: names tell nothing. Compressed ones are none: trainers write none, and bombs are."""
+    with path.open("rb") as file:
+        file.seek(257)
+        return file.read(5) == b"ustar"
+
+
+def _in_folder(folder: Path) -> dict[str, Path]:
+    names = [path.name for path in folder.glob("*.safetensors")]
+    chosen = next((name for name in _REPOSITORY if name in names), names[0] if len(names) == 1 else None)
+    if chosen is None:
+        raise LoRAError(
+            f"cannot be read (a folder of {len(names)} .safetensors files). Expected one, or {_REPOSITORY[0]}."
+        )
+    config = folder / _ADAPTER
+    return {"lora": folder / chosen} | ({"adapter": config} if config.is_file() else {})
+
+
+def _unpacked(path: Path, folder: Path) -> dict[str, Path]:
+    """Copies of a tar's members that matter, under names of ours: what a member is called is never a path."""
+    found: dict[str, Path] = {}
+    with tarfile.open(path, "r:") as tar:
+        for number, member in enumerate(tar):
+            if number == MAX_MEMBERS:
+                raise LoRAError(f"is a tar of more than {MAX_MEMBERS} files. Expected a trainer's.")
+            name = Path(member.name).name
+            if (part := _BESIDE.get(name)) is None or not member.isfile():
+                continue
+            if part in found or member.size > MAX_BYTES or member.issparse():
+                raise LoRAError(f"is a tar with {member.name!r} twice, or larger than {MAX_BYTES} bytes. Expected one.")
+            found[part] = folder / name
+            with found[part].open("wb") as copy:
+                shutil.copyfileobj(cast(IO[bytes], tar.extractfile(member)), copy)
+    if "lora" not in found:
+        raise LoRAError("is a tar with 0 lora.safetensors. Expected one.")
+    return found
+
+
+@contextmanager
+def _reader(path: Path) -> Iterator[tuple[dict[str, Spec], dict[str, str], Any]]:
+    """(specs, metadata, safetensors' reader) of a file whose header keeps within the bounds."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise LoRAError(
+                f"cannot be read (its header would be {length} bytes long). Expected a LoRA in a .safetensors file, "
+                f"with at most {MAX_HEADER_BYTES}."
+            )
+        if (count := file.read(length).count(b'"data_offsets"')) > MAX_TENSORS:
+            raise LoRAError(f"holds {count} tensors. Expected at most {MAX_TENSORS}.")
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise LoRAError(f"is {size} bytes long. Expected at most {MAX_BYTES}.")
+    with safe_open(path, framework="pt") as reader:
+        keys = list(reader.keys())
+        if odd := [key for key in keys if len(key) > MAX_KEY or not key.isprintable()]:
+            raise LoRAError(f"holds a tensor named {odd[0][:40]!r}. Expected at most {MAX_KEY} printable characters.")
+        slices = {key: reader.get_slice(key) for key in keys}
+        specs = {key: Spec(part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+        yield specs, dict(reader.metadata() or {}), reader
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes")
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise LoRAError(f"has a {path.name} that cannot be read ({error}). Expected a JSON object.") from error

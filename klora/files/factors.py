@@ -1,0 +1,185 @@
+"""The tensors of a LoRA file -> a pair for each module, by the module's name as the file spells it.
+
+Every tensor is used, or the file is refused by the name of the first that is not. What can be told from the header is
+told before any tensor is read.   O outputs, I inputs, R rank.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from klora.errors import LoRAError
+from klora.files.container import FLOATS, WHOLE, Contents, Spec
+from klora.files.lycoris import MAX_DENSE, MAX_ERROR, MAX_RANK, low_rank
+from klora.lora import LowRank
+
+MAX_ALPHA = 1e4
+EXACT = 1e-6  # an error that is rounding
+
+_FACTOR = re.compile(r"^(.+?)(?:\.lora_|\.lora\.|_lora\.|\.lora_linear_layer\.)(A|B|down|up)(?:\.\w+)?\.weight$")
+_LYCORIS = re.compile(r"^(.+)\.(hada_w[12]_[ab]|lokr_w[12](?:_[ab])?|diff|alpha)$")
+_XLABS = re.compile(r"_lora([12])\.(?=(down|up)\.weight$)")
+EMBEDDING = re.compile(r"^bundle_emb\.[^.]+\.(clip_l|clip_g|t5|t5xxl)$")  # bundle_emb.WORD.ENCODER
+_PLAIN = {"A", "B"}
+_KINDS = (  # (kind, each of these parts or one whole that stands for two)
+    ("LoHa", ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},)),
+    ("LoKr", tuple({*w1, *w2} for w1 in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
+                   for w2 in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b")))),
+    ("diff", ({"diff"},)),
+)  # fmt: skip
+_UNSUPPORTED = {
+    r"dora_scale|lora_magnitude_vector": "DoRA", r"lora_mid|lokr_t2|hada_t[12]": "a convolution's Tucker decomposition",
+    r"oft_|boft_": "OFT", r"bundle_emb": "an embedding of an unknown text encoder", r"\.diff_b$": "a bias difference",
+    r"[wb]_norm$": "a norm difference", r"lora_[AB]\.bias$|\.bias$": "a trained bias",
+}  # fmt: skip
+_ACCEPTED = "Expected LoRA (lora_A and lora_B), LoHa, LoKr or weight differences of linear layers."
+
+
+class Module(NamedTuple):
+    """One module of a file. kind: LoRA, LoHa, LoKr or diff; keys: {part: key}."""
+
+    kind: str
+    keys: Mapping[str, str]
+
+
+def modules(specs: Mapping[str, Spec]) -> dict[str, Module]:
+    """{module name as spelled: its tensors}, checked by the header alone. Raises LoRAError."""
+    parts: dict[str, dict[str, str]] = {}
+    for key in specs:
+        if EMBEDDING.match(key):
+            continue
+        stem, part = split(key)
+        if part in parts.setdefault(stem, {}):
+            raise LoRAError(f"holds {_said(part)} of {stem!r} twice, as {key!r}. Expected one adapter.")
+        parts[stem][part] = key
+    if not parts:
+        raise LoRAError(f"holds no tensors. {_ACCEPTED}")
+    found = {stem: Module(_kind(stem, keys), keys) for stem, keys in parts.items()}
+    for stem, module in found.items():
+        _check(stem, module, {part: specs[key] for part, key in module.keys.items()})
+    dense = sum(_dense({part: specs[key].shape for part, key in module.keys.items()}) for module in found.values())
+    if dense > MAX_DENSE:
+        raise LoRAError(f"would have {dense} weights factorised. Expected at most {MAX_DENSE}; extract a LoRA from it.")
+    return found
+
+
+def outline(specs: Mapping[str, Spec]) -> dict[str, tuple[int, int]]:
+    """{module name as spelled: (outputs, inputs)} of what is plain LoRA, whatever else a file holds."""
+    sides: dict[str, dict[str, int]] = {}
+    for key, (_, shape) in specs.items():
+        if (match := _FACTOR.match(_XLABS.sub(r"\1_lora.", key))) and len(shape) >= 2:
+            rows = match[2] in ("B", "up")
+            sides.setdefault(match[1], {})["B" if rows else "A"] = shape[0 if rows else 1]
+    return {stem: (side.get("B", 0), side.get("A", 0)) for stem, side in sides.items()}
+
+
+def pairs(contents: Contents) -> tuple[dict[str, LowRank], dict[str, float]]:
+    """({module name as spelled: pair}, {module name: error of one that is not exact}), alpha/rank folded into B."""
+    found, errors = {}, {}
+    for stem, (kind, keys) in modules(contents.specs).items():
+        parts = {part: _floating(stem, contents.tensor(key)) for part, key in keys.items() if part != "alpha"}
+        alpha = float(contents.tensor(keys["alpha"])) if "alpha" in keys else None
+        if kind == "LoRA":
+            pair = LowRank(parts["A"].flatten(1), parts["B"].flatten(1))
+            found[stem] = pair if alpha is None else scaled(stem, pair, alpha, pair.rank)
+        else:
+            found[stem], errors[stem] = _converted(stem, kind, parts, alpha)
+    return found, {stem: error for stem, error in errors.items() if error > EXACT}
+
+
+def _converted(stem: str, kind: str, parts: Mapping[str, Tensor], alpha: float | None) -> tuple[LowRank, float]:
+    divisor = _divisor(kind, parts)
+    scale = 1.0 if alpha is None or divisor is None else _checked(stem, alpha) / divisor
+    pair, error = low_rank(kind, parts, scale)
+    if error > MAX_ERROR:
+        raise LoRAError(
+            f"holds a {kind} of {stem!r}, from which the nearest pair of rank {MAX_RANK} is {error:.1%} away. "
+            f"Expected at most {MAX_ERROR:.0%}."
+        )
+    return pair, error
+
+
+def scaled(stem: str, pair: LowRank, alpha: float, divisor: float) -> LowRank:
+    """The pair with alpha/divisor folded into B, which is float32 then. Raises LoRAError."""
+    _checked(stem, alpha)
+    return pair if alpha == divisor else LowRank(pair.A, pair.B.float() * (alpha / divisor))
+
+
+def split(key: str) -> tuple[str, str]:
+    """(stem, part) of a key. Raises LoRAError for what no update of a linear layer is made of."""
+    if match := _FACTOR.match(_XLABS.sub(r"\1_lora.", key)):
+        return match[1], {"down": "A", "up": "B"}.get(match[2], match[2])
+    if match := _LYCORIS.match(key):
+        return match[1], match[2]
+    kind = next((kind for mark, kind in _UNSUPPORTED.items() if re.search(mark, key)), "no LoRA factor")
+    raise LoRAError(f"holds {key!r}, which is {kind}. {_ACCEPTED}")
+
+
+def _kind(stem: str, keys: Mapping[str, str]) -> str:
+    seen = keys.keys() - {"alpha"}
+    if seen == _PLAIN:
+        return "LoRA"
+    if not seen:
+        raise LoRAError(f"has an alpha but no factors for {stem!r}. Expected both; the file is damaged.")
+    for kind, wholes in _KINDS:
+        if seen in wholes:
+            return kind
+    said = " and ".join(_said(part) for part in sorted(seen))
+    raise LoRAError(f"has only {said} for {stem!r}. Expected all factors of one update; the file is damaged.")
+
+
+def _said(part: str) -> str:
+    return f"lora_{part}" if part in _PLAIN else part
+
+
+def _check(stem: str, module: Module, specs: Mapping[str, Spec]) -> None:
+    for part, (dtype, shape) in specs.items():
+        if part == "alpha":
+            if dtype not in FLOATS + WHOLE or math.prod(shape) != 1:
+                raise LoRAError(f"has alpha {list(shape)} of {dtype} for {stem!r}. Expected one number.")
+        elif dtype not in FLOATS:
+            raise LoRAError(f"has {dtype} values for {stem!r}. Expected floating-point ones.")
+        elif len(shape) != 2 and (len(shape) != 4 or shape[2:] != (1, 1)):
+            raise LoRAError(f"adapts the convolution {stem!r}. Expected linear layers only.")
+    shapes = {part: spec.shape for part, spec in specs.items()}
+    thin = [(f"{name}_a", f"{name}_b") for name in ("hada_w1", "hada_w2", "lokr_w1", "lokr_w2")]
+    for rows, columns in [("B", "A"), *thin]:
+        if rows in shapes and not (1 <= shapes[rows][1] == shapes[columns][0] <= MAX_RANK):
+            raise LoRAError(
+                f"has ranks {shapes[columns][0]} and {shapes[rows][1]} for {stem!r}. "
+                f"Expected the same rank in both, from 1 to {MAX_RANK}."
+            )
+    if module.kind == "LoHa":
+        seen = [(shapes[f"hada_{w}_a"][0], shapes[f"hada_{w}_b"][1]) for w in ("w1", "w2")]
+        if seen[0] != seen[1]:
+            raise LoRAError(f"multiplies {seen[0]} with {seen[1]} for {stem!r}. Expected two updates of one shape.")
+
+
+def _dense(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many elements the matrices have that must be factorised to make a pair of this module."""
+    whole = sum(math.prod(shapes[name]) for name in ("diff", "lokr_w1", "lokr_w2") if name in shapes)
+    loha = "hada_w1_a" in shapes and shapes["hada_w1_b"][0] * shapes["hada_w2_b"][0] > MAX_RANK
+    return whole + (shapes["hada_w1_a"][0] * shapes["hada_w1_b"][1] if loha else 0)
+
+
+def _divisor(kind: str, parts: Mapping[str, Tensor]) -> int | None:
+    """The rank that alpha is divided by; None where nothing is thin, and LyCORIS takes alpha for 1."""
+    thin = ("hada_w1_b",) if kind == "LoHa" else ("lokr_w1_b", "lokr_w2_b")
+    return next((len(parts[name]) for name in thin if name in parts), None)
+
+
+def _floating(stem: str, tensor: Tensor) -> Tensor:
+    """The tensor in a type that can compute; one-byte floats hold values but can compute nothing. Raises LoRAError."""
+    tensor = tensor.bfloat16() if tensor.itemsize == 1 else tensor
+    if not tensor.isfinite().all():
+        raise LoRAError(f"has values for {stem!r} that are not finite. Expected numbers; the file is damaged.")
+    return tensor
+
+
+def _checked(stem: str, alpha: float) -> float:
+    if not 0 < alpha <= MAX_ALPHA:
+        raise LoRAError(f"has alpha {alpha} for {stem!r}. Expected one number in (0, {MAX_ALPHA:g}].")
+    return alpha

@@ -1,0 +1,84 @@
+"""What there is to say of a LoRA file: for `klora inspect`, for the log of a server, for people."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from klora.files.container import Contents
+from klora.files.factors import modules
+from klora.lora import LoRA
+
+_FORMATS = {  # the first that some key has
+    r"^base_model\.": "PEFT", r"\.processor\.(qkv|proj)_lora": "XLabs", r"^lora_transformer": "OneTrainer",
+    r"^lora_unet\.": "OneTrainer", r"^lycoris_": "LyCORIS", r"^lora_(unet|te\d?)_": "kohya",
+    r"double_blocks\.|single_blocks\.|input_blocks\.|output_blocks\.": "ComfyUI",
+    r"processor\.|\.lora\.(down|up)": "diffusers, legacy", r"\.lora_[AB]\.": "diffusers",
+}  # fmt: skip
+_TAGS = 5  # of the most frequent ones in a file's training captions
+
+
+@dataclass(frozen=True)
+class Report:
+    """A LoRA file as a base reads it. kinds: modules of the file by kind; ranks: lowest and highest; layers: of the
+    denoiser; text_encoders: layers by component; inexact: the largest error of a converted module, relative to its dW;
+    triggers: words that the metadata names, the surest first. Nothing is ever dropped: such a file is refused."""
+
+    format: str
+    kinds: Mapping[str, int]
+    ranks: tuple[int, int]
+    layers: int
+    text_encoders: Mapping[str, int]
+    words: tuple[str, ...]
+    inexact: float
+    triggers: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """In one line."""
+        low, high = self.ranks
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
+        facts = [f"{self.format}: {kinds}", f"rank {low}" if low == high else f"ranks {low} to {high}"]
+        facts += [f"{self.layers} layers, none dropped"]
+        facts += [f"{count} of {component}" for component, count in self.text_encoders.items()]
+        facts += [f"teaches {word!r}" for word in self.words]
+        facts += [f"converted to within {self.inexact:.1e}"] if self.inexact else []
+        return ", ".join(facts + [f"trigger {trigger!r}" for trigger in self.triggers[:1]])
+
+
+def report(contents: Contents, lora: LoRA) -> Report:
+    """Of an open file and what a base has read from it."""
+    ranks = [pair.rank for part in (lora.layers, *lora.text_encoders.values()) for pair in part.values()]
+    return Report(
+        format=_format(contents),
+        kinds=Counter(module.kind for module in modules(contents.specs).values()),
+        ranks=(min(ranks), max(ranks)),
+        layers=len(lora),
+        text_encoders={component: len(layers) for component, layers in lora.text_encoders.items()},
+        words=tuple(lora.words),
+        inexact=max(lora.inexact.values(), default=0.0),
+        triggers=triggers(contents.metadata),
+    )
+
+
+def triggers(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """Words that a file's metadata says call it, the surest first; from a trainer's captions the most frequent tags."""
+    said = [metadata.get(key, "") for key in ("trigger", "modelspec.trigger_phrase", "ss_trigger", "instance_prompt")]
+    return tuple(dict.fromkeys(word for word in (*said, *_tags(metadata.get("ss_tag_frequency", ""))) if word))
+
+
+def _tags(text: str) -> list[str]:
+    """Of kohya's {"10_folder": {"tag": count}}."""
+    try:
+        folders = dict(json.loads(text or "{}")).values()
+        counts: Counter[str] = Counter()
+        for tags in folders:
+            counts.update({str(tag).strip()[:100]: int(count) for tag, count in dict(tags).items()})
+    except (ValueError, TypeError, OverflowError, RecursionError):  # what nobody needs is no reason to refuse a file
+        return []
+    return [tag for tag, _ in counts.most_common(_TAGS)]
+
+
+def _format(contents: Contents) -> str:
+    forms = (form for mark, form in _FORMATS.items() if any(re.search(mark, key) for key in contents.specs))
+    return next(forms, "bare names")

@@ -1,0 +1,54 @@
+"""What a LoRA file is, and which bases read it; without loading a weight of theirs."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from klora.errors import LoRAError
+from klora.files.report import Report
+from klora.models import load_shapes, origin_of
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """made_for: the model, as far as the file tells. report: how the first base reads it that does; fits: all that do;
+    refusals: {base: why not}."""
+
+    name: str
+    size: int
+    sha256: str
+    made_for: str
+    report: Report | None
+    fits: tuple[str, ...]
+    refusals: Mapping[str, str]
+
+    def __str__(self) -> str:
+        """In lines, for people."""
+        lines = {"file": f"{self.name}, {self.size:,} bytes", "sha256": self.sha256, "made for": self.made_for}
+        if self.report:
+            lines |= {"holds": str(self.report), "triggers": ", ".join(self.report.triggers) or "none are named"}
+        lines |= {"fits": ", ".join(self.fits) or "no installed base"}
+        lines |= {f"not {base}": why for base, why in self.refusals.items()}
+        return "\n".join(f"{name:9} {line}" for name, line in lines.items())
+
+
+def inspect(path: Path, bases: Mapping[str, tuple[str, Path]]) -> Inspection:
+    """bases: {name: (key of FAMILIES, folder)}, those of other families than the file's own are not tried.
+    Raises LoRAError for what is no LoRA file at all."""
+    origin = origin_of(path)
+    made_for = f"{origin.model}, by {origin.evidence}" if origin else "unknown"
+    found: dict[str, Report] = {}
+    refusals: dict[str, str] = {}
+    for name, (family, folder) in bases.items():
+        if origin and origin.family != family:
+            continue
+        try:
+            found[name] = load_shapes(family, folder).read_lora(path).report
+        except LoRAError as error:
+            refusals[name] = str(error)
+    file = path if path.is_file() else next(path.glob("*.safetensors"))
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    first = next(iter(found.values()), None)
+    return Inspection(path.name, file.stat().st_size, digest, made_for, first, tuple(found), refusals)

@@ -1,0 +1,71 @@
+"""Lend words to a base for the length of a `with` block: tokens that its tokenizers lack, and their vectors.
+
+The base's own tokenizers and embeddings are not changed: copies stand in for them.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from klora.layers import lend, lending
+
+Words = Mapping[str, Mapping[str, Tensor]]
+"""{word of a prompt: {text encoder's component: its vectors [N, D]}}"""
+
+_TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # of a diffusers pipeline
+
+
+@contextmanager
+def taught(pipe: Any, words: Words) -> Iterator[Callable[[str], str]]:
+    """Teach a diffusers pipeline words. Yields what puts the new tokens where a prompt has them: as many for each word
+    as it has vectors."""
+    tokens = {word: _tokens(number, parts) for number, (word, parts) in enumerate(words.items())}
+    with lending() as loans:
+        for component, tokenizer in _TOKENIZERS.items() if words else ():
+            if (encoder := getattr(pipe, component, None)) is None:
+                continue
+            more = copy.deepcopy(getattr(pipe, tokenizer))
+            more.add_tokens([token for own in tokens.values() for token in own])
+            rows = {
+                more.convert_tokens_to_ids(token): vector
+                for word, parts in words.items()
+                for token, vector in zip(tokens[word], parts.get(component, ()), strict=False)
+            }
+            lend(loans, pipe.__dict__, tokenizer, more)
+            table = encoder.get_input_embeddings()
+            extended = _extended(table, rows, len(more))
+            for slots, name in _places(encoder, table):
+                lend(loans, slots, name, extended)
+        yield lambda prompt: _replaced(prompt, tokens)
+
+
+def _tokens(number: int, parts: Mapping[str, Tensor]) -> list[str]:
+    return [f"<klora{number}-{i}>" for i in range(max(len(vectors) for vectors in parts.values()))]
+
+
+def _places(encoder: nn.Module, table: nn.Embedding) -> Iterator[tuple[dict[str, Any], str]]:
+    """(its parent's table of parts, key) of each embedding with these weights: T5 has two."""
+    for name, module in list(encoder.named_modules(remove_duplicate=False)):
+        if isinstance(module, nn.Embedding) and module.weight is table.weight:
+            path, _, child = name.rpartition(".")
+            yield encoder.get_submodule(path)._modules, child
+
+
+def _extended(table: nn.Embedding, rows: Mapping[int, Tensor], size: int) -> nn.Embedding:
+    """A copy of an embedding with these rows, and zeros for the tokens that only another encoder was taught."""
+    weight = table.weight.new_zeros(max(size, len(table.weight)), table.weight.shape[1])
+    weight[: len(table.weight)] = table.weight
+    for index, vector in rows.items():
+        weight[index] = vector.to(weight)
+    return nn.Embedding.from_pretrained(weight, freeze=True)
+
+
+def _replaced(prompt: str, tokens: Mapping[str, list[str]]) -> str:
+    """The longest words first: one may begin another."""
+    for word in sorted(tokens, key=len, reverse=True):
+        prompt = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", " ".join(tokens[word]), prompt)
+    return prompt

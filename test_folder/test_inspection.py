@@ -1,0 +1,67 @@
+"""`klora inspect` says of a file what the predictor will make of it, without loading a weight of a base."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from klora import cli
+from klora.files.report import triggers
+from klora.inspection import inspect
+from klora.models import load_shapes
+from klora.models.family import Family
+from test_folder.test_lora import GOOD, models
+from test_folder.variants import VARIANTS, Variant
+
+__all__ = ["models"]  # fixtures
+FOLDERS = {"sdxl": "sdxl", "flux": "flux-dev"}
+
+
+@pytest.mark.parametrize("variant", VARIANTS[::4], ids=lambda v: f"{v.family}, {v.name}")
+def test_what_it_says_is_what_the_base_reads(
+    models: dict[str, Family], bases: Path, tmp_path: Path, variant: Variant
+) -> None:
+    path, meant = variant.write(models[variant.family], tmp_path)
+    found = inspect(path, {folder: (family, bases / folder) for family, folder in FOLDERS.items()})
+    assert found.fits == (FOLDERS[variant.family],) and not found.refusals
+    assert found.report == models[variant.family].read_lora(path).report
+    assert found.report.layers == sum(":" not in name for name in meant)
+    assert sum(found.report.text_encoders.values()) == sum(":" in name for name in meant)
+    assert found.made_for.startswith(models[variant.family].name)
+
+
+@pytest.mark.parametrize("family", FOLDERS)
+def test_shapes_alone_make_the_whole_inventory(models: dict[str, Family], bases: Path, family: str) -> None:
+    bare = load_shapes(family, bases / FOLDERS[family])
+    assert all(x.is_meta for part in (bare.denoiser, *bare.text_encoders.values()) for x in part.parameters())
+    assert bare._inventory == models[family]._inventory
+
+
+def test_the_command_prints_it(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KLORA_MODELS", str(bases))
+    path = tmp_path / "dog.safetensors"
+    tags = {"10_dog": {"a dog": 9, "sks": 20}, "5_dog": {"sks": 3, "grass": 1}}
+    save_file(GOOD, path, {"modelspec.trigger_phrase": "zork", "ss_tag_frequency": json.dumps(tags)})
+    shown = CliRunner().invoke(cli.app, ["inspect", str(path)])
+    assert shown.exit_code == 0
+    for said in ("dog.safetensors", hashlib.sha256(path.read_bytes()).hexdigest(), "made for  SDXL", "1 LoRA, rank 2",
+                 "zork, sks, a dog, grass", "fits      sdxl"):  # fmt: skip
+        assert said in shown.output
+
+
+def test_a_file_that_no_base_reads_says_why(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KLORA_MODELS", str(bases))
+    path = tmp_path / "dog.safetensors"
+    save_file({key: torch.ones(64, 64) for key in GOOD}, path)
+    shown = CliRunner().invoke(cli.app, ["inspect", str(path)])
+    assert shown.exit_code == 1 and "fits      no installed base" in shown.output
+    assert "not sdxl  dog.safetensors was made for another base" in shown.output
+
+
+@pytest.mark.parametrize("text", ["", "no json", "[1]", '{"a": 3}', '{"a": {"b": "c"}}', "[" * 100_000])
+def test_tags_that_make_no_sense_are_no_reason_to_refuse(text: str) -> None:
+    assert triggers({"ss_tag_frequency": text, "trigger": "sbu"}) == ("sbu",)
