@@ -10,6 +10,7 @@ from torch import Tensor
 from klora.errors import RequestError
 from klora.generate import generate
 from klora.lora import LoRA
+from klora.models import load_model
 from klora.models.family import Family
 from klora.request import Request
 from klora.words import taught
@@ -56,6 +57,16 @@ def test_every_encoder_is_taught_and_forgets(model: Family) -> None:
     assert tokenizers == (model.pipe.tokenizer, len(model.pipe.tokenizer), model.pipe.tokenizer_2)
     for name, (_, table) in parts.items():
         assert model.text_encoders[name].get_input_embeddings() is table
+
+
+def test_an_encoder_may_have_more_rows_than_words(bases: Path) -> None:
+    """As the published T5 has."""
+    flux = load_model("flux", bases / "flux-dev", torch.device("cpu"))
+    table = flux.pipe.text_encoder_2.resize_token_embeddings(len(flux.pipe.tokenizer_2) + 28)
+    with torch.no_grad(), taught(flux.pipe, {"zork": of(flux)}) as spoken:
+        assert spoken("zork") == "<klora0-0> <klora0-1>"
+        assert flux.pipe.text_encoder_2.get_input_embeddings().weight.shape == table.weight.shape
+        flux.encode_prompt([spoken("a photo of zork")])
 
 
 @pytest.mark.parametrize("prompt", ["a photo of TOK", "a photo of <s0><s1>", "a photo of content:TOK"])
