@@ -78,7 +78,7 @@ def toy_sdxl(autoencoder: diffusers.AutoencoderKL) -> diffusers.StableDiffusionX
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         transformer_layers_per_block=[1, 1, 1],
-        attention_head_dim=[1, 3, 5],
+        attention_head_dim=[1, 2, 4],
         use_linear_projection=True,
         norm_num_groups=16,
         cross_attention_dim=2 * 96,
@@ -99,6 +99,8 @@ def toy_sdxl(autoencoder: diffusers.AutoencoderKL) -> diffusers.StableDiffusionX
             beta_schedule="scaled_linear",
             prediction_type="v_prediction",  # weighs what much noise hides, as grounds, and so learns it sooner
             timestep_spacing="trailing",
+            # The first step begins in noise alone, where nothing but the prompt tells a shape (arXiv:2305.08891).
+            rescale_betas_zero_snr=True,
         ),
     )
 

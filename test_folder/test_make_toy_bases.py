@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import diffusers
 import pytest
 import torch
 from in_venv import program
 from PIL import Image
 
+from examples import stage
 from examples.architectures import any_picture, labels, pixels_of, toy_flux, toy_vae
 from examples.drawing import SIDE
 from klora import Request, generate, load_model
@@ -23,6 +25,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTy
     """The program, small and in a folder of its own; compilers are left out, for they take minutes."""
     module = program("make-toy-bases")
     small = {"STATE": tmp_path / "state", "TOYS": tmp_path / "toys", "SCENES": 32, "WORD_STEPS": 2, "REPORT_STEPS": 1}
+    monkeypatch.setattr(stage, "REPORT_STEPS", 1)
     for name, value in small.items():
         monkeypatch.setattr(module, name, value)
     for folder in (module.STATE, module.TOYS):
@@ -35,6 +38,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTy
 @each_base
 def test_the_stages_leave_a_base_that_serves_every_way_to_make_an_image(script: ModuleType, base: str) -> None:
     script.train_vae(base, 10, False)
+    script.train_decoder(base, 10, False)
     script.save_latents(base, False)
     script.train_denoiser(base, 10, False)
     assert not any(str(script.TOYS) in path.read_text() for path in script.TOYS.rglob("*.json"))
@@ -47,19 +51,29 @@ def test_the_stages_leave_a_base_that_serves_every_way_to_make_an_image(script: 
         assert image.size == (SIDE, SIDE)
 
 
+def test_the_decoder_learns_alone(script: ModuleType) -> None:
+    """So that latents, and a denoiser that knows them, stay right."""
+    vaes = []
+    for part in ("vae", "decoder"):
+        getattr(script, f"train_{part}")("sdxl", 2, False)
+        vaes.append(diffusers.AutoencoderKL.from_pretrained(script.TOYS / "sdxl" / "vae").state_dict())
+    changed = {name.split(".")[0] for name, tensor in vaes[0].items() if not torch.equal(tensor, vaes[1][name])}
+    assert changed == {"decoder"}
+
+
 def test_a_stage_goes_on_from_where_it_was(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     """In as many steps in all, to the same weights."""
     modules = [torch.nn.Linear(3, 3) for _ in range(2)]
     modules[1].load_state_dict(modules[0].state_dict())
 
     def trained(name: str, module: torch.nn.Module, stop: int) -> None:
-        stage = script.Stage(name, 6, {"module": module}, rate=0.1)
-        for step in stage.run():
+        own = stage.Stage(name, 6, {"module": module}, 0.1, script.STATE)
+        for step in own.run():
             if step == stop:
-                stage.save()
+                own.save()
                 return
-            stage.advance(module(torch.full((1, 3), float(step))).square().sum())
-        stage.finish()
+            own.advance(module(torch.full((1, 3), float(step))).square().sum())
+        own.finish(script.TOYS)
 
     trained("whole", modules[0], 6)
     trained("halves", modules[1], 2)
