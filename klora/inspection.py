@@ -37,7 +37,6 @@ def inspect(path: Path, bases: Mapping[str, tuple[str, Path]]) -> Inspection:
     """bases: {name: (key of FAMILIES, folder)}, those of other families than the file's own are not tried.
     Raises LoRAError for what is no LoRA file at all."""
     origin = origin_of(path)
-    made_for = f"{origin.model}, by {origin.evidence}" if origin else "unknown"
     found: dict[str, Report] = {}
     refusals: dict[str, str] = {}
     for name, (family, folder) in bases.items():
@@ -51,4 +50,4 @@ def inspect(path: Path, bases: Mapping[str, tuple[str, Path]]) -> Inspection:
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     first = next(iter(found.values()), None)
-    return Inspection(path.name, file.stat().st_size, digest, made_for, first, tuple(found), refusals)
+    return Inspection(path.name, file.stat().st_size, digest, str(origin or "unknown"), first, tuple(found), refusals)

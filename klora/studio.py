@@ -78,8 +78,8 @@ class Studio:
         for name, origin in made_for.items():
             if origin.family != family:
                 raise LoRAError(
-                    f"{name} was made for {origin.model} ({origin.evidence}), but this request runs {base}. "
-                    f"Expected one for {FAMILIES[family].name}."
+                    f"{name} was made for {origin}, but this request runs {base}. Expected one for "
+                    f"{FAMILIES[family].name}."
                 )
         checker = None if request.disable_safety_checker else self._safety()
         model = self.load(base, family, path)

@@ -66,11 +66,14 @@ def _refuse_incomplete(path: Path) -> None:
 
 class Origin(NamedTuple):
     """The model that a LoRA file was made for. family: a key of FAMILIES, None for what they do not run; evidence: how
-    it is known."""
+    that is known, "" where the names of its layers say it."""
 
     model: str
     family: str | None
     evidence: str
+
+    def __str__(self) -> str:
+        return f"{self.model} ({self.evidence})" if self.evidence else self.model
 
 
 def origin_of(path: Path) -> Origin | None:
@@ -79,7 +82,7 @@ def origin_of(path: Path) -> Origin | None:
         if unknown := stranger(contents):
             return Origin(unknown[0], None, unknown[1])
         found = next((name for name, family in FAMILIES.items() if family.recognises(list(contents.specs))), None)
-    return Origin(FAMILIES[found].name, found, "the names of its layers") if found else None
+    return Origin(FAMILIES[found].name, found, "") if found else None
 
 
 def _keys(file: Path) -> list[str]:
