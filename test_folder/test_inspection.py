@@ -14,6 +14,8 @@ from klora.files.report import triggers
 from klora.inspection import inspect
 from klora.models import load_shapes
 from klora.models.family import Family
+from klora.request import Request
+from klora.studio import Studio
 from test_folder.test_lora import GOOD, models
 from test_folder.variants import VARIANTS, Variant
 
@@ -60,6 +62,16 @@ def test_a_file_that_no_base_reads_says_why(bases: Path, tmp_path: Path, monkeyp
     shown = CliRunner().invoke(cli.app, ["inspect", str(path)])
     assert shown.exit_code == 1 and "fits      no installed base" in shown.output
     assert "not sdxl  dog.safetensors was made for another base" in shown.output
+
+
+def test_a_request_logs_a_line_for_each_lora(bases: Path, loras: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    studio = Studio(lambda name, family: ("sdxl", "sdxl", bases / "sdxl"), Path("no-checker"), torch.device("cpu"))
+    request = Request("a dog", num_inference_steps=2, disable_safety_checker=True)
+    studio.make(request, {f"{role}_lora": loras / f"sdxl_{role}.safetensors" for role in ("content", "style")})
+    for role, rank in (("content", 4), ("style", 8)):
+        (line,) = [line for line in caplog.messages if line.startswith(f"{role}_lora: diffusers: ")]
+        assert f"rank {rank}" in line and line.endswith("none dropped")
 
 
 @pytest.mark.parametrize("text", ["", "no json", "[1]", '{"a": 3}', '{"a": {"b": "c"}}', "[" * 100_000])
