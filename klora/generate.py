@@ -14,10 +14,10 @@ from klora.device import synchronize
 from klora.errors import RequestError
 from klora.fusion import Schedule, fuse
 from klora.layers import attached
-from klora.lora import LoRA, Plan
+from klora.lora import LoRA, Plan, Words
 from klora.models.family import Family
 from klora.request import Request
-from klora.words import Words, taught
+from klora.words import taught
 
 Record = Callable[[str, Any], Any]
 """(name, number) -> ignored. Told what a run measured: fuse_seconds, denoise_seconds, style_share, ..."""

@@ -11,6 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+Words = Mapping[str, Mapping[str, Tensor]]
+"""{word of a prompt: {text encoder's component: its vectors [N, D]}}"""
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -27,15 +30,13 @@ class LowRank:
 @dataclass(frozen=True)
 class LoRA(Mapping[str, LowRank]):
     """A LoRA file as data: a mapping of the denoiser's layers, in execution order, and what else came with them.
-    text_encoders: {component: {module name: LowRank}}; words: {word of a prompt: {component: vectors [N, D]}};
-    metadata: the file's own strings, never executed; inexact: {name as spelled: error relative to dW}; report: of the
-    file that was read, a klora.files.report.Report."""
+    text_encoders: {component: {module name: LowRank}}; words: that it teaches the text encoders;
+    metadata: the file's own strings, never executed; report: of the file that was read, a klora.files.report.Report."""
 
     layers: Mapping[str, LowRank]
     text_encoders: Mapping[str, Mapping[str, LowRank]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
-    words: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    inexact: Mapping[str, float] = field(default_factory=dict)
+    words: Words = field(default_factory=dict)
     report: Any = None
 
     def __getitem__(self, name: str) -> LowRank:

@@ -83,10 +83,9 @@ class Studio:
                 )
         checker = None if request.disable_safety_checker else self._safety()
         model = self.load(base, family, path)
-        read = {name: _said_of(name, model.read_lora, file) for name, file in loras.items()}
-        for name, lora in read.items():
-            logger.info("%s: %s", name, lora.report)
-        read = {name.removesuffix("_lora"): lora for name, lora in read.items()}
+        read = {name.removesuffix("_lora"): _said_of(name, model.read_lora, file) for name, file in loras.items()}
+        for role, lora in read.items():
+            logger.info("%s_lora: %s", role, lora.report)
         images = generate(model, request, **read, record=record, on_step=on_step)
         return _shown(images, checker)
 

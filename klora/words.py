@@ -12,9 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from klora.layers import lend, lending
-
-Words = Mapping[str, Mapping[str, Tensor]]
-"""{word of a prompt: {text encoder's component: its vectors [N, D]}}"""
+from klora.lora import Words
 
 _TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # of a diffusers pipeline
 

@@ -33,7 +33,7 @@ LAYERS = {
     "klora/files/": {"klora.errors", "klora.lora", *FILES_OF_LORAS},
     "klora/fusion.py": {"klora.errors", "klora.lora"},
     "klora/layers.py": {"klora.errors", "klora.device", "klora.lora"},
-    "klora/words.py": {"klora.layers"},
+    "klora/words.py": {"klora.layers", "klora.lora"},
     "klora/sources.py": {"klora.errors"},
     "klora/fields.py": {"klora.errors"},
     "klora/form.py": {"klora.errors"},

@@ -4,7 +4,7 @@ import json
 import math
 import resource
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,19 @@ from klora.errors import LoRAError
 from klora.files.container import MAX_TENSORS
 from klora.files.lycoris import MAX_ERROR, MAX_RANK, low_rank
 from klora.models.family import Family
-from test_folder.test_lora import GOOD, KOHYA, KOHYA_Q, Q, assert_is_a_sentence, at_most, keyed, models, pair, sdxl
+from test_folder.test_lora import (
+    GOOD,
+    KOHYA,
+    KOHYA_Q,
+    Q,
+    assert_is_a_sentence,
+    at_most,
+    keyed,
+    models,
+    pair,
+    read,
+    sdxl,
+)
 from test_folder.variants import VARIANTS, Variant, largest_error, table
 
 __all__ = ["models", "sdxl"]  # fixtures
@@ -78,7 +90,7 @@ def test_the_nearest_pair_of_a_kronecker_product_is_the_one_of_its_largest_singu
 
 def test_a_difference_is_taken_when_a_low_rank_comes_near_it_and_says_so(sdxl: Family, tmp_path: Path) -> None:
     A, B = pair(32, 32, rank=4)
-    lora = read(sdxl, tmp_path, {f"{KOHYA_Q}.diff": B @ A})
+    lora = read(sdxl, tmp_path / "lora.safetensors", {f"{KOHYA_Q}.diff": B @ A})
     torch.testing.assert_close(lora[Q].B @ lora[Q].A, B @ A, rtol=1e-4, atol=1e-4)
     assert "1 diff" in str(lora.report)
 
@@ -86,7 +98,11 @@ def test_a_difference_is_taken_when_a_low_rank_comes_near_it_and_says_so(sdxl: F
 def test_what_no_pair_comes_near_is_refused(sdxl: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("klora.files.lycoris.MAX_RANK", 8)
     with pytest.raises(LoRAError, match=rf"'{KOHYA_Q}'.* is \d+\.\d% away.*{MAX_ERROR:.0%}"):
-        read(sdxl, tmp_path, {f"{KOHYA_Q}.diff": torch.randn(32, 32, generator=torch.Generator().manual_seed(0))})
+        read(
+            sdxl,
+            tmp_path / "lora.safetensors",
+            {f"{KOHYA_Q}.diff": torch.randn(32, 32, generator=torch.Generator().manual_seed(0))},
+        )
 
 
 def assert_near(B: Tensor, A: Tensor, meant: Tensor, error: float) -> None:
@@ -97,20 +113,15 @@ def assert_near(B: Tensor, A: Tensor, meant: Tensor, error: float) -> None:
 
 def test_a_linear_layer_may_be_written_as_a_convolution_of_one_pixel(sdxl: Family, tmp_path: Path) -> None:
     A, B = pair(32, 32)
-    lora = read(sdxl, tmp_path, keyed(KOHYA_Q, (A[..., None, None], B[..., None, None]), KOHYA))
+    lora = read(sdxl, tmp_path / "lora.safetensors", keyed(KOHYA_Q, (A[..., None, None], B[..., None, None]), KOHYA))
     assert torch.equal(lora[Q].A, A) and torch.equal(lora[Q].B, B)
 
 
 # Headers.
 
 
-def read(model: Family, folder: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Any:
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "lora.safetensors", metadata)
-    return model.read_lora(folder / "lora.safetensors")
-
-
-def written(path: Path, header: bytes, data: bytes = b"", length: int | None = None) -> Path:
-    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + data)
+def written(path: Path, header: bytes, length: int | None = None) -> Path:
+    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header)
     return path
 
 
@@ -151,11 +162,11 @@ def test_a_hostile_header_is_refused_soon_and_cheaply(sdxl: Family, tmp_path: Pa
 @pytest.mark.parametrize("rank", [513, 4096])
 def test_a_rank_beyond_the_bound_is_refused(sdxl: Family, tmp_path: Path, rank: int) -> None:
     with pytest.raises(LoRAError, match=f"{rank}"):
-        read(sdxl, tmp_path, keyed(f"unet.{Q}", pair(32, 32, rank)))
+        read(sdxl, tmp_path / "lora.safetensors", keyed(f"unet.{Q}", pair(32, 32, rank)))
 
 
 def test_a_rank_may_exceed_the_layers_width(sdxl: Family, tmp_path: Path) -> None:
-    assert read(sdxl, tmp_path, keyed(f"unet.{Q}", pair(32, 32, 512)))[Q].rank == 512
+    assert read(sdxl, tmp_path / "lora.safetensors", keyed(f"unet.{Q}", pair(32, 32, 512)))[Q].rank == 512
 
 
 def test_eight_thousand_blocks_are_refused_soon(sdxl: Family, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from klora.models import load_model
 from klora.models.family import Family
 from test_folder import tiny
-from test_folder.test_lora import KOHYA, LEGACY, PEFT, bfl_modules, sgm
+from test_folder.test_lora import KOHYA, LEGACY, PEFT, attention, bfl_modules, sgm
 
 Shapes = dict[str, tuple[int, int]]
 Meant = dict[str, Tensor]  # {module, or component:module of a text encoder: dW, float64}
@@ -49,10 +49,6 @@ class Variant(NamedTuple):
 
 def linears(model: Family) -> Shapes:
     return tiny.linear_shapes(model.denoiser)
-
-
-def attention(model: Family) -> Shapes:
-    return {name: shape for name, shape in linears(model).items() if re.search(r"\.to_(q|k|v|out\.0)$", name)}
 
 
 def three(model: Family) -> Shapes:
@@ -199,7 +195,7 @@ def peft_repository(model: Family, folder: Path, rslora: bool = False) -> tuple[
     return folder, {name: scales[name] * dW for name, dW in meant.items()}
 
 
-def tar(model: Family, folder: Path, made: Content, member: str, beside: Mapping[str, bytes]) -> tuple[Path, Meant]:
+def tar(folder: Path, made: Content, member: str, beside: Mapping[str, bytes]) -> tuple[Path, Meant]:
     with tarfile.open(folder / "trained.tar", "w") as archive:
         for name, data in {member: save(made[0]), **beside}.items():
             info = tarfile.TarInfo(name)
@@ -212,14 +208,12 @@ def cog_sdxl(model: Family, folder: Path) -> tuple[Path, Meant]:
     made = plain("{processor}", PROCESSOR, model, alphas=False, layers=attention)
     vectors = save(embeddings(model, "text_encoders_0", "text_encoders_1"))
     beside = {"embeddings.pti": vectors, "special_params.json": b'{"TOK": "<s0><s1>"}'}
-    return tar(model, folder, made, "lora.safetensors", beside)
+    return tar(folder, made, "lora.safetensors", beside)
 
 
 def flux_fine_tuner(model: Family, folder: Path) -> tuple[Path, Meant]:
     made = plain("transformer.{name}", PEFT, model, alphas=False)
-    return tar(
-        model, folder, made, "output/flux_train_replicate/lora.safetensors", {"output/config.yaml": b"job: train"}
-    )
+    return tar(folder, made, "output/flux_train_replicate/lora.safetensors", {"output/config.yaml": b"job: train"})
 
 
 TE = "lora_te{}_text_model_{{flat}}"

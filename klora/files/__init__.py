@@ -14,7 +14,7 @@ from klora.errors import LoRAError
 from klora.files.adapter import with_alphas
 from klora.files.container import opened
 from klora.files.embeddings import taught
-from klora.files.factors import pairs
+from klora.files.factors import modules, pairs
 from klora.files.names import Inventory, Rename, located
 from klora.files.origin import stranger
 from klora.files.report import report
@@ -26,12 +26,13 @@ def read_lora(path: Path, inventory: Inventory, rename: Rename, widths: Mapping[
     that cannot be applied exactly, or not of this base. widths: of the base's text encoders' vectors, by component."""
     with opened(path) as contents:
         if made_for := stranger(contents):
-            raise LoRAError(f"is a LoRA for {made_for[0]} ({made_for[1]}). Expected one for the base of this request.")
-        spelled, inexact = pairs(contents)
-        found = with_alphas(located(spelled, inventory, rename), contents)
+            raise LoRAError(f"is a LoRA for {made_for}. Expected one for the base of this request.")
+        spelled = modules(contents.specs)
+        factors, error = pairs(contents, spelled)
+        found = with_alphas(located(factors, inventory, rename), contents)
         ordered = {part: {n: found[part, n] for n in names if (part, n) in found} for part, names in inventory.items()}
-        layers, *encoders = ordered.values()
-        texts = {part: layers for part, layers in zip(list(inventory)[1:], encoders, strict=True) if layers}
+        layers = ordered.pop(next(iter(inventory)))
+        texts = {part: layers for part, layers in ordered.items() if layers}
         metadata = {key: text for key, text in contents.metadata.items() if key != "lora_adapter_metadata"}
-        lora = LoRA(layers, texts, metadata, taught(contents, widths), inexact)
-        return replace(lora, report=report(contents, lora))
+        lora = LoRA(layers, texts, metadata, taught(contents, widths))
+        return replace(lora, report=report(contents, spelled, lora, error))

@@ -84,7 +84,7 @@ def opened(path: Path) -> Iterator[Contents]:
 def _found(path: Path) -> Iterator[dict[str, Path]]:
     """The files that make up a LoRA, by part: "lora", and what may lie beside it."""
     if path.is_dir():
-        yield _in_folder(path)
+        yield in_folder(path)
     elif path.is_file() and _is_tar(path):
         with tempfile.TemporaryDirectory() as folder:
             yield _unpacked(path, Path(folder))
@@ -101,7 +101,8 @@ def _is_tar(path: Path) -> bool:
         return file.read(5) == b"ustar"
 
 
-def _in_folder(folder: Path) -> dict[str, Path]:
+def in_folder(folder: Path) -> dict[str, Path]:
+    """The files of a repository that make up a LoRA. Raises LoRAError where it does not tell which."""
     names = [path.name for path in folder.glob("*.safetensors")]
     chosen = next((name for name in _REPOSITORY if name in names), names[0] if len(names) == 1 else None)
     if chosen is None:

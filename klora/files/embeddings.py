@@ -11,16 +11,14 @@ from torch import Tensor
 from klora.errors import LoRAError
 from klora.files.container import Contents
 from klora.files.factors import EMBEDDING
+from klora.lora import Words
 
 MAX_VECTORS = 64  # for a word
 
-Embeddings = dict[str, dict[str, Tensor]]
-"""{word of a prompt: {text encoder's component: its vectors [N, D]}}"""
 
-
-def taught(contents: Contents, widths: Mapping[str, int]) -> Embeddings:
+def taught(contents: Contents, widths: Mapping[str, int]) -> Words:
     """The words of an open file. widths: of the base's text encoders, by component. Raises LoRAError."""
-    found: Embeddings = {}
+    found: dict[str, dict[str, Tensor]] = {}
     for key in filter(EMBEDDING.match, contents.specs):
         _, word, encoder = key.split(".")
         component = "text_encoder" if encoder == "clip_l" else "text_encoder_2"
@@ -28,14 +26,13 @@ def taught(contents: Contents, widths: Mapping[str, int]) -> Embeddings:
     return found | _of_cog_sdxl(contents, widths)
 
 
-def _of_cog_sdxl(contents: Contents, widths: Mapping[str, int]) -> Embeddings:
+def _of_cog_sdxl(contents: Contents, widths: Mapping[str, int]) -> dict[str, dict[str, Tensor]]:
     """special_params.json says {"TOK": "<s0><s1>"}; a prompt may use either."""
     if not contents.embeddings:
         return {}
-    vectors = {}
-    for number, component in enumerate(("text_encoder", "text_encoder_2")):
-        if (key := f"text_encoders_{number}") in contents.embeddings:
-            vectors[component] = _checked(key, contents.embeddings[key], component, widths)
+    keys = {"text_encoder": "text_encoders_0", "text_encoder_2": "text_encoders_1"}
+    held = {part: (key, contents.embeddings[key]) for part, key in keys.items() if key in contents.embeddings}
+    vectors = {part: _checked(key, tensor, part, widths) for part, (key, tensor) in held.items()}
     words = {str(word): str(tokens) for word, tokens in contents.words.items()} or {"TOK": "<s0><s1>"}
     count = {len(part) for part in vectors.values()}
     for word, tokens in words.items():

@@ -58,9 +58,9 @@ def modules(specs: Mapping[str, Spec]) -> dict[str, Module]:
     if not parts:
         raise LoRAError(f"holds no tensors. {_ACCEPTED}")
     found = {stem: Module(_kind(stem, keys), keys) for stem, keys in parts.items()}
-    for stem, module in found.items():
-        _check(stem, module, {part: specs[key] for part, key in module.keys.items()})
-    dense = sum(_dense({part: specs[key].shape for part, key in module.keys.items()}) for module in found.values())
+    dense = 0
+    for stem, (kind, keys) in found.items():
+        dense += _dense(_checked_shapes(stem, kind, {part: specs[key] for part, key in keys.items()}))
     if dense > MAX_DENSE:
         raise LoRAError(f"would have {dense} weights factorised. Expected at most {MAX_DENSE}; extract a LoRA from it.")
     return found
@@ -70,24 +70,26 @@ def outline(specs: Mapping[str, Spec]) -> dict[str, tuple[int, int]]:
     """{module name as spelled: (outputs, inputs)} of what is plain LoRA, whatever else a file holds."""
     sides: dict[str, dict[str, int]] = {}
     for key, (_, shape) in specs.items():
-        if (match := _FACTOR.match(_XLABS.sub(r"\1_lora.", key))) and len(shape) >= 2:
-            rows = match[2] in ("B", "up")
-            sides.setdefault(match[1], {})["B" if rows else "A"] = shape[0 if rows else 1]
+        if (found := _factor(key)) and len(shape) >= 2:
+            stem, part = found
+            sides.setdefault(stem, {})[part] = shape[0 if part == "B" else 1]
     return {stem: (side.get("B", 0), side.get("A", 0)) for stem, side in sides.items()}
 
 
-def pairs(contents: Contents) -> tuple[dict[str, LowRank], dict[str, float]]:
-    """({module name as spelled: pair}, {module name: error of one that is not exact}), alpha/rank folded into B."""
-    found, errors = {}, {}
-    for stem, (kind, keys) in modules(contents.specs).items():
+def pairs(contents: Contents, spelled: Mapping[str, Module]) -> tuple[dict[str, LowRank], float]:
+    """({module name as spelled: pair}, the largest error of one relative to its dW, 0 where all are exact but for
+    rounding), alpha/rank folded into B. spelled: what modules() says of the file. Raises LoRAError."""
+    found, worst = {}, 0.0
+    for stem, (kind, keys) in spelled.items():
         parts = {part: _floating(stem, contents.tensor(key)) for part, key in keys.items() if part != "alpha"}
         alpha = float(contents.tensor(keys["alpha"])) if "alpha" in keys else None
         if kind == "LoRA":
             pair = LowRank(parts["A"].flatten(1), parts["B"].flatten(1))
             found[stem] = pair if alpha is None else scaled(stem, pair, alpha, pair.rank)
         else:
-            found[stem], errors[stem] = _converted(stem, kind, parts, alpha)
-    return found, {stem: error for stem, error in errors.items() if error > EXACT}
+            found[stem], error = _converted(stem, kind, parts, alpha)
+            worst = max(worst, error)
+    return found, worst if worst > EXACT else 0.0
 
 
 def _converted(stem: str, kind: str, parts: Mapping[str, Tensor], alpha: float | None) -> tuple[LowRank, float]:
@@ -110,12 +112,18 @@ def scaled(stem: str, pair: LowRank, alpha: float, divisor: float) -> LowRank:
 
 def split(key: str) -> tuple[str, str]:
     """(stem, part) of a key. Raises LoRAError for what no update of a linear layer is made of."""
-    if match := _FACTOR.match(_XLABS.sub(r"\1_lora.", key)):
-        return match[1], {"down": "A", "up": "B"}.get(match[2], match[2])
+    if found := _factor(key):
+        return found
     if match := _LYCORIS.match(key):
         return match[1], match[2]
     kind = next((kind for mark, kind in _UNSUPPORTED.items() if re.search(mark, key)), "no LoRA factor")
     raise LoRAError(f"holds {key!r}, which is {kind}. {_ACCEPTED}")
+
+
+def _factor(key: str) -> tuple[str, str] | None:
+    """(stem, "A" or "B") of a plain factor's key."""
+    match = _FACTOR.match(_XLABS.sub(r"\1_lora.", key))
+    return (match[1], {"down": "A", "up": "B"}.get(match[2], match[2])) if match else None
 
 
 def _kind(stem: str, keys: Mapping[str, str]) -> str:
@@ -135,7 +143,8 @@ def _said(part: str) -> str:
     return f"lora_{part}" if part in _PLAIN else part
 
 
-def _check(stem: str, module: Module, specs: Mapping[str, Spec]) -> None:
+def _checked_shapes(stem: str, kind: str, specs: Mapping[str, Spec]) -> dict[str, tuple[int, ...]]:
+    """{part: shape} of a module whose tensors fit each other. Raises LoRAError."""
     for part, (dtype, shape) in specs.items():
         if part == "alpha":
             if dtype not in FLOATS + WHOLE or math.prod(shape) != 1:
@@ -152,10 +161,11 @@ def _check(stem: str, module: Module, specs: Mapping[str, Spec]) -> None:
                 f"has ranks {shapes[columns][0]} and {shapes[rows][1]} for {stem!r}. "
                 f"Expected the same rank in both, from 1 to {MAX_RANK}."
             )
-    if module.kind == "LoHa":
+    if kind == "LoHa":
         seen = [(shapes[f"hada_{w}_a"][0], shapes[f"hada_{w}_b"][1]) for w in ("w1", "w2")]
         if seen[0] != seen[1]:
             raise LoRAError(f"multiplies {seen[0]} with {seen[1]} for {stem!r}. Expected two updates of one shape.")
+    return shapes
 
 
 def _dense(shapes: Mapping[str, tuple[int, ...]]) -> int:

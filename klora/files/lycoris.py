@@ -22,7 +22,8 @@ MAX_DENSE = 1 << 27  # elements that a file may make us factorise: minutes on tw
 def low_rank(kind: str, parts: Mapping[str, Tensor], scale: float) -> tuple[LowRank, float]:
     """A pair for one layer, float32, and its error relative to dW, 0 where it is exact. kind: LoHa, LoKr or diff;
     parts: by their name in the file; scale: alpha / rank."""
-    (A, B), error = {"LoHa": _loha, "LoKr": _lokr, "diff": _difference}[kind]({n: x.double() for n, x in parts.items()})
+    parts = {name: tensor.double() for name, tensor in parts.items()}
+    (A, B), error = _nearest(parts["diff"]) if kind == "diff" else {"LoHa": _loha, "LoKr": _lokr}[kind](parts)
     return LowRank(A.float(), (B * scale).float()), error
 
 
@@ -44,10 +45,6 @@ def _lokr(parts: Mapping[str, Tensor]) -> tuple[Pair, float]:
     A = (V1[i][:, :, None] * V2[j][:, None]).flatten(1)
     B = (U1[:, i][:, None] * U2[:, j]).flatten(0, 1) * products[largest]
     return (A, B), _lost(products.square().sum(), products[largest].square().sum())
-
-
-def _difference(parts: Mapping[str, Tensor]) -> tuple[Pair, float]:
-    return _nearest(parts["diff"])
 
 
 def _nearest(matrix: Tensor) -> tuple[Pair, float]:

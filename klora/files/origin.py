@@ -3,6 +3,8 @@ them. Those that it does run are known to their families."""
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import NamedTuple
 
 from klora.files.container import Contents
 from klora.files.factors import outline
@@ -25,11 +27,22 @@ _SAID = {
 }
 
 
-def stranger(contents: Contents) -> tuple[str, str] | None:
-    """(model, how it is known) of a file that was made for none of our families; None where nothing says so."""
-    modules = outline(contents.specs)
-    known = next((found for name, shape in modules.items() for found in _seen(name, *shape)), None)
-    return known or next(_said(contents.metadata), None)
+class Origin(NamedTuple):
+    """The model that a LoRA file was made for. family: a key of klora.models.FAMILIES, None for what they do not run;
+    evidence: how that is known, "" where the names of its layers say it."""
+
+    model: str
+    family: str | None
+    evidence: str
+
+    def __str__(self) -> str:
+        return f"{self.model} ({self.evidence})" if self.evidence else self.model
+
+
+def stranger(contents: Contents) -> Origin | None:
+    """The origin of a file that was made for none of our families; None where nothing says so."""
+    seen = (found for name, shape in outline(contents.specs).items() for found in _seen(name, *shape))
+    return next((Origin(model, None, evidence) for model, evidence in chain(seen, _said(contents.metadata))), None)
 
 
 def _seen(name: str, outputs: int, inputs: int) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from klora.files.container import Contents
-from klora.files.factors import modules
+from klora.files.factors import Module
 from klora.lora import LoRA
 
 _FORMATS = {  # the first that some key has
@@ -46,17 +46,17 @@ class Report:
         return ", ".join(facts + [f"trigger {trigger!r}" for trigger in self.triggers[:1]])
 
 
-def report(contents: Contents, lora: LoRA) -> Report:
-    """Of an open file and what a base has read from it."""
+def report(contents: Contents, spelled: Mapping[str, Module], lora: LoRA, inexact: float) -> Report:
+    """Of an open file, its modules and what a base has read from it."""
     ranks = [pair.rank for part in (lora.layers, *lora.text_encoders.values()) for pair in part.values()]
     return Report(
         format=_format(contents),
-        kinds=Counter(module.kind for module in modules(contents.specs).values()),
+        kinds=Counter(module.kind for module in spelled.values()),
         ranks=(min(ranks), max(ranks)),
         layers=len(lora),
         text_encoders={component: len(layers) for component, layers in lora.text_encoders.items()},
         words=tuple(lora.words),
-        inexact=max(lora.inexact.values(), default=0.0),
+        inexact=inexact,
         triggers=triggers(contents.metadata),
     )
 

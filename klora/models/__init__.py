@@ -2,7 +2,6 @@
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -10,7 +9,7 @@ from safetensors import safe_open
 from klora.device import default_device, default_dtype
 from klora.errors import BaseModelError
 from klora.files.container import opened
-from klora.files.origin import stranger
+from klora.files.origin import Origin, stranger
 from klora.models.family import EVERY_PART, Family, Part, Quantized, weightless_encoders
 from klora.models.flux import Flux
 from klora.models.sdxl import SDXL
@@ -64,23 +63,11 @@ def _refuse_incomplete(path: Path) -> None:
             raise BaseModelError(f"{path} lacks the vocabulary of its {part}. Fetch the base again.")
 
 
-class Origin(NamedTuple):
-    """The model that a LoRA file was made for. family: a key of FAMILIES, None for what they do not run; evidence: how
-    that is known, "" where the names of its layers say it."""
-
-    model: str
-    family: str | None
-    evidence: str
-
-    def __str__(self) -> str:
-        return f"{self.model} ({self.evidence})" if self.evidence else self.model
-
-
 def origin_of(path: Path) -> Origin | None:
     """By the header of a LoRA file; None when it tells nothing. Raises LoRAError."""
     with opened(path) as contents:
         if unknown := stranger(contents):
-            return Origin(unknown[0], None, unknown[1])
+            return unknown
         found = next((name for name, family in FAMILIES.items() if family.recognises(list(contents.specs))), None)
     return Origin(FAMILIES[found].name, found, "") if found else None
 
