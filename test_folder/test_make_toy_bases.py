@@ -40,7 +40,9 @@ def test_the_stages_leave_a_base_that_serves_every_way_to_make_an_image(script: 
     script.train_vae(base, 10, False)
     script.train_decoder(base, 10, False)
     script.save_latents(base, False)
-    script.train_denoiser(base, 10, False)
+    for part in ("halves", "denoiser"):
+        if part in script.STEPS[base]:
+            getattr(script, f"train_{part}")(base, 10, False)
     assert not any(str(script.TOYS) in path.read_text() for path in script.TOYS.rglob("*.json"))
     assert len((script.TOYS / f"{base}.jsonl").read_text().splitlines()) == 1
     model = load_model(base.split("-")[0], script.TOYS / base, torch.device("cpu"))
@@ -59,6 +61,18 @@ def test_the_decoder_learns_alone(script: ModuleType) -> None:
         vaes.append(diffusers.AutoencoderKL.from_pretrained(script.TOYS / "sdxl" / "vae").state_dict())
     changed = {name.split(".")[0] for name, tensor in vaes[0].items() if not torch.equal(tensor, vaes[1][name])}
     assert changed == {"decoder"}
+
+
+def test_a_denoiser_begins_with_what_is_there(script: ModuleType) -> None:
+    """And the first with nothing: how far it has come by halves is not lost, nor the words its encoders know."""
+    script.train_vae("sdxl", 1, False)
+    script.save_latents("sdxl", False)
+    script.train_halves("sdxl", 1, False)
+    left = script.pipeline("sdxl").unet.state_dict()
+    again = script.pipeline("sdxl").unet.state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in left.items())
+    script.train_vae("sdxl", 1, False)
+    assert not torch.equal(script.pipeline("sdxl").unet.state_dict()["conv_in.weight"], left["conv_in.weight"])
 
 
 def test_a_stage_goes_on_from_where_it_was(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
