@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from klora.errors import RequestError
-from klora.lora import LowRank, Plan
+from klora.lora import LoRA, LowRank, Plan
 
 BLOCK_ELEMENTS = 1 << 20  # of dW at a time: 4 MB in fp32, a dozen with its working copies, whatever the layer's size
 
@@ -114,11 +114,20 @@ def fuse(content: Mapping[str, LowRank], style: Mapping[str, LowRank], gamma: Ga
         k = max(1, *(pair.rank for pair in pairs if pair))
         if pairs[0] and pairs[1]:
             k = pairs[0].rank * pairs[1].rank
-        for lora, pair in enumerate(pairs):
-            if pair:
-                scores[lora, :, index] = importance(pair, k)
+        for lora, owner in enumerate((content, style)):
+            if name in owner:
+                scores[lora, :, index] = torch.tensor(_score(owner, name, k), dtype=torch.float64)
     top, l1 = scores[:, 0], scores[:, 1]
     return Fusion(tuple(layers), content, style, top[0], top[1], _gamma(l1[0], l1[1], gamma))
+
+
+def _score(lora: Mapping[str, LowRank], name: str, k: int) -> tuple[float, float]:
+    """importance() of a layer, which a LoRA remembers: it depends on nothing else."""
+    known = lora.scores if isinstance(lora, LoRA) else {}
+    if (name, k) not in known:
+        top, l1 = importance(lora[name], k).tolist()
+        known[name, k] = (top, l1)
+    return known[name, k]
 
 
 def importance(pair: LowRank, k: int) -> Tensor:

@@ -31,13 +31,15 @@ class LowRank:
 class LoRA(Mapping[str, LowRank]):
     """A LoRA file as data: a mapping of the denoiser's layers, in execution order, and what else came with them.
     text_encoders: {component: {module name: LowRank}}; words: that it teaches the text encoders;
-    metadata: the file's own strings, never executed; report: of the file that was read, a klora.files.report.Report."""
+    metadata: the file's own strings, never executed; report: of the file that was read, a klora.files.report.Report.
+    scores: {(layer, K): (sum of its K largest |dW|, sum of all)}, as far as a fusion has needed them."""
 
     layers: Mapping[str, LowRank]
     text_encoders: Mapping[str, Mapping[str, LowRank]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     words: Words = field(default_factory=dict)
     report: Any = None
+    scores: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict, compare=False, repr=False)
 
     def __getitem__(self, name: str) -> LowRank:
         return self.layers[name]

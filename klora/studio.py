@@ -1,12 +1,13 @@
 """Bases kept ready, and requests turned into images: what predict.py and the `klora` command share.
 
-Knows no form, no HTTP and no environment. Between requests it remembers loaded bases, nothing else.
+Knows no form, no HTTP and no environment. Between requests it remembers loaded bases and LoRAs, nothing else.
 """
 
 import gc
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +22,7 @@ from klora.models import FAMILIES, load_model, origin_of, weight_files
 from klora.models.family import Family
 from klora.models.safety import SafetyChecker
 from klora.request import Request
+from klora.shelf import ScoresPath, Shelf
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -39,10 +41,12 @@ class Studio:
         safety_checker: Path,
         device: torch.device | None = None,
         free: Callable[[torch.device], int] = free_bytes,
+        scores_path: ScoresPath = lambda path: None,
     ) -> None:
         self.device = device or default_device()
         self._find_base, self._safety_checker, self._free = find_base, safety_checker, free
         self._bases: OrderedDict[str, Family] = OrderedDict()
+        self._shelf = Shelf(scores_path)
         self._checker: SafetyChecker | None = None
 
     @property
@@ -83,10 +87,13 @@ class Studio:
                 )
         checker = None if request.disable_safety_checker else self._safety()
         model = self.load(base, family, path)
-        read = {name.removesuffix("_lora"): _said_of(name, model.read_lora, file) for name, file in loras.items()}
-        for role, lora in read.items():
-            logger.info("%s_lora: %s", role, lora.report)
+        taken = {n: self._shelf.take(base, file, partial(_said_of, n, model.read_lora)) for n, file in loras.items()}
+        for name, lora in taken.items():
+            logger.info("%s: %s", name, lora.report)
+        read = {name.removesuffix("_lora"): lora for name, lora in taken.items()}
         images = generate(model, request, **read, record=record, on_step=on_step)
+        for name, lora in taken.items():
+            self._shelf.keep_scores(loras[name], lora)
         return _shown(images, checker)
 
     def _make_room(self, needed: int) -> None:
