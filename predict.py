@@ -27,7 +27,7 @@ ALIASES = {
     "extra_lora_scale": "style_scale",
     "guidance": "guidance_scale",
 }
-TOKENS = ("hf_api_token", "civitai_api_token", "replicate_api_token")
+TOKENS = {"hf_api_token": "hf", "civitai_api_token": "civitai", "replicate_api_token": "replicate"}
 
 
 class Predictor(BasePredictor):
@@ -38,6 +38,7 @@ class Predictor(BasePredictor):
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         self.outputs = LocalPath(tempfile.mkdtemp(prefix="klora-"))
         self.studio = Studio(weights.find_base, weights.safety_checker_path())
+        self.loras = weights.LoRAFiles(weights.lora_root())
         for base in weights.resident_bases():
             self.studio.load(*base)
 
@@ -47,11 +48,11 @@ class Predictor(BasePredictor):
             description="What the image shows. Include the LoRAs' trigger words, unless their files name them."
         ),
         content_lora: Optional[str] = Input(
-            description="LoRA of the subject: the path of a .safetensors file in the server's LoRA folder. Leave blank for none.",
+            description="LoRA of the subject: hf:owner/name, civitai:version, replicate:owner/name, a page or link of these, an https or data URI, or a file in the server's LoRA folder. Leave blank for none.",
             default=None,
         ),
         style_lora: Optional[str] = Input(
-            description="LoRA of the style: the path of a .safetensors file in the server's LoRA folder. Leave blank for none.",
+            description="LoRA of the style: hf:owner/name, civitai:version, replicate:owner/name, a page or link of these, an https or data URI, or a file in the server's LoRA folder. Leave blank for none.",
             default=None,
         ),
         model: Optional[str] = Input(
@@ -185,15 +186,15 @@ class Predictor(BasePredictor):
             description="Show the images without checking them for unsafe content.", default=False
         ),
         hf_api_token: Optional[Secret] = Input(
-            description="Hugging Face token for private LoRAs. LoRAs are files on the server so far, which need none.",
+            description="Hugging Face token for private or gated LoRAs. Used for this request alone.",
             default=None,
         ),
         civitai_api_token: Optional[Secret] = Input(
-            description="CivitAI token for LoRAs that need a login. LoRAs are files on the server so far, which need none.",
+            description="CivitAI token for LoRAs that need a login. Used for this request alone.",
             default=None,
         ),
         replicate_api_token: Optional[Secret] = Input(
-            description="Replicate token for private trainings. LoRAs are files on the server so far, which need none.",
+            description="Replicate token for private trainings. Used for this request alone.",
             default=None,
         ),
         lora_weights: Optional[str] = Input(description="Old name of content_lora.", default=None, deprecated=True),
@@ -218,9 +219,9 @@ class Predictor(BasePredictor):
         request = _request(given)
         _record("seed", request.seed)
         print(f"seed {request.seed}")
-        loras = weights.lora_paths(request.loras, weights.lora_root())
-        _record("fetch_seconds", time.perf_counter() - started)
-        images = self.studio.make(request, loras, _record, _show_progress)
+        with self.loras.borrowed(request.loras, _tokens(given)) as (files, scores):
+            _record("fetch_seconds", time.perf_counter() - started)
+            images = self.studio.make(request, files, _record, _show_progress, scores)
         return [Path(path) for path in save_images(images, self.outputs, request)]
 
 
@@ -234,6 +235,11 @@ def _request(given: dict[str, Any]) -> Request:
             )
     uploads = {name: uploaded(name, inputs[name]) for name in ("image", "mask") if name in inputs}
     return Request(**open_images(inputs | uploads))
+
+
+def _tokens(given: dict[str, Any]) -> dict[str, str]:
+    """The user's tokens, by authority."""
+    return {authority: given[name].get_secret_value() for name, authority in TOKENS.items() if name in given}
 
 
 def _record(name: str, value: Any) -> None:

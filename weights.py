@@ -1,39 +1,39 @@
-"""A LoRA reference or a base's name -> a path on disk; the table of base models. The environment is read here only.
+"""A LoRA reference or a base's name -> a path on disk. The environment is read here only.
 
 Knows nothing of torch, pipelines or the web form.
 """
 
+import hashlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import GatedRepoError
-
-from klora.errors import BaseModelError, LoRAError
+from klora.bases.install import ensure_base
+from klora.bases.pget import find_pget
+from klora.bases.table import BASES as BASES
+from klora.bases.table import Base as Base
+from klora.cache import Library, Store
+from klora.errors import BaseModelError, LoRAError, RequestError, SourceError
+from klora.sources.authorities import Authorities
+from klora.sources.deadline import Deadline
+from klora.sources.formats import check_structure
+from klora.sources.kinds import Local, Reference
+from klora.sources.network import Network
+from klora.sources.reference import parse
 
 logger = logging.getLogger(__name__)
 
+FETCH_SECONDS = 300.0  # for all LoRAs of a request together
+CACHE_GB, FREE_GB = 20.0, 2.0  # of the LoRA cache unless KLORA_CACHE_GB says otherwise; that the disk keeps for others
+AUTHORITIES = {"hub": "HF_ENDPOINT", "civitai": "CIVITAI_ENDPOINT", "replicate": "REPLICATE_ENDPOINT"}
+TOKENS = {"hf": "HF_TOKEN", "civitai": "CIVITAI_API_TOKEN", "replicate": "REPLICATE_API_TOKEN"}
 TOYS = Path(__file__).resolve().parent / "examples" / "toy"  # not there where klora is installed as a package
-
-
-@dataclass(frozen=True)
-class Base:
-    """Where a base model comes from. family: a key of klora.models.FAMILIES, None for what makes no images.
-
-    files: the patterns of what to fetch from the repository, at this revision.  gated: needs a Hugging Face token
-    whose owner has accepted the licence.
-    """
-
-    family: str | None
-    repository: str
-    revision: str
-    files: tuple[str, ...]
-    licence: str
-    gated: bool = False
 
 
 class Installed(NamedTuple):
@@ -42,53 +42,6 @@ class Installed(NamedTuple):
     name: str
     family: str
     path: Path
-
-
-_CONFIGS = ("*.json", "*/*.json", "*/*.txt", "*/*.model")
-_SDXL_FILES = (*_CONFIGS, "*/*.fp16.safetensors")
-_FLUX_FILES = (*_CONFIGS, "*/*.safetensors")
-
-BASES: Mapping[str, Base] = {
-    "sdxl": Base(
-        "sdxl",
-        "stabilityai/stable-diffusion-xl-base-1.0",
-        "462165984030d82259a11f4367a4eed129e94a7b",
-        _SDXL_FILES,
-        "CreativeML Open RAIL++-M",
-    ),
-    "illustrious-xl": Base(
-        "sdxl", "OnomaAIResearch/Illustrious-XL-v1.0", "main", _FLUX_FILES, "Illustrious Community Licence"
-    ),
-    "flux-dev": Base(
-        "flux",
-        "black-forest-labs/FLUX.1-dev",
-        "3de623fc3c33e44ffbe2bad470d0f45bccf2eb21",
-        _FLUX_FILES,
-        "FLUX.1 [dev] Non-Commercial License",
-        gated=True,
-    ),
-    "flux-schnell": Base(
-        "flux",
-        "black-forest-labs/FLUX.1-schnell",
-        "741f7c3ce8b383c54771c7003378a50191e9efe9",
-        _FLUX_FILES,
-        "Apache-2.0",
-    ),
-    # What describes training pictures, and what finds their subject.
-    "captioner": Base(
-        None, "Salesforce/blip-image-captioning-large", "main", ("*.json", "*.txt", "model.safetensors"), "BSD-3-Clause"
-    ),
-    "segmenter": Base(
-        None, "CIDAS/clipseg-rd64-refined", "main", ("*.json", "*.txt", "model.safetensors"), "Apache-2.0"
-    ),
-    "safety-checker": Base(
-        None,
-        "CompVis/stable-diffusion-safety-checker",
-        "cb41f3a270d63d454d385fc2e4f571c487c253c5",
-        ("*.json", "*.safetensors"),
-        "CreativeML Open RAIL-M",
-    ),
-}
 
 
 def models_folder() -> Path:
@@ -179,9 +132,102 @@ def lora_root() -> Path | None:
     return Path(root) if root else None
 
 
-def lora_paths(references: Mapping[str, str], root: Path | None) -> dict[str, Path]:
-    """The files that a request's LoRA references name, by input. Raises LoRAError."""
-    return {name: lora_path(reference, root, name) for name, reference in references.items()}
+class LoRAFiles:
+    """The LoRA files that requests name: below one folder of the server's, or anywhere, and then lent by the cache.
+
+    root: None, the default, where no local path is taken.  anywhere: take the path of any file, for programs whose user
+    owns the machine.
+    """
+
+    def __init__(self, root: Path | None = None, *, anywhere: bool = False) -> None:
+        self._root, self._anywhere = Path.cwd() if anywhere else root, anywhere
+
+    @cached_property
+    def _library(self) -> Library:  # made when first needed: a server of local files does without a cache
+        authorities = _authorities()
+        store = Store(cache_folder(), cache_bytes(), int(FREE_GB * 1e9))
+        return Library(store, authorities.resolve, authorities.fetch, check_structure)
+
+    @contextmanager
+    def borrowed(
+        self, references: Mapping[str, str], tokens: Mapping[str, str]
+    ) -> Iterator[tuple[dict[str, Path], dict[str, Path]]]:
+        """Of each reference, by its input, the file, there until the end of the block; and of a fetched one, where what
+        K-LoRA scores of it may be kept. Raises KLoRAError.
+
+        tokens: of the user's, by authority, "hf", "civitai" and "replicate".
+        """
+        given = {name: Path(text) for name, text in references.items() if self._anywhere and _is_there(text)}
+        parsed = {name: _parsed(name, text) for name, text in references.items() if name not in given}
+        local = {name: found for name, found in parsed.items() if isinstance(found, Local)}
+        given |= {name: _pinned(lora_path(found.path, self._root, name), found, name) for name, found in local.items()}
+        fetched = {name: found for name, found in parsed.items() if name not in local}
+        if not fetched:
+            yield given, {}
+            return
+        with Deadline(FETCH_SECONDS) as deadline, self._library.borrowed(fetched, tokens, deadline) as lent:
+            scores = {name: loan.scores for name, loan in lent.items()}
+            yield given | {name: loan.path for name, loan in lent.items()}, scores
+
+
+def cache_folder() -> Path:
+    """KLORA_CACHE, else ~/.cache/klora/loras: the folder of fetched LoRAs."""
+    return Path(os.environ.get("KLORA_CACHE") or Path.home() / ".cache" / "klora" / "loras")
+
+
+def cache_bytes() -> int:
+    """KLORA_CACHE_GB, else CACHE_GB, in bytes. Raises RequestError."""
+    text = os.environ.get("KLORA_CACHE_GB") or str(CACHE_GB)
+    try:
+        size = int(float(text) * 1e9)
+    except (ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise RequestError(f"KLORA_CACHE_GB is {text!r}. Expected the size of the LoRA cache in gigabytes, as in 20.")
+    return size
+
+
+def own_tokens() -> dict[str, str]:
+    """The machine's own tokens, by authority, from HF_TOKEN, CIVITAI_API_TOKEN and REPLICATE_API_TOKEN.
+
+    For the `klora` command, whose user they belong to; a server never lends them to requests.
+    """
+    return {authority: os.environ[name] for authority, name in TOKENS.items() if os.environ.get(name)}
+
+
+def _authorities() -> Authorities:
+    """At their own addresses, or where HF_ENDPOINT, CIVITAI_ENDPOINT and REPLICATE_ENDPOINT say. These, and every
+    "host:port" in KLORA_TRUSTED_HOSTS, separated by commas, may be http or private."""
+    named: dict[str, Any] = {
+        name: os.environ[key].rstrip("/") for name, key in AUTHORITIES.items() if os.environ.get(key)
+    }
+    hosts = {urlsplit(url).netloc for url in named.values()}
+    hosts |= {host.strip() for host in os.environ.get("KLORA_TRUSTED_HOSTS", "").split(",") if host.strip()}
+    return replace(Authorities(network=Network(frozenset(hosts))), **named)
+
+
+def _is_there(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # a name that the file system cannot take
+        return False
+
+
+def _parsed(name: str, text: str) -> Reference:
+    try:
+        return parse(text)
+    except SourceError as error:
+        raise SourceError(f"{name}: {error}") from None
+
+
+def _pinned(path: Path, reference: Local, name: str) -> Path:
+    """A local file, compared with its reference's #sha256=."""
+    if reference.pin:
+        with path.open("rb") as file:
+            seen = hashlib.file_digest(file, "sha256").hexdigest()
+        if seen != reference.pin:
+            raise SourceError(f"{name}: {reference.path} has the sha256 {seen}. Expected {reference.pin}, its pin.")
+    return path
 
 
 def lora_path(reference: str, root: Path | None, name: str) -> Path:
@@ -204,25 +250,11 @@ def lora_path(reference: str, root: Path | None, name: str) -> Path:
 
 
 def download_base(name: str, folder: Path | None = None, token: str | None = None) -> Path:
-    """Fetch a base from the Hugging Face hub into folder/name, resuming what is there. Raises BaseModelError."""
+    """Fetch what folder/name lacks of a base, and return that folder. Raises BaseModelError.
+
+    KLORA_PGET_SHA256: of the pget that may fetch what is public; unset, none does.
+    """
     if name not in BASES:
         raise BaseModelError(f"There is no base model {name!r}. Expected one of {', '.join(BASES)}.")
-    base, target = BASES[name], (folder or models_folder()) / name
-    asking: str | Literal[False] = token or False  # never the machine's own login
-    try:
-        # Asked first: where the folder has begun, snapshot_download only warns of a refusal and returns what is there.
-        HfApi().list_repo_files(base.repository, revision=base.revision, token=asking)
-        snapshot_download(
-            base.repository, revision=base.revision, allow_patterns=list(base.files), local_dir=target, token=asking
-        )
-    except GatedRepoError as error:
-        raise BaseModelError(
-            f"{name} is gated: accept the licence at huggingface.co/{base.repository} and give a token."
-        ) from error
-    except Exception as error:  # a hub out of reach raises what its HTTP library raises, a portal a JSON error
-        raise BaseModelError(f"{name} cannot be fetched from {base.repository}: {error}") from error
-    if not any((target / index).is_file() for index in ("model_index.json", "config.json")):
-        raise BaseModelError(
-            f"{base.repository} at {base.revision} holds nothing of {name}. Expected a diffusers folder."
-        )
-    return target
+    pget = find_pget(os.environ.get("KLORA_PGET_SHA256"))
+    return ensure_base(name, BASES[name], folder or models_folder(), token, pget)

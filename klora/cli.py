@@ -35,12 +35,12 @@ def main() -> None:
 def fuse(
     out: Annotated[Path, typer.Option(help="Folder for the images.", file_okay=False)] = Path("out"), **given: Any
 ) -> None:
-    """Make images from a prompt and up to two LoRA files."""
+    """Make images from a prompt and up to two LoRAs: files, or what the server's form takes."""
     started, facts = time.perf_counter(), dict[str, Any]()
     request = Request(**open_images(given))
-    loras = weights.lora_paths(request.loras, Path.cwd())
     studio = Studio(weights.find_base, weights.safety_checker_path())
-    images = studio.make(request, loras, facts.__setitem__)
+    with weights.LoRAFiles(anywhere=True).borrowed(request.loras, weights.own_tokens()) as (files, scores):
+        images = studio.make(request, files, facts.__setitem__, scores=scores)
     for path in save_images(images, out, request):
         typer.echo(path)
     share = f", style acts in {facts['style_share']:.0%}" if "style_share" in facts else ""
@@ -70,11 +70,12 @@ def train(
 
 
 def inspect(
-    lora: Annotated[Path, typer.Argument(help="A LoRA file, a tar that holds one, or a PEFT repository.", exists=True)],
+    lora: Annotated[str, typer.Argument(help="A LoRA file, a tar that holds one, a PEFT repository, or a reference.")],
 ) -> None:
-    """Say what a LoRA file is, and which installed bases read it."""
+    """Say what a LoRA is, and which installed bases read it."""
     bases = {name: weights.find_base(name) for name in weights.installed_bases() if weights.BASES[name].family}
-    found = inspected(lora, {name: (base.family, base.path) for name, base in bases.items()})
+    with weights.LoRAFiles(anywhere=True).borrowed({"lora": lora}, weights.own_tokens()) as (files, _):
+        found = inspected(files["lora"], {name: (base.family, base.path) for name, base in bases.items()})
     typer.echo(found)
     if not found.fits:
         raise typer.Exit(1)

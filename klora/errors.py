@@ -2,6 +2,7 @@
 
 KLoRAError (ValueError)
 ├── RequestError      an input, or two inputs together, cannot be honoured
+├── SourceError       a LoRA reference cannot be understood, or what it names cannot be fetched
 ├── LoRAError         a LoRA file cannot be read, or not for this base
 ├── BaseModelError    a base model is not installed, or its folder is damaged
 └── SafetyError       the safety checker is missing, or withheld every image
@@ -14,6 +15,10 @@ class KLoRAError(ValueError):
 
 class RequestError(KLoRAError):
     """Raised when an input, or two inputs together, cannot be honoured."""
+
+
+class SourceError(KLoRAError):
+    """Raised when a reference to a LoRA cannot be understood, or what it names cannot be fetched."""
 
 
 class LoRAError(KLoRAError):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from klora.errors import LoRAError
-from klora.files.container import in_folder
+from klora.files.container import files_of
 from klora.files.report import Report
 from klora.models import load_shapes, origin_of
 
@@ -47,7 +47,7 @@ def inspect(path: Path, bases: Mapping[str, tuple[str, Path]]) -> Inspection:
             found[name] = load_shapes(family, folder).read_lora(path).report
         except LoRAError as error:
             refusals[name] = str(error)
-    file = in_folder(path)["lora"] if path.is_dir() else path
+    file = files_of(path)["lora"]
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     first = next(iter(found.values()), None)

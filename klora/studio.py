@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from klora.models import FAMILIES, load_model, origin_of, weight_files
 from klora.models.family import Family
 from klora.models.safety import SafetyChecker
 from klora.request import Request
-from klora.shelf import ScoresPath, Shelf
+from klora.shelf import Shelf, keep_scores
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -41,12 +42,11 @@ class Studio:
         safety_checker: Path,
         device: torch.device | None = None,
         free: Callable[[torch.device], int] = free_bytes,
-        scores_path: ScoresPath = lambda path: None,
     ) -> None:
         self.device = device or default_device()
         self._find_base, self._safety_checker, self._free = find_base, safety_checker, free
         self._bases: OrderedDict[str, Family] = OrderedDict()
-        self._shelf = Shelf(scores_path)
+        self._shelf = Shelf()
         self._checker: SafetyChecker | None = None
 
     @property
@@ -70,10 +70,12 @@ class Studio:
         loras: Mapping[str, Path],
         record: Record = lambda name, value: None,
         on_step: Callable[[int, int], None] = lambda step, steps: None,
+        scores: Mapping[str, Path] = MappingProxyType({}),
     ) -> dict[int, Image.Image]:
         """{place in the batch: image}, without the images that the safety checker withholds. Raises KLoRAError.
 
         loras: files by input, "content_lora" and "style_lora". Without request.model the LoRAs choose the base.
+        scores: by input, where K-LoRA's scores of a file may be kept; computed anew where that is not given.
         """
         found = {name: _said_of(name, origin_of, path) for name, path in loras.items()}
         made_for = {name: origin for name, origin in found.items() if origin}
@@ -87,13 +89,14 @@ class Studio:
                 )
         checker = None if request.disable_safety_checker else self._safety()
         model = self.load(base, family, path)
-        taken = {n: self._shelf.take(base, file, partial(_said_of, n, model.read_lora)) for n, file in loras.items()}
-        for name, lora in taken.items():
+        read = {}
+        for name, file in loras.items():
+            lora = self._shelf.take(base, file, partial(_said_of, name, model.read_lora), scores.get(name))
             logger.info("%s: %s", name, lora.report)
-        read = {name.removesuffix("_lora"): lora for name, lora in taken.items()}
+            read[name.removesuffix("_lora")] = lora
         images = generate(model, request, **read, record=record, on_step=on_step)
-        for name, lora in taken.items():
-            self._shelf.keep_scores(loras[name], lora)
+        for name, place in scores.items():
+            keep_scores(place, read[name.removesuffix("_lora")])
         return _shown(images, checker)
 
     def _make_room(self, needed: int) -> None:

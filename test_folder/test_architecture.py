@@ -18,13 +18,17 @@ BORDERS = {
     "cog": ("predict.py", "train.py"),
     "diffusers": ("klora/models/", "klora/training/run.py"),
     "transformers": ("klora/models/", "klora/training/annotate.py"),
-    "requests": ("weights.py", "klora/sources.py"),
-    "urllib": ("weights.py", "klora/sources.py"),
-    "urllib3": ("weights.py", "klora/sources.py"),
-    "http": ("weights.py", "klora/sources.py"),
-    "huggingface_hub": ("weights.py", "klora/sources.py", "klora/training/card.py"),
+    "requests": ("klora/sources/",),
+    "urllib": ("klora/sources/", "weights.py"),
+    "urllib3": ("klora/sources/",),
+    "http": ("klora/sources/",),
+    "huggingface_hub": ("klora/bases/hub.py", "klora/sources/", "klora/training/card.py"),
 }
-FILES_OF_LORAS = {"klora.files", *(f"klora.files.{path.stem}" for path in PACKAGE if path.parent.name == "files")}
+ROOMS = {
+    room: {f"klora.{room}", *(f"klora.{room}.{path.stem}" for path in PACKAGE if path.parent.name == room)}
+    for room in ("bases", "cache", "files", "sources")
+}
+FILES_OF_LORAS = ROOMS["files"]
 # What the lower files may import of ours; the files above them may import what they like, but for the programs.
 LAYERS = {
     "klora/errors.py": set(),
@@ -34,7 +38,12 @@ LAYERS = {
     "klora/fusion.py": {"klora.errors", "klora.lora"},
     "klora/layers.py": {"klora.errors", "klora.device", "klora.lora"},
     "klora/words.py": {"klora.layers", "klora.lora"},
-    "klora/sources.py": {"klora.errors"},
+    "klora/sources/": {"klora.errors", *ROOMS["sources"]},
+    "klora/cache/": {
+        *("klora.errors", *ROOMS["cache"]),
+        *(f"klora.sources.{name}" for name in ("deadline", "download", "kinds")),
+    },
+    "klora/bases/": {"klora.errors", *ROOMS["bases"]},
     "klora/fields.py": {"klora.errors"},
     "klora/form.py": {"klora.errors"},
     "klora/training/kohya.py": {"klora.errors", "klora.lora"},
@@ -43,7 +52,7 @@ LAYERS = {
         *("klora.errors", "klora.device", "klora.lora", "klora.request", "klora.models.family"),
         *FILES_OF_LORAS,
     },
-    "weights.py": {"klora.errors", "klora.sources"},
+    "weights.py": {"klora.errors", *ROOMS["bases"], *ROOMS["cache"], *ROOMS["sources"]},
 }
 
 

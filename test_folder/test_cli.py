@@ -119,7 +119,7 @@ OUTSIDE = "Expected the path of a .safetensors file"
     ("arguments", "message"),
     [
         (("--content-lora", "missing.safetensors"), f"content_lora is 'missing.safetensors'. {OUTSIDE}"),
-        (("--style-lora", "../../x.safetensors"), f"style_lora is '../../x.safetensors'. {OUTSIDE}"),
+        (("--style-lora", "../../x.safetensors"), "style_lora: '../../x.safetensors' cannot be used: its path"),
         (
             (*pair("flux"), "--model", "sdxl"),
             "content_lora was made for FLUX.1, but this request runs sdxl. Expected one for SDXL.",

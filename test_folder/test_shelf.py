@@ -8,7 +8,7 @@ import torch
 
 from klora.fusion import fuse, importance
 from klora.lora import LoRA, LowRank
-from klora.shelf import Shelf
+from klora.shelf import Shelf, keep_scores
 
 
 def lora(seed: int = 0, rank: int = 2) -> LoRA:
@@ -24,12 +24,8 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def nowhere(path: Path) -> None:
-    return None
-
-
 def test_a_file_is_read_once_for_each_base(file: Path) -> None:
-    shelf, reads = Shelf(nowhere), []
+    shelf, reads = Shelf(), []
     read = lambda path: reads.append(path) or lora()  # noqa: E731
     first = shelf.take("sdxl", file, read)
     assert shelf.take("sdxl", file, read) is first
@@ -38,7 +34,7 @@ def test_a_file_is_read_once_for_each_base(file: Path) -> None:
 
 
 def test_a_file_that_was_replaced_is_read_again(file: Path, tmp_path: Path) -> None:
-    shelf = Shelf(nowhere)
+    shelf = Shelf()
     first = shelf.take("sdxl", file, lambda path: lora(0))
     (tmp_path / "new").write_bytes(b"2")
     (tmp_path / "new").replace(file)
@@ -46,13 +42,13 @@ def test_a_file_that_was_replaced_is_read_again(file: Path, tmp_path: Path) -> N
 
 
 def test_names_that_lead_to_one_file_share_it(file: Path, tmp_path: Path) -> None:
-    shelf, link = Shelf(nowhere), tmp_path / "link.safetensors"
+    shelf, link = Shelf(), tmp_path / "link.safetensors"
     link.symlink_to(file)
     assert shelf.take("sdxl", file, lambda path: lora()) is shelf.take("sdxl", link, lambda path: lora())
 
 
 def test_the_least_recently_used_leaves(tmp_path: Path) -> None:
-    shelf, reads = Shelf(nowhere, room=2), []
+    shelf, reads = Shelf(room=2), []
     paths = [tmp_path / name for name in "abc"]
     for path in paths:
         path.touch()
@@ -63,26 +59,33 @@ def test_the_least_recently_used_leaves(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read_is_not_kept(file: Path) -> None:
-    shelf = Shelf(nowhere)
+    shelf = Shelf()
     with pytest.raises(ZeroDivisionError):
         shelf.take("sdxl", file, lambda path: 1 / 0)
     assert shelf.take("sdxl", file, lambda path: lora()).scores == {}
 
 
-def test_a_folder_is_read_every_time(tmp_path: Path) -> None:
-    shelf = Shelf(nowhere)
-    assert shelf.take("sdxl", tmp_path, lambda path: lora()) is not shelf.take("sdxl", tmp_path, lambda path: lora())
+def test_a_repository_is_read_again_when_its_alphas_change(tmp_path: Path) -> None:
+    """They lie in a file beside the tensors."""
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (tmp_path / name).write_text("1")
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        shelf = Shelf()
+        first = shelf.take("sdxl", path, lambda path: lora())
+        assert shelf.take("sdxl", path, lambda path: lora()) is first
+        (tmp_path / "adapter_config.json").write_text("changed")
+        assert shelf.take("sdxl", path, lambda path: lora()) is not first
+        (tmp_path / "adapter_config.json").write_text("1")
 
 
 def test_scores_outlive_the_process_to_the_last_bit(file: Path, tmp_path: Path) -> None:
     place = tmp_path / "scores.json"
     for _ in range(2):  # the second shelf is another process's
-        shelf = Shelf(lambda path: place)
-        content = shelf.take("sdxl", file, lambda path: lora(0))
+        content = Shelf().take("sdxl", file, lambda path: lora(0), place)
         known = dict(content.scores)
         style = lora(1, rank=3)
         fusion = fuse(content, style)
-        shelf.keep_scores(file, content)
+        keep_scores(place, content)
     assert known == content.scores == {(name, 6): tuple(importance(content[name], 6).tolist()) for name in content}
     plain = fuse(dict(lora(0)), dict(style))
     assert torch.equal(fusion.content_score, plain.content_score) and fusion.gamma == plain.gamma
@@ -92,7 +95,7 @@ def test_known_scores_are_not_computed_again(file: Path, tmp_path: Path) -> None
     place = tmp_path / "scores.json"
     lines = [[name, 6, 7.0, 9.0] for name in ("first", "second")]
     place.write_text(json.dumps({"form": 1, "scores": lines}))
-    content = Shelf(lambda path: place).take("sdxl", file, lambda path: lora(0))
+    content = Shelf().take("sdxl", file, lambda path: lora(0), place)
     assert fuse(content, lora(1, rank=3)).content_score.tolist() == [7, 7]
 
 
@@ -110,17 +113,15 @@ DAMAGED = (
 def test_scores_that_are_damaged_or_of_another_form_are_computed_again(file: Path, tmp_path: Path, text: str) -> None:
     place = tmp_path / "scores.json"
     place.write_text(text)
-    shelf = Shelf(lambda path: place)
-    content = shelf.take("sdxl", file, lambda path: lora(0))
+    content = Shelf().take("sdxl", file, lambda path: lora(0), place)
     assert content.scores == {}
     fuse(content, lora(1))
-    shelf.keep_scores(file, content)
+    keep_scores(place, content)
     assert len(json.loads(place.read_text())["scores"]) == 2
 
 
 def test_scores_that_cannot_be_written_cost_no_image(file: Path, tmp_path: Path) -> None:
-    shelf = Shelf(lambda path: tmp_path / "missing" / "scores.json")
-    content = shelf.take("sdxl", file, lambda path: lora(0))
+    content = lora(0)
     fuse(content, lora(1))
-    shelf.keep_scores(file, content)
+    keep_scores(tmp_path / "missing" / "scores.json", content)
     assert list(tmp_path.iterdir()) == [file]

@@ -83,15 +83,11 @@ def opened(path: Path) -> Iterator[Contents]:
 @contextmanager
 def _found(path: Path) -> Iterator[dict[str, Path]]:
     """The files that make up a LoRA, by part: "lora", and what may lie beside it."""
-    if path.is_dir():
-        yield in_folder(path)
-    elif path.is_file() and _is_tar(path):
+    if path.is_file() and _is_tar(path):
         with tempfile.TemporaryDirectory() as folder:
             yield _unpacked(path, Path(folder))
     else:
-        config = path.with_name(_ADAPTER)
-        peft = path.name == "adapter_model.safetensors" and config.is_file()
-        yield {"lora": path} | ({"adapter": config} if peft else {})
+        yield files_of(path)
 
 
 def _is_tar(path: Path) -> bool:
@@ -101,8 +97,17 @@ def _is_tar(path: Path) -> bool:
         return file.read(5) == b"ustar"
 
 
-def in_folder(folder: Path) -> dict[str, Path]:
-    """The files of a repository that make up a LoRA. Raises LoRAError where it does not tell which."""
+def files_of(path: Path) -> dict[str, Path]:
+    """What a file, a tar or a repository is read from, by part: "lora", and a PEFT repository's "adapter". Raises
+    LoRAError where a folder does not tell which."""
+    if path.is_dir():
+        return _in_folder(path)
+    config = path.with_name(_ADAPTER)
+    peft = path.name == "adapter_model.safetensors" and config.is_file()
+    return {"lora": path} | ({"adapter": config} if peft else {})
+
+
+def _in_folder(folder: Path) -> dict[str, Path]:
     names = [path.name for path in folder.glob("*.safetensors")]
     chosen = next((name for name in _REPOSITORY if name in names), names[0] if len(names) == 1 else None)
     if chosen is None:

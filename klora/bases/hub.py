@@ -1,0 +1,129 @@
+"""A base's repository on the Hugging Face hub: what is in it, and its client. Never uses the machine's login."""
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import HfApi, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from tqdm import tqdm
+
+from klora.bases.table import Base
+from klora.errors import BaseModelError
+
+# What follows an address's question mark; and an address of which the client shows only the end.
+_QUERY = re.compile(r"(https?://[^\s?'\"<>]*)\?[^\s'\"<>]*|\(…\)\S*")
+# Those that log addresses, signed ones among them.
+_LOGGERS = ("httpx2", "httpcore2.http11", "huggingface_hub.file_download", "huggingface_hub.utils._http")
+
+
+class File(NamedTuple):
+    """A file of a repository. size: in bytes; sha256: in hex, None for the small ones that git itself keeps."""
+
+    path: str
+    size: int
+    sha256: str | None
+
+
+class Repository:
+    """A base's repository as the owner of a token sees it, or anyone. endpoint: of the hub; None: the public one."""
+
+    def __init__(self, base: Base, token: str | None = None, endpoint: str | None = None) -> None:
+        self.base = base
+        self.public = token is None and not base.gated
+        self._given: dict[str, Any] = {"token": token or False}  # None would be the machine's own
+        self._endpoint = endpoint
+        self._api = HfApi(endpoint=endpoint)
+
+    def commit(self) -> str:
+        """The commit of the revision in the table; only a branch has to be asked for."""
+        base = self.base
+        if re.fullmatch("[0-9a-f]{40}", base.revision):
+            return base.revision
+        return str(self._api.model_info(base.repository, revision=base.revision, **self._given).sha)
+
+    def wanted(self, commit: str) -> list[File]:
+        """The files of the base."""
+        tree = self._api.list_repo_tree(self.base.repository, revision=commit, recursive=True, **self._given)
+        files = [entry for entry in tree if isinstance(entry, RepoFile) and self.base.wants(entry.path)]
+        return [File(file.path, file.size, file.lfs.sha256 if file.lfs else None) for file in files]
+
+    def url(self, file: File, commit: str) -> str:
+        """Where anyone finds a public file."""
+        return hf_hub_url(self.base.repository, file.path, revision=commit, endpoint=self._endpoint)
+
+    def download(self, file: File, commit: str, folder: Path, stopped: Callable[[], bool]) -> None:
+        """Fetch a file into a folder by the hub's client, which takes up broken connections where they broke."""
+
+        class Bar(tqdm):  # type: ignore[misc]  # untyped
+            """In place of the client's progress bars: shows nothing, but ends the fetch when it is stopped."""
+
+            def __init__(self, *args: Any, **options: Any) -> None:
+                super().__init__(*args, **options | {"disable": True})
+
+            def update(self, n: float | None = 1) -> None:
+                if stopped():
+                    raise InterruptedError("the fetch was stopped")
+
+        hf_hub_download(
+            self.base.repository,
+            file.path,
+            revision=commit,
+            local_dir=folder,
+            endpoint=self._endpoint,
+            tqdm_class=Bar,
+            **self._given,
+        )
+
+
+@contextmanager
+def in_words(name: str, base: Base, target: Path) -> Iterator[None]:
+    """Turn what goes wrong inside into a BaseModelError: one sentence, without signed addresses. So is the log."""
+    try:
+        with _logged_without_queries():
+            yield
+    except BaseModelError:
+        raise
+    except GatedRepoError:
+        raise BaseModelError(
+            f"{name} is gated: accept the licence at huggingface.co/{base.repository} and give a token."
+        ) from None
+    except Exception as error:  # a hub out of reach raises what its HTTP library raises, a portal a JSON error
+        if isinstance(error, OSError) and error.errno and error.strerror:
+            raise BaseModelError(
+                f"{name} cannot be written into {target}: {error.strerror}. Expected a disk with room for its files."
+            ) from error
+        raise BaseModelError(
+            f"{name} cannot be fetched from {base.repository}: {_sentence(error)} "
+            "What has come stays; the next attempt fetches the rest."
+        ) from None  # the chain would show the address
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says, in one line. Where the client only says that there was one, what that one was."""
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    words = " ".join(_QUERY.sub(r"\1", str(error)).split()) or type(error).__name__
+    return f"{words.rstrip('.')}."
+
+
+class _WithoutQueries(logging.Filter):
+    """Takes the queries from addresses in log lines, for those of a gated file's bytes are keys to it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = _QUERY.sub(r"\1", record.getMessage()), ()
+        return True
+
+
+@contextmanager
+def _logged_without_queries() -> Iterator[None]:
+    with ExitStack() as undo:
+        for logger in map(logging.getLogger, _LOGGERS):
+            cleaner = _WithoutQueries()
+            logger.addFilter(cleaner)
+            undo.callback(logger.removeFilter, cleaner)
+        yield

@@ -1,0 +1,190 @@
+"""Fetches what a folder lacks of a base model. Every file is there whole, or not at all.
+
+In the base's folder, .cache/klora/state says of which commit its files are, and whether they are all there.  The index,
+by which others know that a base is installed, comes last.
+"""
+
+import hashlib
+import logging
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from filelock import FileLock
+
+from klora.bases.hub import File, Repository, in_words
+from klora.bases.pget import Pget, PgetError
+from klora.bases.table import INDICES, Base
+from klora.errors import BaseModelError
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+AT_ONCE = 4  # files
+
+
+def ensure_base(
+    name: str,
+    base: Base,
+    folder: Path,
+    token: str | None = None,
+    pget: Pget | None = None,
+    *,
+    endpoint: str | None = None,
+) -> Path:
+    """Fetch what folder/name lacks of a base, and return that folder. Raises BaseModelError.
+
+    The hub is asked which files there are, each time.  token: of somebody who has accepted the licence.  pget: fetches
+    the large files of public repositories where no token is given; what it fails at the hub's client fetches.
+    Processes that want the same base at once wait for each other.
+    """
+    repository, target = Repository(base, token, endpoint), folder / name
+    with in_words(name, base, target):
+        commit = repository.commit()
+        files = repository.wanted(commit)
+        if not any(file.path in INDICES for file in files):
+            raise BaseModelError(
+                f"{base.repository} at {base.revision} holds nothing of {name}. Expected a diffusers folder."
+            )
+        if not _is_complete(target, files, commit):
+            target.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / f".{name}.lock"):
+                if not _is_complete(target, files, commit):  # another process may have fetched it meanwhile
+                    _Installation(name, target, repository, commit, pget).complete(files)
+    return target
+
+
+def _is_complete(target: Path, files: Sequence[File], commit: str) -> bool:
+    """Whether all files were checked when they came, and are still there by their sizes."""
+    return _state(target) == f"{commit} complete" and all(_has_size(target / file.path, file.size) for file in files)
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _state(target: Path) -> str:
+    try:
+        return (target / ".cache" / "klora" / "state").read_text()
+    except FileNotFoundError:
+        return ""
+
+
+@dataclass(frozen=True)
+class _Installation:
+    """One base on its way to one folder, whose lock is held."""
+
+    name: str
+    target: Path
+    repository: Repository
+    commit: str
+    pget: Pget | None
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def complete(self, files: Sequence[File]) -> None:
+        """Fetch the files that are missing or are not as the hub has them."""
+        self._begin(files)
+        found = self._in_parallel(self._is_there, files)
+        missing = [file for file, there in zip(files, found, strict=True) if not there]
+        self._announce(missing, len(files))
+        self._in_parallel(self._fetch, [file for file in missing if file.path not in INDICES])
+        self._in_parallel(self._fetch, [file for file in missing if file.path in INDICES])
+        self._set_state("complete")
+
+    def _begin(self, files: Sequence[File]) -> None:
+        """Clear away what killed processes left, and small files that nothing says are of this commit."""
+        for left in (self.target / ".cache").rglob("*.incomplete"):
+            left.unlink(missing_ok=True)
+        if not _state(self.target).startswith(self.commit):
+            for file in files:
+                if file.sha256 is None:
+                    (self.target / file.path).unlink(missing_ok=True)
+        self._set_state("begun")
+
+    def _set_state(self, word: str) -> None:
+        state = self.target / ".cache" / "klora" / "state"
+        state.parent.mkdir(parents=True, exist_ok=True)
+        new = state.with_suffix(".new")
+        new.write_text(f"{self.commit} {word}")
+        new.replace(state)
+
+    def _is_there(self, file: File) -> bool:
+        path = self.target / file.path
+        return _has_size(path, file.size) and file.sha256 in (None, _sha256(path))
+
+    def _announce(self, missing: Sequence[File], of: int) -> None:
+        """Say what will be fetched. Raises BaseModelError where there is no room for it."""
+        needed, free = sum(file.size for file in missing), shutil.disk_usage(self.target).free
+        if needed > free:
+            raise BaseModelError(
+                f"{self.name} needs {needed / 1e9:.1f} GB more in {self.target}, where {free / 1e9:.1f} GB are free. "
+                "Expected a disk with room for its files."
+            )
+        where = f"{self.repository.base.repository} at {self.commit}"
+        logger.info("%s: %d of %d files to fetch (%.3f GB) from %s.", self.name, len(missing), of, needed / 1e9, where)
+
+    def _in_parallel(self, do: Callable[[File], Result], files: Sequence[File]) -> list[Result]:
+        """Let some be done at once. After an error none is begun; after an interruption those under way end, too."""
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            try:
+                return list(pool.map(do, files))
+            except BaseException as error:
+                if not isinstance(error, Exception):
+                    self._stop.set()
+                raise
+
+    def _fetch(self, file: File) -> None:
+        """Fetch one file, check it and say so. Raises what the hub's client raises, and BaseModelError."""
+        began, path = time.monotonic(), self.target / file.path
+        path.unlink(missing_ok=True)  # the client would keep a file of this name that it has fetched before
+        by_pget = self._fetched_by_pget(file)
+        if not by_pget:
+            self.repository.download(file, self.commit, self.target, self._stop.is_set)
+            self._check(file, path)
+        seconds, by = time.monotonic() - began, "pget" if by_pget else "huggingface_hub"
+        logger.info("%s: %s, %d bytes in %.1f s by %s.", self.name, file.path, file.size, seconds, by)
+
+    def _fetched_by_pget(self, file: File) -> bool:
+        """Whether pget has fetched it: a public file whose bytes can be checked."""
+        if self.pget is None or file.sha256 is None or not self.repository.public:
+            return False
+        part = self.target / ".cache" / "klora" / f"{uuid.uuid4().hex}.incomplete"
+        try:
+            self.pget.fetch(self.repository.url(file, self.commit), part, file.size, self._stop.is_set)
+            self._check(file, part)
+        except (PgetError, BaseModelError) as error:
+            if self._stop.is_set():
+                raise
+            logger.warning("%s: pget has not fetched %s, huggingface_hub will: %s", self.name, file.path, error)
+            return False
+        else:
+            (self.target / file.path).parent.mkdir(parents=True, exist_ok=True)
+            part.replace(self.target / file.path)
+            return True
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _check(self, file: File, path: Path) -> None:
+        """Raise BaseModelError, and remove the file, unless it is as the hub says."""
+        size = path.stat().st_size if path.is_file() else 0
+        sha256 = _sha256(path) if file.sha256 and size else None
+        if (size, sha256) != (file.size, file.sha256):
+            path.unlink(missing_ok=True)
+            came, expected = _facts(size, sha256), _facts(file.size, file.sha256)
+            where = f"{file.path} of {self.name} came from {self.repository.base.repository}"
+            raise BaseModelError(f"{where} as {came}. Expected {expected}.")
+
+
+def _facts(size: int, sha256: str | None) -> str:
+    return f"{size} bytes with the SHA-256 {sha256}" if sha256 else f"{size} bytes"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

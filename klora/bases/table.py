@@ -1,0 +1,73 @@
+"""The base models: what each is, where it comes from and which files of its repository are wanted. Knows no HTTP."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where a base model comes from. family: a key of klora.models.FAMILIES, None for what makes no images.
+
+    revision: a commit; or a branch, then whatever it points to when the base is fetched.  files: patterns of the paths
+    to fetch, in which * also stands for folders.  gated: needs a Hugging Face token whose owner has accepted the
+    licence.  Sampling defaults are the family's, which reads them off the model.
+    """
+
+    family: str | None
+    repository: str
+    revision: str
+    files: tuple[str, ...]
+    licence: str
+    gated: bool = False
+
+    def wants(self, path: str) -> bool:
+        """Whether the file at this path of the repository belongs to the base."""
+        return any(fnmatchcase(path, pattern) for pattern in self.files)
+
+
+INDICES = ("model_index.json", "config.json")
+"""The file that says what a folder is: of a pipeline, of a single model."""
+
+_CONFIGS = ("*.json", "*/*.json", "*/*.txt", "*/*.model")
+_DIFFUSERS_FILES = (*_CONFIGS, "*/*.safetensors")
+_HALF_PRECISION_FILES = (*_CONFIGS, "*/*.fp16.safetensors")
+_MODEL_FILES = ("*.json", "*.txt", "model.safetensors")
+
+BASES: Mapping[str, Base] = {
+    "sdxl": Base(
+        "sdxl",
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "462165984030d82259a11f4367a4eed129e94a7b",
+        _HALF_PRECISION_FILES,
+        "CreativeML Open RAIL++-M",
+    ),
+    "illustrious-xl": Base(
+        "sdxl", "OnomaAIResearch/Illustrious-XL-v1.0", "main", _DIFFUSERS_FILES, "Illustrious Community Licence"
+    ),
+    "flux-dev": Base(
+        "flux",
+        "black-forest-labs/FLUX.1-dev",
+        "3de623fc3c33e44ffbe2bad470d0f45bccf2eb21",
+        _DIFFUSERS_FILES,
+        "FLUX.1 [dev] Non-Commercial License",
+        gated=True,
+    ),
+    "flux-schnell": Base(
+        "flux",
+        "black-forest-labs/FLUX.1-schnell",
+        "741f7c3ce8b383c54771c7003378a50191e9efe9",
+        _DIFFUSERS_FILES,
+        "Apache-2.0",
+    ),
+    # What describes training pictures, and what finds their subject.
+    "captioner": Base(None, "Salesforce/blip-image-captioning-large", "main", _MODEL_FILES, "BSD-3-Clause"),
+    "segmenter": Base(None, "CIDAS/clipseg-rd64-refined", "main", _MODEL_FILES, "Apache-2.0"),
+    "safety-checker": Base(
+        None,
+        "CompVis/stable-diffusion-safety-checker",
+        "cb41f3a270d63d454d385fc2e4f571c487c253c5",
+        ("*.json", "*.safetensors"),
+        "CreativeML Open RAIL-M",
+    ),
+}

@@ -1,0 +1,236 @@
+"""The LoRA files of a request: from the cache where they are and may be had, else fetched, all of them at once.
+
+A user is given only what the authority allows that user: what lies here is lent to whoever fetched it in the same
+scope, for at most MAX_AGE seconds after the authority was last asked.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from klora.cache.draft import STEP, DiskError, DiskFullError, Draft
+from klora.cache.pins import Pin
+from klora.cache.refs import MAX_AGE, PUBLIC, File, Moment, Ref, ref_name
+from klora.cache.refusals import Refusals
+from klora.cache.scope import Tokens, scope_of
+from klora.cache.store import Loan, Store
+from klora.errors import SourceError
+from klora.sources.deadline import Deadline
+from klora.sources.download import Denied, Download, NotFound, Unreachable
+from klora.sources.kinds import Data, Local, Reference
+
+logger = logging.getLogger(__name__)
+
+Resolve = Callable[[Reference, Tokens, Deadline], tuple[Download, ...]]
+Fetch = Callable[[Download, Draft, Deadline], str]
+
+_LOOK = 0.05  # seconds between two bytecodes of a waiting request: Cog cancels it at the next one
+
+
+class Library:
+    """What a server lends from its store.
+
+    resolve: asks the authority what a reference comes to, now.   fetch: writes a download into a draft, and returns
+    its sha256 in hex; both raise SourceError.   check: raises SourceError where a file is damaged.
+    """
+
+    def __init__(self, store: Store, resolve: Resolve, fetch: Fetch, check: Callable[[Path], None]) -> None:
+        self._store, self._resolve, self._fetch, self._check = store, resolve, fetch, check
+        self._secret = store.secret()
+        self._refusals = Refusals()
+
+    @contextmanager
+    def borrowed(
+        self, references: Mapping[str, Reference], tokens: Tokens, deadline: Deadline
+    ) -> Iterator[dict[str, "Borrowed"]]:
+        """The file of each reference by its input, fetched at once; they stay as they are until the end of the block.
+
+        What a PEFT repository has beside its .safetensors file lies beside it. The first failure ends all: raises
+        SourceError, NotFound, Denied, Unreachable or CacheFullError. The deadline is then cancelled.
+        """
+        if local := [name for name, reference in references.items() if isinstance(reference, Local)]:
+            raise TypeError(f"{local[0]} is a file of the server's own; the cache lends what was fetched")
+        with ExitStack() as loans:
+            with ThreadPoolExecutor(max(1, len(references)), "lora") as pool:
+                try:
+                    waiting = {
+                        name: pool.submit(self._borrow, reference, tokens, deadline, loans)
+                        for name, reference in references.items()
+                    }
+                    _wait(list(waiting.values()))
+                except BaseException:
+                    deadline.cancel()  # or leaving the pool would wait for downloads that nobody wants
+                    raise
+            yield {name: future.result() for name, future in waiting.items()}
+
+    def _borrow(self, reference: Reference, tokens: Tokens, deadline: Deadline, loans: ExitStack) -> "Borrowed":
+        start = time.monotonic()
+        if isinstance(reference, Data):
+            found = self._data(reference, deadline)
+        else:
+            found = self._found(_Asked(reference, scope_of(reference, tokens, self._secret), tokens, deadline))
+        loans.callback(found.loan.close)  # a deque's append: safe from several threads
+        main = _main(found.files)
+        _check_pin(reference, found.files[main].sha256)
+        size = sum(file.size for file in found.files)
+        logger.info("%s: %s, %d bytes, %.3f s", reference, found.how, size, time.monotonic() - start)
+        return Borrowed(found.loan.paths[main], self._store.scores(found.files))
+
+    def _found(self, asked: "_Asked") -> "_Found":
+        if found := self._at_hand(asked):
+            return found
+        with self._store.flight(asked.name, asked.deadline):
+            return self._at_hand(asked) or self._asked_for(asked)
+
+    def _at_hand(self, asked: "_Asked") -> "_Found | None":
+        """What needs no question. Raises again what was refused lately."""
+        ref = self._store.refs.get(asked.name)
+        if ref and ref.authorised.is_recent(MAX_AGE) and (loan := self._store.lend(ref.files)):
+            self._store.refs.touch(asked.name)
+            return _Found(loan, ref.files, "hit")
+        self._refusals.check(asked.name)
+        return None
+
+    def _asked_for(self, asked: "_Asked") -> "_Found":
+        """What the authority allows now, or what it last allowed everybody if it does not answer."""
+        known = self._store.refs.get(asked.name)
+        try:
+            with self._heeding_refusals(asked):
+                downloads = self._resolve(asked.plain, asked.tokens, asked.deadline)
+        except Unreachable as error:
+            if asked.scope == PUBLIC and known and (loan := self._store.lend(known.files)):
+                self._store.refs.touch(asked.name)
+                logger.warning("%s: the copy in the cache serves, for it cannot be asked for: %s", asked.plain, error)
+                return _Found(loan, known.files, "stale")
+            raise
+        if asked.scope == PUBLIC and any(download.credential for download in downloads):
+            raise RuntimeError(f"{asked.plain} was asked for with a credential that the request did not bring")
+        _check_pin(asked.reference, downloads[_main(downloads)].sha256)
+        return self._kept(asked, downloads, known)
+
+    @contextmanager
+    def _heeding_refusals(self, asked: "_Asked") -> Iterator[None]:
+        """Remember what is refused, and forget what it once came to: it may not serve when nobody can be asked."""
+        try:
+            with self._refusals.remembering(asked.name):
+                yield
+        except (NotFound, Denied):
+            self._store.refs.forget(asked.name)
+            raise
+
+    def _kept(self, asked: "_Asked", downloads: tuple[Download, ...], known: Ref | None) -> "_Found":
+        """The downloads as blobs with a ref. A disk that is full is given a second chance."""
+        try:
+            return self._keep(asked, downloads, known)
+        except DiskFullError:
+            if not self._store.evict(sum(download.size or STEP for download in downloads), asked.deadline):
+                raise
+            return self._keep(asked, downloads, known)
+
+    def _keep(self, asked: "_Asked", downloads: tuple[Download, ...], known: Ref | None) -> "_Found":
+        before = {file.key: file.sha256 for file in known.files} if known else {}
+        how, files = "revalidated", []
+        with ExitStack() as pins:
+            for download in downloads:
+                sha256 = download.sha256 or before.get(download.key)
+                held = self._store.blob(sha256) if sha256 else None
+                if held is None:
+                    with self._heeding_refusals(asked):
+                        sha256, held = self._download(download, asked.deadline)
+                    how = "fetched"
+                pins.enter_context(held)
+                files.append(File(download.key, download.name, cast(str, sha256), held.size()))
+            told = downloads[_main(downloads)]
+            ref = Ref(str(asked.plain), asked.scope, tuple(files), Moment.now(), told.base_model, told.triggers)
+            self._store.remember(ref, asked.deadline)
+            return _Found(self._lent(ref.files), ref.files, how)
+
+    def _download(self, download: Download, deadline: Deadline) -> tuple[str, Pin]:
+        with self._store.draft(download.size, deadline) as draft:
+            sha256 = self._fetch(download, draft, deadline)
+            draft.finish()
+            if download.holds_weights:
+                self._check(draft.path)
+            return sha256, self._store.publish(draft, sha256, deadline)
+
+    def _data(self, reference: Data, deadline: Deadline) -> "_Found":
+        """What came with the request, without a ref: its blob is the first to go."""
+        name = "data.tar" if reference.payload[257:262] == b"ustar" else "data.safetensors"
+        files = (File(str(reference), name, reference.sha256, len(reference.payload)),)
+        if loan := self._store.lend(files):
+            return _Found(loan, files, "hit")
+        with self._store.draft(len(reference.payload), deadline) as draft:
+            draft.write(reference.payload)
+            draft.finish()
+            self._check(draft.path)
+            with self._store.publish(draft, reference.sha256, deadline):
+                return _Found(self._lent(files), files, "kept")
+
+    def _lent(self, files: tuple[File, ...]) -> Loan:
+        """What is pinned already."""
+        if (loan := self._store.lend(files)) is None:
+            raise DiskError("The LoRA cache does not give back what was written to it. Expected a disk that works.")
+        return loan
+
+
+class Borrowed(NamedTuple):
+    """A LoRA file, under its own name, and where scores of it may be kept for the next time."""
+
+    path: Path
+    scores: Path
+
+
+class _Found(NamedTuple):
+    """A loan of files. how: the word for the log."""
+
+    loan: Loan
+    files: tuple[File, ...]
+    how: str
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A reference as one request asks for it."""
+
+    reference: Reference
+    scope: str
+    tokens: Tokens = field(repr=False)
+    deadline: Deadline
+
+    @property
+    def plain(self) -> Reference:
+        """Without its pin, which only checks: it neither makes another ref nor selects a blob."""
+        return replace(self.reference, pin=None)
+
+    @property
+    def name(self) -> str:
+        """Of its ref, its flight and its refusals."""
+        return ref_name(str(self.plain), self.scope)
+
+
+def _wait(futures: Sequence[Future[Borrowed]]) -> None:
+    """Until all are done, or one has failed: raises what it raised."""
+    while wait(futures, timeout=_LOOK, return_when=FIRST_EXCEPTION).not_done:
+        for future in futures:
+            if future.done():
+                future.result()
+    for future in futures:
+        future.result()
+
+
+def _main(files: Sequence[File | Download]) -> int:
+    """Which of a reference's files is the LoRA."""
+    return next((n for n, file in enumerate(files) if file.name.endswith(".safetensors")), 0)
+
+
+def _check_pin(reference: Reference, sha256: str | None) -> None:
+    if reference.pin and sha256 and reference.pin != sha256:
+        raise SourceError(
+            f"{replace(reference, pin=None)} has the sha256 {sha256}, and not the pinned {reference.pin}. "
+            "Expected the file that was pinned, or another pin."
+        )

@@ -1,0 +1,55 @@
+"""What asking any authority has in common: the token's header, the name of a file, where an answer sends one on."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import PurePosixPath
+from urllib.parse import urljoin
+
+from klora.errors import SourceError
+from klora.sources.deadline import Deadline
+from klora.sources.download import Denied, Unreachable
+from klora.sources.network import Network
+from klora.sources.retries import persistently
+
+REDIRECTS = (301, 302, 303, 307, 308)
+MAX_NAME = 80  # characters
+
+
+def bearer(token: str | None, authority: str) -> dict[str, str]:
+    """The header that carries a user's token; none without one. Raises Denied where it cannot be a token."""
+    token = (token or "").strip()
+    if not re.fullmatch(r"[!-~]{0,1000}", token):  # a line break would begin a header of the user's own
+        raise Denied(
+            f"The token for {authority} holds a space or a letter that none has. Expected it as it was issued."
+        )
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def file_name(path: str) -> str:
+    """What a file is called on the disk: the end of its path in letters, digits and "._-", at most 80 of them."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", PurePosixPath(path).name)
+    return name[-MAX_NAME:].lstrip("._-") or "lora"
+
+
+def redirection(url: str, headers: dict[str, str], net: Network, deadline: Deadline) -> str | None:
+    """Where url sends one on, in full and not gone to; None where it answers itself. Raises what Network.json does."""
+
+    def attempt() -> str | None:
+        with net.get(url, headers, deadline, follow=False) as answer:
+            answer.require(200, *REDIRECTS)
+            return answer.headers["Location"] if answer.status in REDIRECTS else None
+
+    location = persistently(attempt, deadline, net.patience.pause)
+    return location and urljoin(url, location)
+
+
+@contextmanager
+def understood(authority: str) -> Iterator[None]:
+    """Tell what goes wrong in reading an authority's JSON as its fault: Unreachable."""
+    try:
+        yield
+    except SourceError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise Unreachable(f"{authority} gave an answer that cannot be understood. Try again later.") from error

@@ -1,0 +1,46 @@
+"""What a reference comes to once its authority has been asked: what to fetch, and what is known of it beforehand."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from klora.errors import SourceError
+
+
+@dataclass(frozen=True)
+class Download:
+    """One file to fetch.
+
+    key: its immutable identity, without any secret: "hf:owner/name@<commit>/<path>", "civitai:<version>+<file>".
+    name: what people may call it and what it is called on the disk: letters, digits, "._-", at most 80.
+    url: may be signed.   headers: for the origin of url alone, never for one that it redirects to.
+    size: in bytes, sha256: in hex, where the authority gives them; None where it does not.
+    credential: whether a token was sent to resolve it, or would be to fetch it.
+    base_model, triggers: what the authority says of it.
+    """
+
+    key: str
+    name: str
+    url: str = field(repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    size: int | None = None
+    sha256: str | None = None
+    credential: bool = False
+    base_model: str | None = None
+    triggers: tuple[str, ...] = ()
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether it is more than what lies beside weights: a PEFT repository's adapter_config.json."""
+        return not self.name.endswith(".json")
+
+
+class NotFound(SourceError):
+    """Raised when the authority knows no such thing; it may later."""
+
+
+class Denied(SourceError):
+    """Raised when the authority wants a token, or another one."""
+
+
+class Unreachable(SourceError):
+    """Raised when the authority does not answer, or fails: what is cached for everybody may then still serve."""

@@ -1,0 +1,168 @@
+"""A Hugging Face reference -> downloads. One question to the hub, a second where the repository is gated.
+
+The hub is asked as network.py asks and not by huggingface_hub: its HTTP client ends at no deadline, is turned off by
+HF_HUB_OFFLINE, and would use this machine's own token unless told not to in every call.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from klora.errors import SourceError
+from klora.sources.authority import bearer, file_name, understood
+from klora.sources.deadline import Deadline
+from klora.sources.download import Denied, Download, NotFound
+from klora.sources.network import Network
+from klora.sources.reference import HubFile
+from klora.sources.retries import persistently
+
+AUTHORITY = "Hugging Face"
+MAX_LISTED = 20  # names, in a message
+
+_PREFERRED = ("pytorch_lora_weights.safetensors", "lora.safetensors", "adapter_model.safetensors")
+_PEFT, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+class _File(NamedTuple):
+    """size: in bytes.  sha256: of what is in large file storage, as weights are."""
+
+    size: int | None
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class _Repository:
+    """A repository at a commit. files: by path."""
+
+    commit: str
+    files: Mapping[str, _File]
+    gated: bool
+    base_model: str | None
+    triggers: tuple[str, ...]
+
+
+def resolve(
+    reference: HubFile, token: str | None, endpoint: str, net: Network, deadline: Deadline
+) -> tuple[Download, ...]:
+    """The LoRA of a repository at its present commit; after it its adapter_config.json, where it is PEFT's.
+
+    token: the user's; without one nobody's is used. Raises NotFound, Denied, Unreachable, and SourceError where the
+    repository does not tell which file it is.
+    """
+    headers = bearer(token, AUTHORITY)
+    found = _repository(reference, headers, endpoint, net, deadline)
+    path = _chosen(reference, list(found.files))
+    beside = str(PurePosixPath(path).with_name(_CONFIG))
+    paths = (path, beside) if PurePosixPath(path).name == _PEFT and beside in found.files else (path,)
+    return tuple(_download(reference.repository, found, path, endpoint, headers) for path in paths)
+
+
+def _repository(
+    reference: HubFile, headers: dict[str, str], endpoint: str, net: Network, deadline: Deadline
+) -> _Repository:
+    """What the hub says of it. Raises Denied where it would not give its files, too."""
+    api = f"{endpoint}/api/models/{reference.repository}"
+    try:
+        answer = net.json(f"{api}/revision/{quote(reference.revision, safe='')}?blobs=true", headers, deadline)
+        with understood(AUTHORITY):
+            found = _read(answer)
+        if found.gated:  # of which anybody may read the list, and not anybody the files
+            _authorise(f"{api}/auth-check", headers, net, deadline)
+    except NotFound:
+        raise NotFound(
+            f"{reference} is not on {AUTHORITY}, or not at this revision. Expected hf:owner/name[@revision][/path]."
+        ) from None
+    except Denied:
+        raise Denied(_denial(reference, bool(headers))) from None
+    return found
+
+
+def _authorise(url: str, headers: dict[str, str], net: Network, deadline: Deadline) -> None:
+    def attempt() -> None:
+        with net.get(url, headers, deadline) as answer:  # also where the repository has a new name
+            answer.require(200)
+
+    persistently(attempt, deadline, net.patience.pause)
+
+
+def _denial(reference: HubFile, credential: bool) -> str:
+    seen = "the token that was given may not read it" if credential else "no token was given"
+    return (
+        f"{reference} is private or gated, or there is no such repository, and {seen}. Expected a {AUTHORITY} token of "
+        f"somebody who may read it and, where it is gated, has accepted the licence at "
+        f"huggingface.co/{reference.repository}."
+    )
+
+
+def _read(answer: Any) -> _Repository:
+    card = answer.get("cardData")
+    return _Repository(
+        commit=_commit(answer["sha"]),
+        files={str(file["rfilename"]): _file(file) for file in answer["siblings"]},
+        gated=bool(answer.get("gated")),
+        base_model=next(_texts(card, "base_model"), None),
+        triggers=(*_texts(card, "instance_prompt"), *_texts(card, "trigger")),
+    )
+
+
+def _texts(card: Any, key: str) -> Iterator[str]:
+    """What a card says under a key, one text or several. Authors write cards: anything may be in them."""
+    said = card.get(key) if isinstance(card, dict) else None
+    yield from (text for text in (said if isinstance(said, list) else [said]) if isinstance(text, str) and text)
+
+
+def _commit(sha: str) -> str:
+    if not re.fullmatch("[0-9a-f]{40}", sha):
+        raise ValueError("no commit")
+    return sha
+
+
+def _file(sibling: Any) -> _File:
+    size, stored = sibling.get("size"), sibling.get("lfs") or {}
+    return _File(None if size is None else int(size), stored.get("sha256"))
+
+
+def _chosen(reference: HubFile, paths: list[str]) -> str:
+    """The path of the file that is meant. Raises NotFound where there is none, SourceError where there are several."""
+    if reference.path in paths:
+        return reference.path
+    weights = [path for path in paths if path.endswith(".safetensors")]
+    folder = PurePosixPath(reference.path)
+    inside = {PurePosixPath(path).name: path for path in weights if PurePosixPath(path).parent == folder}
+    if preferred := [inside[name] for name in _PREFERRED if name in inside]:
+        return preferred[0]
+    if not inside:
+        raise NotFound(
+            f"{reference} has no .safetensors file; in its repository there is {_listed(weights)}. "
+            "Expected one, in safetensors: pickles are never read."
+        )
+    if len(inside) > 1:
+        raise SourceError(
+            f"{reference} has {len(inside)} files: {_listed(inside.values())}. "
+            "Expected the path of one after it, as in hf:owner/name/file.safetensors."
+        )
+    return next(iter(inside.values()))
+
+
+def _listed(paths: Iterable[str]) -> str:
+    names = sorted(paths)
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(repr(name[:100]) for name in names[:MAX_LISTED]) + more or "none"
+
+
+def _download(repository: str, found: _Repository, path: str, endpoint: str, headers: dict[str, str]) -> Download:
+    file = found.files[path]
+    return Download(
+        key=str(HubFile(repository, found.commit, path)),
+        name=file_name(path),
+        url=f"{endpoint}/{repository}/resolve/{found.commit}/{quote(path)}",
+        headers=headers,
+        size=file.size,
+        sha256=file.sha256,
+        credential=bool(headers),
+        base_model=found.base_model,
+        triggers=found.triggers,
+    )

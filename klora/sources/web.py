@@ -1,0 +1,34 @@
+"""An address of nobody's page -> a download. Its server is asked how the file is told from a later one in its place."""
+
+import re
+import uuid
+from urllib.parse import urlsplit
+
+from klora.sources.authority import file_name
+from klora.sources.deadline import Deadline
+from klora.sources.download import Download
+from klora.sources.kinds import Url
+from klora.sources.network import Network
+from klora.sources.retries import persistently
+
+_TOTAL = re.compile(r"bytes 0-0/(\d{1,18})")
+
+
+def resolve(reference: Url, net: Network, deadline: Deadline) -> tuple[Download, ...]:
+    """The file at an address. Without an ETag or a date of its own it is another one each time.
+
+    Raises NotFound, Denied, Unreachable and SourceError as its server answers.
+    """
+
+    def attempt() -> tuple[str, int | None]:
+        # The first byte and not HEAD: a signed link is signed for one method.
+        with net.get(reference.request, {"Range": "bytes=0-0"}, deadline) as answer:
+            answer.require(200, 206)
+            total = _TOTAL.fullmatch(answer.headers.get("Content-Range", ""))
+            size = answer.length if answer.status == 200 else int(total[1]) if total else None
+            return answer.headers["ETag"] or answer.headers["Last-Modified"] or uuid.uuid4().hex, size
+
+    version, size = persistently(attempt, deadline, net.patience.pause)
+    name = file_name(urlsplit(reference.address).path)
+    key, credential = f"{reference.address} {version}", bool(reference.secret)
+    return (Download(key, name, reference.request, size=size, credential=credential),)
