@@ -186,16 +186,13 @@ class Predictor(BasePredictor):
             description="Show the images without checking them for unsafe content.", default=False
         ),
         hf_api_token: Optional[Secret] = Input(
-            description="Hugging Face token for private or gated LoRAs. Used for this request alone.",
-            default=None,
+            description="Hugging Face token for private or gated LoRAs. Used for this request alone.", default=None
         ),
         civitai_api_token: Optional[Secret] = Input(
-            description="CivitAI token for LoRAs that need a login. Used for this request alone.",
-            default=None,
+            description="CivitAI token for LoRAs that need a login. Used for this request alone.", default=None
         ),
         replicate_api_token: Optional[Secret] = Input(
-            description="Replicate token for private trainings. Used for this request alone.",
-            default=None,
+            description="Replicate token for private trainings. Used for this request alone.", default=None
         ),
         lora_weights: Optional[str] = Input(description="Old name of content_lora.", default=None, deprecated=True),
         lora_scale: Optional[float] = Input(

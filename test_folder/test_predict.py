@@ -244,7 +244,7 @@ REFUSED = {
         ["style_lora", "FLUX.1", "SDXL"],
     ),
     "missing file": ({"style_lora": "none.safetensors"}, ["style_lora", "none.safetensors"]),
-    "path outside": ({"content_lora": "../../etc/passwd"}, ["content_lora", "LoRA folder"]),
+    "path outside": ({"content_lora": "../../etc/passwd"}, ["content_lora", "'..'"]),
     "file of the server": ({"image": "/etc/hostname"}, ["image", "/etc/hostname", "upload"]),
     "no image": ({"image": "data:image/png;base64,AAAA"}, ["image", "PNG"]),
     "mask alone": ({"mask": data_uri(gradient())}, ["mask", "image"]),

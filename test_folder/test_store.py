@@ -61,7 +61,7 @@ def blobs(root: Path) -> set[str]:
 def test_all_of_it_is_for_its_owner_alone(root: Path, deadline: Deadline) -> None:
     blob = put(opened(root), b"x" * SIZE, deadline, "r")
     modes = {path.relative_to(root).as_posix(): path.stat().st_mode & 0o777 for path in (root, *root.rglob("*"))}
-    folders = dict.fromkeys((".", "blobs", "refs", "tmp", "locks", "quarantine"), 0o700)
+    folders = dict.fromkeys((".", "blobs", "refs", "scores", "tmp", "locks", "quarantine"), 0o700)
     assert modes == folders | {"secret": 0o600, f"blobs/{blob}": 0o400, f"refs/{ref('r', b'').name}.json": 0o400}
 
 

@@ -100,22 +100,20 @@ def _is_tar(path: Path) -> bool:
 def files_of(path: Path) -> dict[str, Path]:
     """What a file, a tar or a repository is read from, by part: "lora", and a PEFT repository's "adapter". Raises
     LoRAError where a folder does not tell which."""
-    if path.is_dir():
-        return _in_folder(path)
-    config = path.with_name(_ADAPTER)
-    peft = path.name == "adapter_model.safetensors" and config.is_file()
-    return {"lora": path} | ({"adapter": config} if peft else {})
+    file = _in_folder(path) if path.is_dir() else path
+    config = file.with_name(_ADAPTER)
+    stated = (path.is_dir() or file.name == "adapter_model.safetensors") and config.is_file()
+    return {"lora": file} | ({"adapter": config} if stated else {})
 
 
-def _in_folder(folder: Path) -> dict[str, Path]:
+def _in_folder(folder: Path) -> Path:
     names = [path.name for path in folder.glob("*.safetensors")]
     chosen = next((name for name in _REPOSITORY if name in names), names[0] if len(names) == 1 else None)
     if chosen is None:
         raise LoRAError(
             f"cannot be read (a folder of {len(names)} .safetensors files). Expected one, or {_REPOSITORY[0]}."
         )
-    config = folder / _ADAPTER
-    return {"lora": folder / chosen} | ({"adapter": config} if config.is_file() else {})
+    return folder / chosen
 
 
 def _unpacked(path: Path, folder: Path) -> dict[str, Path]:
