@@ -13,7 +13,7 @@ from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, Download, NotFound, Unreachable
 from klora.sources.network import Network
 from klora.sources.reference import CivitaiFile, parse
-from test_folder.fakes import CONTENT, SIGNATURE, Storage, fetched, network
+from test_folder.fakes import CONTENT, SIGNATURE, Storage, fetched, network, refused
 from test_folder.fakes.civitai import Civitai, File
 
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -53,14 +53,6 @@ def resolve(authority: Civitai, net: Network) -> Resolve:
         return download
 
     return resolved
-
-
-def refused(resolve: Resolve, kind: type[SourceError], text: str, token: str | None = None) -> str:
-    with pytest.raises(kind) as error:
-        resolve(text, token)
-    assert type(error.value) is kind
-    assert "Canary" not in str(error.value) and " Expected " in str(error.value)
-    return str(error.value)
 
 
 # What is found.

@@ -9,7 +9,7 @@ from klora.sources import replicate
 from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, Download, NotFound
 from klora.sources.reference import ReplicateModel, Url, parse
-from test_folder.fakes import SIGNATURE, Storage, network
+from test_folder.fakes import SIGNATURE, Storage, network, refused
 from test_folder.fakes.replicate import Replicate
 
 OWNER, STRANGER = "r8_OwnersCanary", "r8_StrangersCanary"
@@ -42,14 +42,6 @@ def resolve(authority: Replicate, storage: Storage) -> Resolve:
         return download
 
     return resolved
-
-
-def refused(resolve: Resolve, kind: type[SourceError], text: str, token: str | None = None) -> str:
-    with pytest.raises(kind) as error:
-        resolve(text, token)
-    assert type(error.value) is kind
-    assert "Canary" not in str(error.value) and " Expected " in str(error.value)
-    return str(error.value)
 
 
 def test_the_tars_address_is_the_key_and_its_signature_is_not(

@@ -4,13 +4,16 @@ import hashlib
 import re
 import ssl
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
 from urllib.parse import parse_qsl, urlsplit
 
+import pytest
+
+from klora.errors import SourceError
 from klora.sources.connection import Dialler
 from klora.sources.deadline import Deadline, Patience
 from klora.sources.download import Download
@@ -152,3 +155,12 @@ class _Memory:
 
     def restart(self) -> None:
         self.content = b""
+
+
+def refused(resolve: Callable[..., object], kind: type[SourceError], text: str, token: str | None = None) -> str:
+    """The one sentence with which a reference is refused, as just this kind of error and without a token."""
+    with pytest.raises(kind) as error:
+        resolve(text, token)
+    assert type(error.value) is kind
+    assert "Canary" not in str(error.value) and " Expected " in str(error.value)
+    return str(error.value)
