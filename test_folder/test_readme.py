@@ -50,6 +50,6 @@ class Seeded:
 
 def test_every_file_and_script_that_the_readme_names_exists() -> None:
     root = Path(__file__).resolve().parent.parent
-    named = set(re.findall(r"\b(?:script|klora|test_folder)/[\w./-]*\w|\b(?:predict|weights)\.py\b", README))
+    named = set(re.findall(r"(?<![/\w])(?:script|klora|test_folder)/[\w./-]*\w|\b(?:predict|weights)\.py\b", README))
     assert len(named) >= 8
     assert [name for name in named if not (root / name).exists()] == []
