@@ -13,6 +13,7 @@ from cog import BaseModel, Input, Path, Secret, current_scope
 
 import weights
 from klora.form import filled, progress_line, uploaded
+from klora.models import silence_progress_bars
 from klora.training.job import TrainingBase, run_training
 from klora.training.loop import Progress
 from klora.training.publishing import Publishing
@@ -209,6 +210,7 @@ def train(
     """Train a LoRA."""
     given = filled(locals())
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    silence_progress_bars()
     base = TrainingBase(**weights.training_base(given.pop("base_model")))
     uploads = {name: uploaded(name, given.pop(name)) for name in ("input_images", "resume_from") if name in given}
     shown = {item.name: given.pop(item.name) for item in fields(Publishing) if item.name in given}

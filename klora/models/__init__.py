@@ -3,7 +3,9 @@
 from collections.abc import Collection
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from safetensors import safe_open
 
 from klora.device import default_device, default_dtype
@@ -38,6 +40,12 @@ def load_model(
         if stored < len(list(module.parameters())):  # transformers fills what is missing with random numbers
             raise BaseModelError(f"The base in {path} lacks tensors of its {part}. Fetch the base again.")
     return model
+
+
+def silence_progress_bars() -> None:
+    """Keep the libraries' own bars out of a server's log: they end no line, and clients read lines."""
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
 
 
 def load_shapes(family: str, path: Path) -> Family:

@@ -174,7 +174,8 @@ def _members(file: IO[bytes], intake: Intake) -> Iterator[Member]:
         return _tar(Metered(file, intake.packed_bytes, intake.limits))
     if zipfile.is_zipfile(file):
         return _zip(file)
-    raise RequestError(f"input_images is no archive: it begins with {head[:8]!r}. Expected a zip, tar or tar.gz.")
+    seen = "as a zip does, but its end is missing" if head.startswith(b"PK\3\4") else f"with {head[:8]!r}"
+    raise RequestError(f"input_images is no archive: it begins {seen}. Expected a whole zip, tar or tar.gz.")
 
 
 def _folder(root: Path) -> Iterator[Member]:

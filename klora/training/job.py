@@ -230,7 +230,7 @@ def _unpack(tar: Path, folder: Path) -> None:
                 with (folder / member.name).open("wb") as file:
                     shutil.copyfileobj(cast(IO[bytes], archive.extractfile(member)), file)
     except (tarfile.TarError, EOFError) as error:
-        raise RequestError(f"resume_from cannot be read: {error}. Expected the tar of a training.") from error
+        raise RequestError("resume_from cannot be read as a tar. Expected the tar of a training.") from error
     if lacking := wanted - {path.name for path in folder.iterdir()}:
         raise RequestError(f"resume_from holds no {min(lacking)}. Expected the tar of a training.")
 
