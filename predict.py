@@ -16,6 +16,7 @@ from cog import BasePredictor, Input, Path, Secret, current_scope
 import weights
 from klora.errors import RequestError
 from klora.form import filled, progress_line, uploaded
+from klora.models import silence_progress_bars
 from klora.request import Request, open_images
 from klora.studio import Studio, save_images
 
@@ -34,13 +35,15 @@ class Predictor(BasePredictor):
     """Images by K-LoRA: a subject from one LoRA in the style of another."""
 
     def setup(self) -> None:
-        """Load the bases named by KLORA_BASES, or every installed one."""
+        """Load the bases named by KLORA_BASES, or every installed one, as many as fit."""
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+        silence_progress_bars()
         self.outputs = LocalPath(tempfile.mkdtemp(prefix="klora-"))
         self.studio = Studio(weights.find_base, weights.safety_checker_path())
         self.loras = weights.LoRAFiles(weights.lora_root())
-        for base in weights.resident_bases():
-            self.studio.load(*base)
+        bases = weights.resident_bases()
+        weights.stay_offline()  # all that a request loads is there; LoRAs are fetched without Hugging Face's libraries
+        self.studio.prepare(bases)
 
     def predict(
         self,
@@ -179,7 +182,8 @@ class Predictor(BasePredictor):
             description="Quality of webp and jpg images, from 0 to 100; png is always exact.", ge=0, le=100, default=80
         ),
         add_triggers: bool = Input(
-            description="Add the trigger words that the LoRAs' files name, where the prompt lacks them.", default=True
+            description="Add the trigger words that the LoRAs' files, or their pages, name, where the prompt lacks them.",
+            default=True,
         ),
         go_fast: bool = Input(description="Accepted for old requests; it changes nothing yet.", default=False),
         disable_safety_checker: bool = Input(
@@ -216,9 +220,10 @@ class Predictor(BasePredictor):
         request = _request(given)
         _record("seed", request.seed)
         print(f"seed {request.seed}")
-        with self.loras.borrowed(request.loras, _tokens(given)) as (files, scores):
+        bases = weights.runnable(request.model)
+        with self.loras.borrowed(request.loras, _tokens(given), bases) as (files, lent):
             _record("fetch_seconds", time.perf_counter() - started)
-            images = self.studio.make(request, files, _record, _show_progress, scores)
+            images = self.studio.make(request, files, _record, _show_progress, lent)
         return [Path(path) for path in save_images(images, self.outputs, request)]
 
 

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from klora.bases.install import ensure_base
+from klora.bases.hub import stay_offline as stay_offline
+from klora.bases.install import ensure_base, left_to_setup
 from klora.bases.pget import find_pget
 from klora.bases.table import BASES as BASES
 from klora.bases.table import Base as Base
-from klora.cache import Library, Store
+from klora.bases.table import base_of
+from klora.cache import Borrowed, Library, Store
 from klora.errors import BaseModelError, LoRAError, RequestError, SourceError
 from klora.sources.authorities import Authorities
 from klora.sources.deadline import Deadline
@@ -83,11 +85,32 @@ def _bases_in(folder: Path) -> list[str]:
 def resident_bases() -> list[Installed]:
     """The bases to load at set-up: KLORA_BASES, separated by commas, else every installed one. Raises BaseModelError.
 
-    That none is installed is an error, too: such a server could answer nothing.
+    Fetches those that KLORA_BASES names and that are missing; without it those that the build left to set-up, of which
+    it only says why they cannot be had.  That none is installed is an error: such a server could answer nothing.
     """
-    named = [name.strip() for name in os.environ.get("KLORA_BASES", "").split(",") if name.strip()]
+    named = _named_bases()
+    for name in named or BASES:
+        try:
+            _fetch_if_due(name)
+        except BaseModelError as error:
+            if named:
+                raise
+            logger.warning("%s", error)
     names: Sequence[str | None] = named or installed_bases() or [None]
     return [find_base(name) for name in names]
+
+
+def _named_bases() -> list[str]:
+    return [name.strip() for name in os.environ.get("KLORA_BASES", "").split(",") if name.strip()]
+
+
+def _fetch_if_due(name: str) -> None:
+    """Fetch a base that is missing, though KLORA_BASES names it or the build left it to set-up, with HF_TOKEN. Raises
+    BaseModelError."""
+    due = name in _named_bases() or left_to_setup(models_folder(), name).is_file()
+    if due and name in BASES and name not in installed_bases():
+        logger.info("%s is not in %s: fetching it", name, models_folder())
+        download_base(name, token=os.environ.get(TOKENS["hf"]) or None)
 
 
 def find_base(name: str | None, family: str | None = None) -> Installed:
@@ -110,13 +133,17 @@ def _lack_of(wanted: list[str], installed: list[str]) -> str:
     seen = f"{folder} has {', '.join(installed) or 'no base model'}" if folder.is_dir() else f"{folder} is no folder"
     places = " or ".join(f"{BASES[name].repository} in {folder / name}" for name in wanted)
     return (
-        f"{seen}. Expected {places}, downloaded from Hugging Face with its model_index.json, or KLORA_MODELS set to "
-        "another folder of base models; script/make-toy-bases makes toy ones in examples/toy."
+        f"{seen}. Expected {places}, as script/download-weights {wanted[0]} fetches it, or KLORA_MODELS set to another "
+        "folder of base models; script/make-toy-bases makes toy ones in examples/toy."
     )
 
 
 def training_base(name: str) -> dict[str, Any]:
-    """The base of this name, by the fields of klora.training.job.TrainingBase. Raises BaseModelError."""
+    """The base of this name, by the fields of klora.training.job.TrainingBase. Raises BaseModelError.
+
+    One that set-up would have fetched is fetched: a trainer has no set-up.
+    """
+    _fetch_if_due(name)
     found = find_base(name)._asdict()
     return found | {"repository": BASES[name].repository, "licence": BASES[name].licence, "annotators": models_folder()}
 
@@ -150,12 +177,13 @@ class LoRAFiles:
 
     @contextmanager
     def borrowed(
-        self, references: Mapping[str, str], tokens: Mapping[str, str]
-    ) -> Iterator[tuple[dict[str, Path], dict[str, Path]]]:
-        """Of each reference, by its input, the file, there until the end of the block; and of a fetched one, where what
-        K-LoRA scores of it may be kept. Raises KLoRAError.
+        self, references: Mapping[str, str], tokens: Mapping[str, str], bases: Sequence[str] = ()
+    ) -> Iterator[tuple[dict[str, Path], dict[str, Borrowed]]]:
+        """Of each reference, by its input, the file, there until the end of the block; and what more is known of those
+        that were fetched. Raises KLoRAError.
 
-        tokens: of the user's, by authority, "hf", "civitai" and "replicate".
+        tokens: of the user's, by authority, "hf", "civitai" and "replicate".  bases: that the request can run; what its
+        authority says is for none of them is refused before it is fetched. Without any nothing is.
         """
         given = {name: Path(text) for name, text in references.items() if self._anywhere and _is_there(text)}
         parsed = {name: _parsed(name, text) for name, text in references.items() if name not in given}
@@ -165,9 +193,14 @@ class LoRAFiles:
         if not fetched:
             yield given, {}
             return
-        with Deadline(FETCH_SECONDS) as deadline, self._library.borrowed(fetched, tokens, deadline) as lent:
-            scores = {name: loan.scores for name, loan in lent.items()}
-            yield given | {name: loan.path for name, loan in lent.items()}, scores
+        families = {name: family for name in bases if (family := BASES[name].family)}
+        with Deadline(FETCH_SECONDS) as deadline, self._library.borrowed(fetched, tokens, deadline, families) as lent:
+            yield given | {name: loan.path for name, loan in lent.items()}, lent
+
+
+def runnable(model: str | None) -> list[str]:
+    """The bases that a request may come to: the one that it names, else every installed one. Raises BaseModelError."""
+    return [model] if model else installed_bases()
 
 
 def cache_folder() -> Path:
@@ -254,7 +287,5 @@ def download_base(name: str, folder: Path | None = None, token: str | None = Non
 
     KLORA_PGET_SHA256: of the pget that may fetch what is public; unset, none does.
     """
-    if name not in BASES:
-        raise BaseModelError(f"There is no base model {name!r}. Expected one of {', '.join(BASES)}.")
-    pget = find_pget(os.environ.get("KLORA_PGET_SHA256"))
-    return ensure_base(name, BASES[name], folder or models_folder(), token, pget)
+    base, pget = base_of(name), find_pget(os.environ.get("KLORA_PGET_SHA256"))
+    return ensure_base(name, base, folder or models_folder(), token, pget)

@@ -39,8 +39,9 @@ def fuse(
     started, facts = time.perf_counter(), dict[str, Any]()
     request = Request(**open_images(given))
     studio = Studio(weights.find_base, weights.safety_checker_path())
-    with weights.LoRAFiles(anywhere=True).borrowed(request.loras, weights.own_tokens()) as (files, scores):
-        images = studio.make(request, files, facts.__setitem__, scores=scores)
+    bases = weights.runnable(request.model)
+    with weights.LoRAFiles(anywhere=True).borrowed(request.loras, weights.own_tokens(), bases) as (files, lent):
+        images = studio.make(request, files, facts.__setitem__, lent=lent)
     for path in save_images(images, out, request):
         typer.echo(path)
     share = f", style acts in {facts['style_share']:.0%}" if "style_share" in facts else ""

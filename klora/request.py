@@ -65,7 +65,9 @@ class Request:
     seed: int = ask(random_seed, "Image i uses seed + i. Default: chosen at random.", ge=0, le=MAX_SEED)
     output_format: str = ask("webp", "File format.", choices=("webp", "jpg", "png"))
     output_quality: int = ask(80, "Quality of webp and jpg.", ge=0, le=100)
-    add_triggers: bool = ask(True, "Add the trigger words that the LoRAs' files name, where the prompt lacks them.")
+    add_triggers: bool = ask(
+        True, "Add the trigger words that the LoRAs' files, or their pages, name, where the prompt lacks them."
+    )
     go_fast: bool = ask(False, "Accepted; changes nothing yet.")
     disable_safety_checker: bool = ask(False, "Show images without checking them.")
 

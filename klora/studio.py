@@ -6,19 +6,24 @@ Knows no form, no HTTP and no environment. Between requests it remembers loaded 
 import gc
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 
+from klora.cache import Borrowed
 from klora.device import default_device, default_dtype, free_bytes
-from klora.errors import LoRAError, SafetyError
+from klora.errors import BaseModelError, LoRAError, SafetyError
 from klora.generate import Record, generate
 from klora.layers import HEADROOM_BYTES
+from klora.lora import LoRA
 from klora.models import FAMILIES, load_model, origin_of, weight_files
 from klora.models.family import Family
 from klora.models.safety import SafetyChecker
@@ -54,12 +59,26 @@ class Studio:
         """Names of the loaded bases, least recently used first."""
         return list(self._bases)
 
+    def prepare(self, bases: Iterable[tuple[str, str, Path]]) -> None:
+        """Load the safety checker, where it is installed, and of the bases, in their order, those that fit beside one
+        another; the others come when they are asked for. Raises BaseModelError and SafetyError."""
+        if self._safety_checker.is_dir():
+            self._safety()
+        else:
+            logger.warning("The safety checker is not installed: requests need disable_safety_checker=true.")
+        # One after the other: while a model is made, its libraries change torch for all threads.
+        for name, family, path in bases:
+            if self._bases and not self._fits(_bytes_of(path, default_dtype(self.device))):
+                logger.info("%s will be loaded when it is asked for: memory is short", name)
+            else:
+                self.load(name, family, path)
+
     def load(self, name: str, family: str, path: Path) -> Family:
         """The base, loaded if need be; others leave the accelerator when its memory is short. Raises BaseModelError."""
         if name not in self._bases:
-            parts = [part for part in path.glob("*") if part.is_dir()]
-            self._make_room(sum(file.stat().st_size for part in parts for file in weight_files(part)))
-            self._bases[name] = load_model(family, path, self.device, default_dtype(self.device))
+            dtype = default_dtype(self.device)
+            self._make_room(name, _bytes_of(path, dtype))
+            self._bases[name] = load_model(family, path, self.device, dtype)
             logger.info("loaded %s from %s", name, path)
         self._bases.move_to_end(name)
         return self._bases[name]
@@ -70,12 +89,13 @@ class Studio:
         loras: Mapping[str, Path],
         record: Record = lambda name, value: None,
         on_step: Callable[[int, int], None] = lambda step, steps: None,
-        scores: Mapping[str, Path] = MappingProxyType({}),
+        lent: Mapping[str, Borrowed] = MappingProxyType({}),
     ) -> dict[int, Image.Image]:
         """{place in the batch: image}, without the images that the safety checker withholds. Raises KLoRAError.
 
         loras: files by input, "content_lora" and "style_lora". Without request.model the LoRAs choose the base.
-        scores: by input, where K-LoRA's scores of a file may be kept; computed anew where that is not given.
+        lent: by input, what more is known of a fetched file: where K-LoRA's scores of it may be kept, which are
+        computed anew of others, and its triggers.
         """
         found = {name: _said_of(name, origin_of, path) for name, path in loras.items()}
         made_for = {name: origin for name, origin in found.items() if origin}
@@ -91,18 +111,30 @@ class Studio:
         model = self.load(base, family, path)
         read = {}
         for name, file in loras.items():
-            lora = self._shelf.take(base, file, partial(_said_of, name, model.read_lora), scores.get(name))
+            facts = lent.get(name)
+            read_lora = partial(_said_of, name, model.read_lora)
+            lora = self._shelf.take(base, file, read_lora, facts.scores if facts else None)
             logger.info("%s: %s", name, lora.report)
-            read[name.removesuffix("_lora")] = lora
+            read[name.removesuffix("_lora")] = _called(lora, facts.triggers if facts else (), request.prompt)
         images = generate(model, request, **read, record=record, on_step=on_step)
-        for name, place in scores.items():
-            keep_scores(place, read[name.removesuffix("_lora")])
+        for name, facts in lent.items():
+            keep_scores(facts.scores, read[name.removesuffix("_lora")])
         return _shown(images, checker)
 
-    def _make_room(self, needed: int) -> None:
-        while self._bases and self._free(self.device) < needed + HEADROOM_BYTES:
-            name = self._bases.popitem(last=False)[0]
-            logger.info("%s leaves %s: memory is short", name, self.device)
+    def _fits(self, needed: int) -> bool:
+        return self._free(self.device) >= needed + HEADROOM_BYTES
+
+    def _make_room(self, name: str, needed: int) -> None:
+        """Let bases go until another fits. Raises BaseModelError, and lets none go, where that could not help."""
+        within_reach = self._free(self.device) + sum(_held_by(model) for model in self._bases.values())
+        if needed > within_reach:
+            raise BaseModelError(
+                f"{name} needs {needed / 1e9:.1f} GB of memory on {self.device}, where {within_reach / 1e9:.1f} GB can "
+                "be had. Expected a larger device or a smaller base."
+            )
+        while self._bases and not self._fits(needed):
+            leaving = self._bases.popitem(last=False)[0]
+            logger.info("%s leaves %s: memory is short", leaving, self.device)
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -113,6 +145,30 @@ class Studio:
         return self._checker
 
 
+def _bytes_of(path: Path, dtype: torch.dtype) -> int:
+    """What a base takes when its parts are loaded in a dtype, whatever the one that their files are in."""
+    files = [file for part in path.glob("*") if part.is_dir() for file in weight_files(part)]
+    try:
+        return sum(file.stat().st_size + _growth(file, dtype) for file in files)
+    except (OSError, SafetensorError):
+        return 0  # load_model will say what is wrong with it
+
+
+def _growth(file: Path, dtype: torch.dtype) -> int:
+    """Bytes by which a file's tensors grow, or shrink, in a dtype."""
+    sizes, grown = {"F32": 4, "F16": 2, "BF16": 2}, 0
+    with safe_open(file, framework="pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118, it is no mapping
+            tensor = tensors.get_slice(key)
+            grown += prod(tensor.get_shape()) * (dtype.itemsize - sizes.get(tensor.get_dtype(), dtype.itemsize))
+    return grown
+
+
+def _held_by(model: Family) -> int:
+    modules = (part for part in model.pipe.components.values() if isinstance(part, torch.nn.Module))
+    return sum(parameter.nbytes for module in modules for parameter in module.parameters())
+
+
 def save_images(images: Mapping[int, Image.Image], folder: Path, request: Request) -> list[Path]:
     """Write klora_<seed + i>_<i>.<format>, i the place in the batch; what is returned is there."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,6 +177,15 @@ def save_images(images: Mapping[int, Image.Image], folder: Path, request: Reques
     for index, path in paths.items():
         images[index].save(path, quality=quality)
     return list(paths.values())
+
+
+def _called(lora: LoRA, triggers: Sequence[str], prompt: str) -> LoRA:
+    """With one of the words that its authority names, where its file names none: they stand for one another, so one
+    that the prompt has, else the first."""
+    if not triggers or lora.metadata.get("trigger"):
+        return lora
+    word = next((word for word in triggers if word.lower() in prompt.lower()), triggers[0])
+    return replace(lora, metadata={**lora.metadata, "trigger": word})
 
 
 def _said_of(name: str, read: Callable[[Path], T], path: Path) -> T:

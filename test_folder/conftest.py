@@ -1,6 +1,8 @@
-"""What every test stands on: one thread, no network, and tiny bases built once a session."""
+"""What tests stand on: one thread, no network, tiny bases built once a session, and authorities on loopback."""
 
 import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -10,7 +12,10 @@ import pytest
 import torch
 import transformers
 
+from klora.sources.network import Network
 from test_folder import tiny
+from test_folder.fakes import Server, Storage, network
+from test_folder.lending import CONTENT, STYLE, Clock, Shop, hub, opened_shop
 
 torch.set_num_threads(1)  # models this small are fastest so, and tests of two processes do not fight over cores
 for library in (diffusers, transformers):
@@ -33,3 +38,37 @@ def loras(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             layers = tiny.random_lora(tiny.linear_shapes(model), rank, seed=seed)
             tiny.save_lora(folder / f"{family}_{role}.safetensors", layers, prefix=component)
     return folder
+
+
+@pytest.fixture
+def storage() -> Iterator[Storage]:
+    """Where the authority of a test keeps its files."""
+    with Storage() as storage:
+        yield storage
+
+
+@pytest.fixture
+def net(authority: Server, storage: Storage) -> Network:
+    """The way to a test's own authority and to its storage."""
+    return network(authority, storage)
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Iterator[Shop]:
+    """A cache, and a content and a style LoRA to be had by everybody."""
+    with opened_shop(tmp_path / "cache") as shop:
+        shop.authority.has(hub("content"), ("content.safetensors", CONTENT))
+        shop.authority.has(hub("style"), ("style.safetensors", STYLE))
+        yield shop
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Let so many seconds pass for the cache, by both clocks."""
+
+    def pass_(seconds: float) -> None:
+        wall, running = time.time, time.monotonic
+        monkeypatch.setattr("klora.cache.refs.time", Clock(lambda: wall() + seconds, lambda: running() + seconds))
+        monkeypatch.setattr("klora.cache.refusals.time", Clock(time.time, lambda: running() + seconds))
+
+    return pass_

@@ -34,8 +34,24 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+SIZE = 100_000
+CONTENT, STYLE = safetensors(SIZE, 1), safetensors(SIZE, 2)
+
+
+class Clock:
+    """In the place of the module time."""
+
+    def __init__(self, wall: Callable[[], float], running: Callable[[], float]) -> None:
+        self.time, self.monotonic = wall, running
+
+
 def hub(name: str) -> HubFile:
     return HubFile(f"someone/{name}")
+
+
+def signed(secret: str) -> Url:
+    """A link that this grants access by."""
+    return Url("https://host/a.safetensors", f"https://host/a.safetensors?{secret}", secret)
 
 
 class Origin:

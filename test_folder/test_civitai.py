@@ -13,7 +13,7 @@ from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, Download, NotFound, Unreachable
 from klora.sources.network import Network
 from klora.sources.reference import CivitaiFile, parse
-from test_folder.fakes import CONTENT, SIGNATURE, Storage, fetched, network, refused
+from test_folder.fakes import CONTENT, SIGNATURE, Storage, fetched, refused
 from test_folder.fakes.civitai import Civitai, File
 
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -23,22 +23,11 @@ Resolve = Callable[..., Download]
 
 
 @pytest.fixture
-def storage() -> Iterator[Storage]:
-    with Storage() as storage:
-        yield storage
-
-
-@pytest.fixture
 def authority(storage: Storage) -> Iterator[Civitai]:
     with Civitai(storage) as authority:
         authority.tokens_issued = {MEMBER, BUYER}
         authority.buyers = {BUYER}
         yield authority
-
-
-@pytest.fixture
-def net(authority: Civitai, storage: Storage) -> Network:
-    return network(authority, storage)
 
 
 @pytest.fixture

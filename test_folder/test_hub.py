@@ -15,7 +15,7 @@ from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, Download, NotFound, Unreachable
 from klora.sources.network import Network
 from klora.sources.reference import HubFile, parse
-from test_folder.fakes import CONTENT, SIGNATURE, Storage, fetched, network
+from test_folder.fakes import CONTENT, SIGNATURE, Storage, fetched
 from test_folder.fakes.hub import Hub
 
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -25,21 +25,10 @@ Resolve = Callable[..., tuple[Download, ...]]
 
 
 @pytest.fixture
-def storage() -> Iterator[Storage]:
-    with Storage() as storage:
-        yield storage
-
-
-@pytest.fixture
 def authority(storage: Storage) -> Iterator[Hub]:
     with Hub(storage) as authority:
         authority.tokens_issued = {ANN, BOB}
         yield authority
-
-
-@pytest.fixture
-def net(authority: Hub, storage: Storage) -> Network:
-    return network(authority, storage)
 
 
 @pytest.fixture

@@ -195,7 +195,7 @@ def test_a_file_that_is_no_lora_is_refused_naming_the_input(studio: Studio, tmp_
 
 def room_for(count: int, checker: Path) -> Studio:
     """A studio whose accelerator is full as soon as it holds so many bases."""
-    studio = open_studio(checker, lambda device: PLENTY if len(studio.resident) < count else 0)
+    studio = open_studio(checker, lambda device: PLENTY if len(studio.resident) < count else HEADROOM_BYTES)
     return studio
 
 

@@ -8,19 +8,14 @@ from klora.errors import SourceError
 from klora.sources import replicate
 from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, Download, NotFound
+from klora.sources.network import Network
 from klora.sources.reference import ReplicateModel, Url, parse
-from test_folder.fakes import SIGNATURE, Storage, network, refused
+from test_folder.fakes import SIGNATURE, Storage, refused
 from test_folder.fakes.replicate import Replicate
 
 OWNER, STRANGER = "r8_OwnersCanary", "r8_StrangersCanary"
 
 Resolve = Callable[..., Download]
-
-
-@pytest.fixture
-def storage() -> Iterator[Storage]:
-    with Storage() as storage:
-        yield storage
 
 
 @pytest.fixture
@@ -30,9 +25,8 @@ def authority() -> Iterator[Replicate]:
 
 
 @pytest.fixture
-def resolve(authority: Replicate, storage: Storage) -> Resolve:
+def resolve(authority: Replicate, net: Network) -> Resolve:
     """What a reference, as people write it, comes to."""
-    net = network(authority, storage)
 
     def resolved(text: str, token: str | None = None) -> Download:
         reference = parse(text)

@@ -11,11 +11,9 @@ from pathlib import Path
 import pytest
 
 from klora.cache import CacheFullError, Store, draft, room
-from klora.cache.pins import alone, pin, seized
 from klora.cache.refs import File, Moment, Ref
 from klora.errors import SourceError
-from klora.sources.deadline import Cancelled, Deadline
-from klora.sources.download import Unreachable
+from klora.sources.deadline import Deadline
 from test_folder.lending import ROOMY, safetensors, sha256
 
 SIZE = 1000
@@ -196,101 +194,6 @@ def test_bytes_that_the_disk_must_keep_free_stay_free(root: Path, deadline: Dead
         pass
     with store.draft(150 << 20, deadline):
         pass
-
-
-# Pins.
-
-
-def test_a_pin_keeps_others_from_seizing_a_file_and_they_from_pinning_it(root: Path) -> None:
-    root.mkdir()
-    path = root / "file"
-    path.touch()
-    first, second = pin(path), pin(path)
-    assert first and second
-    for held in (first, second):
-        with seized(path) as unused:
-            assert not unused
-        held.close()
-    with seized(path) as unused:
-        assert unused
-        assert pin(path) is None
-    third = pin(path)
-    assert third
-    del third
-    with seized(path) as unused:
-        assert unused
-
-
-def test_a_pin_that_comes_while_somebody_looks_waits_for_it(root: Path) -> None:
-    root.mkdir()
-    looking, looked = threading.Event(), threading.Event()
-
-    def look() -> None:
-        with seized(root):
-            looking.set()
-            time.sleep(0.05)
-        looked.set()
-
-    threading.Thread(target=look).start()
-    assert looking.wait(5)
-    assert pin(root)
-    assert looked.wait(5)
-
-
-def test_a_file_that_was_replaced_before_it_was_locked_is_not_pinned(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root.mkdir()
-    path, other = root / "file", root / "other"
-    path.touch()
-    other.touch()
-    opened = os.open
-
-    def replaced(*arguments: object) -> int:
-        descriptor = opened(*arguments)  # type: ignore[arg-type]
-        other.replace(path)
-        return descriptor
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "open", replaced)
-        assert pin(path) is None
-    held = pin(path)
-    assert held and os.path.samestat(os.fstat(held.fileno()), path.stat())
-
-
-def test_one_at_a_time_holds_a_lock_and_its_file_goes(root: Path, deadline: Deadline) -> None:
-    root.mkdir()
-    inside, most = 0, []
-
-    def enter() -> None:
-        nonlocal inside
-        for _ in range(20):
-            with alone(root / "lock", deadline):
-                inside += 1
-                most.append(inside)
-                time.sleep(0.0005)
-                inside -= 1
-
-    threads = [threading.Thread(target=enter) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == [1] * 160
-    assert list(root.iterdir()) == []
-
-
-def test_a_wait_for_a_lock_ends_with_its_deadline_or_when_it_is_cancelled(root: Path, deadline: Deadline) -> None:
-    root.mkdir()
-    with alone(root / "lock", deadline):
-        with pytest.raises(Unreachable), Deadline(0.1) as short, alone(root / "lock", short):
-            pass
-        other = Deadline(20)
-        threading.Timer(0.1, other.cancel).start()
-        start = time.monotonic()
-        with pytest.raises(Cancelled), alone(root / "lock", other):
-            pass
-        assert time.monotonic() - start < 1
 
 
 # Blobs.

@@ -73,7 +73,7 @@ def test_the_table_and_not_the_disk_orders_the_bases(install: Callable[..., Path
 
 
 HOW = (
-    ", downloaded from Hugging Face with its model_index.json, or KLORA_MODELS set to another folder of base models; "
+    ", as script/download-weights {} fetches it, or KLORA_MODELS set to another folder of base models; "
     "script/make-toy-bases makes toy ones in examples/toy."
 )
 
@@ -91,7 +91,7 @@ def test_what_is_not_installed_is_refused_naming_what_is_and_how_to_get_it(
     models = install("sdxl", "illustrious-xl")
     places = " or ".join(f"{weights.BASES[name].repository} in {models}/{name}" for name in wanted)
     assert base_refusal(*asked) == (
-        f"{what} is not installed: {models} has sdxl, illustrious-xl. Expected {places}{HOW}"
+        f"{what} is not installed: {models} has sdxl, illustrious-xl. Expected {places}{HOW.format(wanted[0])}"
     )
 
 
@@ -106,7 +106,9 @@ def test_an_empty_and_a_missing_folder_are_told_apart_by_their_full_path(
     with pytest.raises(BaseModelError) as error:
         ask()
     place = f"{weights.BASES['sdxl'].repository} in {tmp_path}/{folder}/sdxl"
-    assert str(error.value) == f"sdxl is not installed: {tmp_path}/{folder} {seen}. Expected {place}{HOW}"
+    assert (
+        str(error.value) == f"sdxl is not installed: {tmp_path}/{folder} {seen}. Expected {place}{HOW.format('sdxl')}"
+    )
 
 
 def test_a_server_without_any_base_is_told_where_each_could_be(install: Callable[..., Path]) -> None:

@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple, cast
 
 from klora.cache.draft import STEP, DiskError, DiskFullError, Draft
@@ -21,7 +22,7 @@ from klora.cache.scope import Tokens, scope_of
 from klora.cache.store import Loan, Store
 from klora.errors import SourceError
 from klora.sources.deadline import Deadline
-from klora.sources.download import Denied, Download, NotFound, Unreachable
+from klora.sources.download import Denied, Download, NotFound, Unreachable, family_of
 from klora.sources.kinds import Data, Local, Reference
 
 logger = logging.getLogger(__name__)
@@ -46,40 +47,45 @@ class Library:
 
     @contextmanager
     def borrowed(
-        self, references: Mapping[str, Reference], tokens: Tokens, deadline: Deadline
+        self,
+        references: Mapping[str, Reference],
+        tokens: Tokens,
+        deadline: Deadline,
+        bases: Mapping[str, str] = MappingProxyType({}),
     ) -> Iterator[dict[str, "Borrowed"]]:
         """The file of each reference by its input, fetched at once; they stay as they are until the end of the block.
 
         What a PEFT repository has beside its .safetensors file lies beside it. The first failure ends all: raises
         SourceError, NotFound, Denied, Unreachable or CacheFullError. The deadline is then cancelled.
+        bases: {name: family} that they may be for, by their authorities' word; without any, for whatever they are.
         """
         if local := [name for name, reference in references.items() if isinstance(reference, Local)]:
             raise TypeError(f"{local[0]} is a file of the server's own; the cache lends what was fetched")
         with ExitStack() as loans:
             with ThreadPoolExecutor(max(1, len(references)), "lora") as pool:
                 try:
-                    waiting = {
-                        name: pool.submit(self._borrow, reference, tokens, deadline, loans)
+                    asked = {
+                        name: _Asked(reference, scope_of(reference, tokens, self._secret), tokens, deadline, bases)
                         for name, reference in references.items()
                     }
+                    waiting = {name: pool.submit(self._borrow, one, loans) for name, one in asked.items()}
                     _wait(list(waiting.values()))
                 except BaseException:
                     deadline.cancel()  # or leaving the pool would wait for downloads that nobody wants
                     raise
             yield {name: future.result() for name, future in waiting.items()}
 
-    def _borrow(self, reference: Reference, tokens: Tokens, deadline: Deadline, loans: ExitStack) -> "Borrowed":
-        start = time.monotonic()
-        if isinstance(reference, Data):
-            found = self._data(reference, deadline)
-        else:
-            found = self._found(_Asked(reference, scope_of(reference, tokens, self._secret), tokens, deadline))
+    def _borrow(self, asked: "_Asked", loans: ExitStack) -> "Borrowed":
+        start, reference = time.monotonic(), asked.reference
+        found = self._data(reference, asked.deadline) if isinstance(reference, Data) else self._found(asked)
         loans.callback(found.loan.close)  # a deque's append: safe from several threads
-        main = _main(found.files)
-        _check_pin(reference, found.files[main].sha256)
-        size = sum(file.size for file in found.files)
-        logger.info("%s: %s, %d bytes, %.3f s", reference, found.how, size, time.monotonic() - start)
-        return Borrowed(found.loan.paths[main], self._store.scores(found.files))
+        ref, main = found.ref, _main(found.ref.files)
+        _check_pin(reference, ref.files[main].sha256)
+        _check_base(asked, ref.base_model)
+        logger.info("%s: %s, %d bytes, %.3f s", reference, found.how, ref.size, time.monotonic() - start)
+        if ref.base_model or ref.triggers:
+            logger.info("%s", _told(ref))
+        return Borrowed(found.loan.paths[main], self._store.scores(ref.files), ref.triggers)
 
     def _found(self, asked: "_Asked") -> "_Found":
         if found := self._at_hand(asked):
@@ -92,7 +98,7 @@ class Library:
         ref = self._store.refs.get(asked.name)
         if ref and ref.authorised.is_recent(MAX_AGE) and (loan := self._store.lend(ref.files)):
             self._store.refs.touch(asked.name)
-            return _Found(loan, ref.files, "hit")
+            return _Found(loan, ref, "hit")
         self._refusals.check(asked.name)
         return None
 
@@ -106,11 +112,13 @@ class Library:
             if asked.scope == PUBLIC and known and (loan := self._store.lend(known.files)):
                 self._store.refs.touch(asked.name)
                 logger.warning("%s: the copy in the cache serves, for it cannot be asked for: %s", asked.plain, error)
-                return _Found(loan, known.files, "stale")
+                return _Found(loan, known, "stale")
             raise
         if asked.scope == PUBLIC and any(download.credential for download in downloads):
             raise RuntimeError(f"{asked.plain} was asked for with a credential that the request did not bring")
-        _check_pin(asked.reference, downloads[_main(downloads)].sha256)
+        told = downloads[_main(downloads)]
+        _check_pin(asked.reference, told.sha256)
+        _check_base(asked, told.base_model)
         return self._kept(asked, downloads, known)
 
     @contextmanager
@@ -148,7 +156,7 @@ class Library:
             told = downloads[_main(downloads)]
             ref = Ref(str(asked.plain), asked.scope, tuple(files), Moment.now(), told.base_model, told.triggers)
             self._store.remember(ref, asked.deadline)
-            return _Found(self._lent(ref.files), ref.files, how)
+            return _Found(self._lent(ref.files), ref, how)
 
     def _download(self, download: Download, deadline: Deadline) -> tuple[str, Pin]:
         with self._store.draft(download.size, deadline) as draft:
@@ -162,14 +170,15 @@ class Library:
         """What came with the request, without a ref: its blob is the first to go."""
         name = "data.tar" if reference.payload[257:262] == b"ustar" else "data.safetensors"
         files = (File(str(reference), name, reference.sha256, len(reference.payload)),)
+        ref = Ref(str(reference), PUBLIC, files, Moment.now())
         if loan := self._store.lend(files):
-            return _Found(loan, files, "hit")
+            return _Found(loan, ref, "hit")
         with self._store.draft(len(reference.payload), deadline) as draft:
             draft.write(reference.payload)
             draft.finish()
             self._check(draft.path)
             with self._store.publish(draft, reference.sha256, deadline):
-                return _Found(self._lent(files), files, "kept")
+                return _Found(self._lent(files), ref, "kept")
 
     def _lent(self, files: tuple[File, ...]) -> Loan:
         """What is pinned already."""
@@ -179,17 +188,19 @@ class Library:
 
 
 class Borrowed(NamedTuple):
-    """A LoRA file, under its own name, and where scores of it may be kept for the next time."""
+    """A LoRA file, under its own name, and where scores of it may be kept for the next time. triggers: words that call
+    it, as its authority says."""
 
     path: Path
     scores: Path
+    triggers: tuple[str, ...] = ()
 
 
 class _Found(NamedTuple):
-    """A loan of files. how: the word for the log."""
+    """A loan of the files of a ref. how: the word for the log."""
 
     loan: Loan
-    files: tuple[File, ...]
+    ref: Ref
     how: str
 
 
@@ -201,6 +212,7 @@ class _Asked:
     scope: str
     tokens: Tokens = field(repr=False)
     deadline: Deadline
+    bases: Mapping[str, str]
 
     @property
     def plain(self) -> Reference:
@@ -234,3 +246,19 @@ def _check_pin(reference: Reference, sha256: str | None) -> None:
             f"{replace(reference, pin=None)} has the sha256 {sha256}, and not the pinned {reference.pin}. "
             "Expected the file that was pinned, or another pin."
         )
+
+
+def _check_base(asked: _Asked, base_model: str | None) -> None:
+    family = family_of(base_model)
+    if asked.bases and family is not None and family not in asked.bases.values():
+        raise SourceError(
+            f"{asked.plain} was made for {base_model!r:.60}, as its page says. "
+            f"Expected a LoRA for {' or '.join(asked.bases)}."
+        )
+
+
+def _told(ref: Ref) -> str:
+    """What the authority says of a reference, in a line."""
+    facts = [f"made for {ref.base_model!r:.60}"] if ref.base_model else []
+    facts += [f"called by {', '.join(map(repr, ref.triggers))}"] if ref.triggers else []
+    return f"{ref.reference}: {', '.join(facts)}, as its page says"

@@ -78,11 +78,16 @@ class Room:
                 if unused or entry.path.parent == self._folder.quarantine:
                     for name in refs.get(entry.path.name, ()):
                         self._refs.forget(name)
-                    for scores in self._folder.scores.glob(f"*{entry.path.name}*"):
-                        remove(scores)
+                    gone += entry.size + self._remove_scores(entry.path.name)
                     remove(entry.path)
-                    gone += entry.size
         return gone
+
+    def _remove_scores(self, blob: str) -> int:
+        """Of a blob, alone or with others; how many bytes they were."""
+        scores = [entry for entry in files(self._folder.scores) if blob in entry.path.name]
+        for entry in scores:
+            remove(entry.path)
+        return sum(entry.size for entry in scores)
 
     def sweep(self) -> None:
         """Clear away what killed processes and damage left: at the start, beside others that are at work."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from klora.sources import civitai, hub, replicate, web
 from klora.sources.deadline import Deadline
-from klora.sources.download import Download, NotFound
+from klora.sources.download import Denied, Download, NotFound
 from klora.sources.fetch import Sink, fetch
 from klora.sources.kinds import Bare, CivitaiFile, HubFile, Reference, ReplicateModel, Url
 from klora.sources.network import Network
@@ -48,11 +48,15 @@ class Authorities:
 
     def _resolve_bare(self, reference: Bare, tokens: Mapping[str, str], deadline: Deadline) -> tuple[Download, ...]:
         """Replicate's, where it has one that was trained there; else Hugging Face's."""
-        for candidate in reference.candidates():
+        model, repository = reference.candidates()
+        for candidate in (model, repository):
             try:
                 found = self.resolve(candidate, tokens, deadline)
             except NotFound:
                 continue
+            except Denied as error:
+                before = f"{model} is not on Replicate, and " if candidate == repository else ""
+                raise Denied(f"{before}{error}") from None
             logger.info("%s is %s", reference, candidate)
             return found
         raise NotFound(

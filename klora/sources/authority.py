@@ -1,9 +1,10 @@
 """What asking any authority has in common: the token's header, the name of a file, where an answer sends one on."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
+from typing import Any
 from urllib.parse import urljoin
 
 from klora.errors import SourceError
@@ -14,6 +15,7 @@ from klora.sources.retries import persistently
 
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_NAME = 80  # characters
+MAX_TRIGGERS, MAX_TRIGGER = 20, 200  # words, and the characters of one
 
 
 def bearer(token: str | None, authority: str) -> dict[str, str]:
@@ -30,6 +32,13 @@ def file_name(path: str) -> str:
     """What a file is called on the disk: the end of its path in letters, digits and "._-", at most 80 of them."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", PurePosixPath(path).name)
     return name[-MAX_NAME:].lstrip("._-") or "lora"
+
+
+def trigger_words(said: Iterable[Any]) -> tuple[str, ...]:
+    """What authors say calls a LoRA, as far as it can stand in a prompt and in a line of a log."""
+    words = [text.strip(" ,") for text in said if isinstance(text, str)]
+    plain = [word for word in words if word.isprintable() and 0 < len(word) <= MAX_TRIGGER]
+    return tuple(dict.fromkeys(plain))[:MAX_TRIGGERS]
 
 
 def redirection(url: str, headers: dict[str, str], net: Network, deadline: Deadline) -> str | None:

@@ -1,9 +1,17 @@
 """What a reference comes to once its authority has been asked: what to fetch, and what is known of it beforehand."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from klora.errors import SourceError
+
+# CivitAI's words for base models, a list to choose from, by the key of klora.models.FAMILIES; "": none of ours.
+_FAMILIES = {
+    "sdxl": re.compile(r"SDXL .*|Pony|Illustrious|NoobAI"),
+    "flux": re.compile(r"Flux\.1 .*"),
+    "": re.compile(r"(SD [123]|Flux\.2|Wan|Hunyuan|Qwen|HiDream|SVD|LTXV|CogVideoX|PixArt|AuraFlow|Pony V7)\b.*"),
+}
 
 
 @dataclass(frozen=True)
@@ -15,7 +23,7 @@ class Download:
     url: may be signed.   headers: for the origin of url alone, never for one that it redirects to.
     size: in bytes, sha256: in hex, where the authority gives them; None where it does not.
     credential: whether a token was sent to resolve it, or would be to fetch it.
-    base_model, triggers: what the authority says of it.
+    base_model, triggers: what the authority says of it: the model that it was made for, words that call it.
     """
 
     key: str
@@ -32,6 +40,12 @@ class Download:
     def holds_weights(self) -> bool:
         """Whether it is more than what lies beside weights: a PEFT repository's adapter_config.json."""
         return not self.name.endswith(".json")
+
+
+def family_of(base_model: str | None) -> str | None:
+    """The family of a base model that an authority names; "" where it is surely none of ours, None where the words do
+    not tell, as those on most pages of Hugging Face's."""
+    return next((family for family, said in _FAMILIES.items() if said.fullmatch(base_model or "")), None)
 
 
 class NotFound(SourceError):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from klora.errors import SourceError
-from klora.sources.authority import bearer, file_name, understood
+from klora.sources.authority import bearer, file_name, trigger_words, understood
 from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, Download, NotFound
 from klora.sources.network import Network
@@ -104,7 +104,7 @@ def _read(answer: Any) -> _Repository:
         files={str(file["rfilename"]): _file(file) for file in answer["siblings"]},
         gated=bool(answer.get("gated")),
         base_model=next(_texts(card, "base_model"), None),
-        triggers=(*_texts(card, "instance_prompt"), *_texts(card, "trigger")),
+        triggers=trigger_words((*_texts(card, "instance_prompt"), *_texts(card, "trigger"))),
     )
 
 

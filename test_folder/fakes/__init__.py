@@ -1,14 +1,17 @@
 """Authorities on 127.0.0.1: small real HTTP servers, used as context managers, that remember what they were asked."""
 
 import hashlib
+import io
 import re
 import ssl
+import tarfile
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Self
+from typing import Any, Protocol, Self
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
@@ -61,9 +64,9 @@ class Server:
                 self.send_response(reply.status)
                 for name, value in {"Content-Length": str(len(reply.body)), **reply.headers}.items():
                     self.send_header(name, value)
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(reply.body)
+                with suppress(ConnectionError):  # whoever asked wants no more of it
+                    self.end_headers()
+                    self.wfile.write(reply.body if self.command == "GET" else b"")
 
             do_HEAD = do_GET  # noqa: N815, the name that http.server looks for
 
@@ -120,44 +123,71 @@ class Storage(Server):
 
 
 def ranged(request: Request, content: bytes, headers: Mapping[str, str] | None = None) -> Reply:
-    """Content, or the end of it where that is asked for."""
+    """Content, or the part of it that is asked for."""
     headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "Accept-Ranges": "bytes", **(headers or {})}
-    start = re.fullmatch(r"bytes=(\d+)-", request.headers["Range"] or "")
-    if start is None:
+    asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers["Range"] or "")
+    if asked is None:
         return Reply(200, content, headers)
-    part = f"bytes {start[1]}-{len(content) - 1}/{len(content)}"
-    return Reply(206, content[int(start[1]) :], {**headers, "Content-Range": part})
+    first, last = int(asked[1]), int(asked[2] or len(content) - 1)
+    return Reply(206, content[first : last + 1], {**headers, "Content-Range": f"bytes {first}-{last}/{len(content)}"})
 
 
+def tarred(files: Mapping[str, bytes]) -> bytes:
+    """A plain tar of files by their path."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return archive.getvalue()
+
+
+QUICK = Patience(connect=5.0, read=5.0, pause=0.01)
 _CONTEXT = ssl.create_default_context()  # one for all: it takes longer to make than most tests
 
 
-def network(*servers: Server) -> Network:
-    """A way to these servers and to no other of this machine, that does not wait long before it tries again."""
-    patience = Patience(pause=0.01)
-    return Network(frozenset(server.host for server in servers), Dialler(patience, context=_CONTEXT))
+class Addressed(Protocol):
+    """A server of either kind."""
+
+    @property
+    def host(self) -> str:
+        """As a URL has it, with its port."""
+
+
+def network(*servers: Addressed, **dialler: Any) -> Network:
+    """A way to these servers and to no other of this machine, that does not wait long before it tries again.
+
+    dialler: what of its Dialler is otherwise.
+    """
+    usual = {"patience": QUICK, "context": _CONTEXT}
+    return Network(frozenset(server.host for server in servers), Dialler(**{**usual, **dialler}))
 
 
 def fetched(download: Download, net: Network) -> bytes:
     """What a download brings. Raises SourceError."""
-    memory = _Memory()
+    memory = Memory()
     with Deadline(10) as deadline:
         fetch(download, memory, net, deadline, 1 << 20)
-    return memory.content
+    return memory.data
 
 
-class _Memory:
+class Memory:
+    """A sink that says what was done with it."""
+
     def __init__(self) -> None:
-        self.content = b""
+        self.data = b""
+        self.restarts = 0
 
     def write(self, data: bytes) -> None:
-        self.content += data
+        self.data += data
 
     def restart(self) -> None:
-        self.content = b""
+        self.data = b""
+        self.restarts += 1
 
 
-def refused(resolve: Callable[..., object], kind: type[SourceError], text: str, token: str | None = None) -> str:
+def refused(resolve: Callable[..., object], kind: type[SourceError], text: str, token: object = None) -> str:
     """The one sentence with which a reference is refused, as just this kind of error and without a token."""
     with pytest.raises(kind) as error:
         resolve(text, token)

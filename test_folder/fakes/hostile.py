@@ -67,11 +67,11 @@ class Hostile:
         self._listener.close()
 
     @property
-    def authority(self) -> str:
+    def host(self) -> str:
         return f"127.0.0.1:{self.port}"
 
     def url(self, path: str) -> str:
-        return f"http://{self.authority}{path}"
+        return f"http://{self.host}{path}"
 
     def asked(self, path: str) -> list[Client]:
         """The requests for a path, in order."""

@@ -1,0 +1,292 @@
+"""The LoRA files that requests name: which paths are taken, what the environment says of the others, what is lent."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import weights
+from klora.errors import KLoRAError, LoRAError, RequestError, SourceError
+from klora.files.container import files_of
+from klora.models import load_shapes
+from klora.sources.download import Denied, NotFound
+from test_folder.fakes import Storage, tarred
+from test_folder.fakes.civitai import Civitai, File
+from test_folder.fakes.hub import Hub
+from test_folder.fakes.replicate import Replicate
+from test_folder.lending import CONTENT, STYLE, sha256
+from test_folder.variants import VARIANTS
+
+SETTINGS = (
+    *weights.AUTHORITIES.values(),
+    *weights.TOKENS.values(),
+    "KLORA_CACHE",
+    "KLORA_CACHE_GB",
+    "KLORA_TRUSTED_HOSTS",
+)
+
+
+@pytest.fixture(autouse=True)
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None but a cache of one's own."""
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("KLORA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A LoRA folder with dog.safetensors, beside it elsewhere.safetensors."""
+    (tmp_path / "loras").mkdir()
+    (tmp_path / "loras" / "dog.safetensors").write_bytes(CONTENT)
+    (tmp_path / "elsewhere.safetensors").write_bytes(STYLE)
+    return tmp_path / "loras"
+
+
+@pytest.fixture
+def hub(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """The one that HF_ENDPOINT names, its storage trusted."""
+    with Hub(storage) as hub:
+        hub.tokens_issued = {"hf_Ann"}
+        monkeypatch.setenv("HF_ENDPOINT", f"{hub.url}/")
+        monkeypatch.setenv("KLORA_TRUSTED_HOSTS", f" {storage.host} ,, 10.0.0.1:80")
+        yield hub
+
+
+def read(files: weights.LoRAFiles, reference: str, **tokens: str) -> bytes:
+    with files.borrowed({"style_lora": reference}, tokens) as (paths, _):
+        return paths["style_lora"].read_bytes()
+
+
+def refusal(files: weights.LoRAFiles, reference: str, kind: type[KLoRAError] = SourceError) -> str:
+    with pytest.raises(kind) as error:
+        read(files, reference)
+    return str(error.value)
+
+
+# Local files.
+
+
+@pytest.mark.parametrize(
+    "reference", ["dog.safetensors", "./dog.safetensors", f"dog.safetensors#sha256={sha256(CONTENT)}"]
+)
+def test_a_file_below_the_root_is_taken_and_needs_no_cache(root: Path, tmp_path: Path, reference: str) -> None:
+    files = weights.LoRAFiles(root)
+    assert read(files, reference) == CONTENT
+    with files.borrowed({"style_lora": reference}, {}) as (paths, lent):
+        assert paths == {"style_lora": root / "dog.safetensors"} and not lent
+    assert not (tmp_path / "cache").exists()
+
+
+def test_another_file_than_the_pinned_one_is_refused_naming_both(root: Path) -> None:
+    assert refusal(weights.LoRAFiles(root), f"dog.safetensors#sha256={'0' * 64}") == (
+        f"style_lora: dog.safetensors has the sha256 {sha256(CONTENT)}. Expected {'0' * 64}, its pin."
+    )
+
+
+@pytest.mark.parametrize(
+    "reference", ["../elsewhere.safetensors", "/etc/hostname", "~/dog.safetensors", "none.safetensors"]
+)
+def test_a_server_takes_no_other_path(root: Path, tmp_path: Path, reference: str) -> None:
+    assert refusal(weights.LoRAFiles(root), reference, KLoRAError).startswith("style_lora")
+    assert refusal(weights.LoRAFiles(root), str(tmp_path / "elsewhere.safetensors"), KLoRAError).startswith(
+        "style_lora"
+    )
+
+
+def test_without_a_root_it_takes_none() -> None:
+    assert "KLORA_LORA_ROOT is not set" in refusal(weights.LoRAFiles(), "dog.safetensors", LoRAError)
+
+
+def test_who_owns_the_machine_may_name_any_path(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    files = weights.LoRAFiles(anywhere=True)
+    for path in ("../elsewhere.safetensors", str(tmp_path / "elsewhere.safetensors")):
+        assert read(files, path) == STYLE
+    assert read(files, f"dog.safetensors#sha256={sha256(CONTENT)}") == CONTENT
+    assert "has the sha256" in refusal(files, f"dog.safetensors#sha256={'0' * 64}")
+
+
+def test_there_a_path_that_exists_goes_before_what_else_it_may_mean(
+    hub: Hub, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.publish("o/m", {"x.safetensors": STYLE})
+    monkeypatch.chdir(root)
+    (root / "hf:o").mkdir()
+    (root / "hf:o" / "m").write_bytes(CONTENT)
+    assert read(weights.LoRAFiles(anywhere=True), "hf:o/m") == CONTENT
+    assert read(weights.LoRAFiles(root), "hf:o/m") == STYLE
+
+
+@pytest.mark.parametrize("text", ["ftp://x.org/a", "hf:o", "a" * 5000, "\0", "civitai:x"])
+@pytest.mark.parametrize("anywhere", [False, True])
+def test_what_is_no_reference_is_said_of_its_input(text: str, anywhere: bool) -> None:
+    assert refusal(weights.LoRAFiles(anywhere=anywhere), text).startswith("style_lora: '")
+
+
+# The environment.
+
+
+def test_authorities_are_where_their_endpoints_say_and_lend_what_they_allow(
+    hub: Hub, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.publish("o/m", {"x.safetensors": CONTENT}, readers={"hf_Ann"})
+    with Civitai(storage) as civitai, Replicate() as replicate:
+        monkeypatch.setenv("CIVITAI_ENDPOINT", civitai.url)
+        monkeypatch.setenv("REPLICATE_ENDPOINT", replicate.url)
+        civitai.publish(1, 9, File(1, content=STYLE))
+        replicate.weights["o/m"] = storage.signed("/x.tar", tarred({"lora.safetensors": STYLE}))
+        files = weights.LoRAFiles()
+        assert read(files, "hf:o/m", hf="hf_Ann") == CONTENT
+        assert read(files, "civitai:9") == STYLE
+        assert read(files, "replicate:o/m") == tarred({"lora.safetensors": STYLE})
+
+
+def test_what_is_not_named_as_trusted_is_not_gone_to(
+    hub: Hub, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.publish("o/m", {"x.safetensors": CONTENT})
+    monkeypatch.setenv("KLORA_TRUSTED_HOSTS", "127.0.0.1:1")
+    files = weights.LoRAFiles()
+    assert "is http to port" in refusal(files, "hf:o/m")
+    assert "is http to port" in refusal(files, storage.signed("/y.safetensors", CONTENT))
+    assert not storage.requests
+
+
+def test_the_machines_own_tokens_are_used_only_where_they_are_handed_in(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """H4."""
+    hub.publish("o/m", {"x.safetensors": CONTENT}, readers={"hf_Ann"})
+    monkeypatch.setenv("HF_TOKEN", "hf_Ann")
+    monkeypatch.setenv("REPLICATE_API_TOKEN", "")
+    assert weights.own_tokens() == {"hf": "hf_Ann"}
+    files = weights.LoRAFiles()
+    refusal(files, "hf:o/m", Denied)
+    assert not hub.tokens()
+    assert read(files, "hf:o/m", **weights.own_tokens()) == CONTENT
+
+
+def test_the_cache_is_where_klora_cache_says_and_shared_by_all_who_say_so(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.publish("o/m", {"x.safetensors": CONTENT})
+    assert read(weights.LoRAFiles(), "hf:o/m") == CONTENT
+    before = len(hub.requests)
+    assert read(weights.LoRAFiles(), "hf:o/m") == CONTENT
+    assert len(hub.requests) == before
+    assert [path.name for path in (tmp_path / "cache" / "blobs").iterdir()] == [sha256(CONTENT)]
+    monkeypatch.setenv("HOME", "/nobody")
+    monkeypatch.setenv("KLORA_CACHE", "")
+    assert weights.cache_folder() == Path("/nobody/.cache/klora/loras")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [(None, 20_000_000_000), ("", 20_000_000_000), ("0.5", 500_000_000), ("1e3", 10**12)]
+)
+def test_its_size_is_in_gigabytes(monkeypatch: pytest.MonkeyPatch, text: str | None, size: int) -> None:
+    if text is not None:
+        monkeypatch.setenv("KLORA_CACHE_GB", text)
+    assert weights.cache_bytes() == size
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "much", "20 GB", "nan", "inf", "1e-12"])
+def test_a_size_that_is_none_is_refused_by_whoever_needs_the_cache(
+    root: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv("KLORA_CACHE_GB", text)
+    files = weights.LoRAFiles(root)
+    assert refusal(files, "hf:o/m", RequestError) == (
+        f"KLORA_CACHE_GB is {text!r}. Expected the size of the LoRA cache in gigabytes, as in 20."
+    )
+    assert read(files, "dog.safetensors") == CONTENT
+
+
+def test_a_file_that_is_larger_than_the_cache_is_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.publish("o/m", {"x.safetensors": CONTENT})
+    monkeypatch.setenv("KLORA_CACHE_GB", "0.00001")
+    assert refusal(weights.LoRAFiles(), "hf:o/m").startswith("The LoRA cache is full: ")
+
+
+# What is lent.
+
+
+def test_of_two_files_the_local_one_and_the_fetched_one_come_together(hub: Hub, root: Path, tmp_path: Path) -> None:
+    hub.publish("o/m", {"x.safetensors": STYLE}, card={"instance_prompt": "in zork style"})
+    references = {"content_lora": "dog.safetensors", "style_lora": "hf:o/m"}
+    with weights.LoRAFiles(root).borrowed(references, {}) as (paths, lent):
+        assert [paths[name].read_bytes() for name in references] == [CONTENT, STYLE]
+        assert list(lent) == ["style_lora"]
+        assert lent["style_lora"].triggers == ("in zork style",)
+        assert lent["style_lora"].scores.parent == tmp_path / "cache" / "scores"
+    assert not paths["style_lora"].exists() and paths["content_lora"].exists()
+
+
+def test_what_is_for_no_base_of_the_request_is_refused_before_it_is_fetched(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C9."""
+    with Civitai(storage) as civitai:
+        monkeypatch.setenv("CIVITAI_ENDPOINT", civitai.url)
+        monkeypatch.setenv("KLORA_TRUSTED_HOSTS", storage.host)
+        civitai.publish(1, 9, File(1, content=STYLE), baseModel="Flux.1 D")
+        files = weights.LoRAFiles()
+        with pytest.raises(SourceError) as error, files.borrowed({"a": "civitai:9"}, {}, ("sdxl", "illustrious-xl")):
+            pass
+        assert str(error.value) == (
+            "civitai:9 was made for 'Flux.1 D', as its page says. Expected a LoRA for sdxl or illustrious-xl."
+        )
+        assert not storage.requests
+        for bases in (("sdxl", "flux-schnell"), ()):
+            with files.borrowed({"a": "civitai:9"}, {}, bases) as (paths, _):
+                assert paths["a"].read_bytes() == STYLE
+
+
+def test_a_request_may_come_to_the_base_that_it_names_or_to_any_installed_one(
+    bases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KLORA_MODELS", str(bases))
+    assert weights.runnable("flux-dev") == ["flux-dev"]
+    assert weights.runnable(None) == weights.installed_bases()
+
+
+@pytest.mark.parametrize(
+    "variant", [v for v in VARIANTS if "PEFT repository" in v.name], ids=lambda v: f"{v.family}, {v.name}"
+)
+def test_a_peft_repository_is_fetched_with_its_alphas(hub: Hub, bases: Path, tmp_path: Path, variant) -> None:
+    """H8: its adapter_config.json is honoured, through the real fetch and the real reader."""
+    model = load_shapes(variant.family, bases / {"sdxl": "sdxl", "flux": "flux-dev"}[variant.family])
+    (tmp_path / "made").mkdir()
+    folder, meant = variant.write(model, tmp_path / "made")
+    hub.publish("o/m", {path.name: path.read_bytes() for path in folder.iterdir()})
+    files = weights.LoRAFiles()
+    for _ in range(2):  # fetched, and from the cache
+        with files.borrowed({"lora": "hf:o/m"}, {}) as (paths, lent):
+            assert set(files_of(paths["lora"])) == {"lora", "adapter"}
+            assert hashlib.sha256((folder / "adapter_config.json").read_bytes()).hexdigest() in lent["lora"].scores.name
+            lora = model.read_lora(paths["lora"])
+        assert lora.keys() == meant.keys()
+        for name, pair in lora.items():
+            torch.testing.assert_close(pair.B.double() @ pair.A.double(), meant[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_peft_repository_that_lost_its_config_is_no_longer_lent(hub: Hub, bases: Path) -> None:
+    config = {"adapter_model.safetensors": CONTENT, "adapter_config.json": b'{"lora_alpha": 8, "r": 4}'}
+    hub.publish("o/m", config)
+    files = weights.LoRAFiles()
+    with files.borrowed({"lora": "hf:o/m"}, {}) as (paths, _):
+        assert paths["lora"].with_name("adapter_config.json").read_bytes() == config["adapter_config.json"]
+    (weights.cache_folder() / "blobs" / sha256(config["adapter_config.json"])).unlink()
+    with files.borrowed({"lora": "hf:o/m"}, {}) as (paths, _):
+        assert paths["lora"].with_name("adapter_config.json").read_bytes() == config["adapter_config.json"]
+
+
+@pytest.mark.parametrize("config", [b"<html>", b"", b"PK"])
+def test_a_config_that_is_none_is_refused_and_the_weights_with_it(hub: Hub, config: bytes) -> None:
+    hub.publish("o/m", {"adapter_model.safetensors": CONTENT, "adapter_config.json": config})
+    assert refusal(weights.LoRAFiles(), "hf:o/m").startswith("adapter_config.json looks like ")
+    hub.publish("o/m", {})
+    weights.LoRAFiles()
+    refusal(weights.LoRAFiles(), "hf:o/m", NotFound)

@@ -1,0 +1,69 @@
+"""Words that call a LoRA: its file's own, else what its authority says, added where the prompt has none of them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from klora.cache import Borrowed
+from klora.request import Request
+from klora.studio import Studio
+
+SAID = ("zork style", "sks")
+
+
+@pytest.fixture(scope="module")
+def studio(bases: Path) -> Studio:
+    return Studio(lambda name, family: ("sdxl", "sdxl", bases / "sdxl"), Path("no-checker"), torch.device("cpu"))
+
+
+@pytest.fixture
+def lora(loras: Path, tmp_path: Path) -> Path:
+    """A file that names no word."""
+    path = tmp_path / "oil.safetensors"
+    path.write_bytes((loras / "sdxl_style.safetensors").read_bytes())
+    return path
+
+
+def drawn(
+    studio: Studio, lora: Path, prompt: str, said: tuple[str, ...] = SAID, **given: Any
+) -> tuple[np.ndarray, Any]:
+    """The image, and which words were added."""
+    facts: dict[str, Any] = {}
+    request = Request(prompt, num_inference_steps=2, seed=1, disable_safety_checker=True, **given)
+    lent = {"style_lora": Borrowed(lora, lora.with_suffix(".json"), said)}
+    images = studio.make(request, {"style_lora": lora}, facts.__setitem__, lent=lent)
+    return np.asarray(images[0]), facts.get("triggers_added")
+
+
+def test_the_first_word_is_added_where_the_prompt_has_none(studio: Studio, lora: Path) -> None:
+    image, added = drawn(studio, lora, "a dog")
+    assert added == "zork style"
+    assert np.array_equal(image, drawn(studio, lora, "zork style, a dog", ())[0])
+    assert not np.array_equal(image, drawn(studio, lora, "a dog", ())[0])
+
+
+@pytest.mark.parametrize("prompt", ["a dog, Zork Style", "a sks dog"])
+def test_any_of_them_suffices(studio: Studio, lora: Path, prompt: str) -> None:
+    image, added = drawn(studio, lora, prompt)
+    assert added is None
+    assert np.array_equal(image, drawn(studio, lora, prompt, ())[0])
+
+
+def test_none_is_added_when_none_shall_be(studio: Studio, lora: Path) -> None:
+    assert drawn(studio, lora, "a dog", add_triggers=False)[1] is None
+    assert drawn(studio, lora, "a dog", fusion="sum", style_scale=0.5)[1] == "zork style"
+
+
+def test_the_files_own_word_goes_before_what_others_say(studio: Studio, lora: Path) -> None:
+    save_file(load_file(lora), lora, {"trigger": "own"})
+    assert drawn(studio, lora, "a dog")[1] == "own"
+
+
+def test_what_one_page_says_is_not_said_of_the_same_file_elsewhere(studio: Studio, lora: Path) -> None:
+    """The file is kept in memory by its bytes, its words are not."""
+    for said, added in ((SAID, "zork style"), (("other",), "other"), ((), None)):
+        assert drawn(studio, lora, "a dog", said)[1] == added
