@@ -1,159 +1,42 @@
-"""Base models come whole and checked, from a hub on 127.0.0.1, by its client or by a program in pget's place."""
+"""Base models come whole and checked, from a hub on 127.0.0.1, by its client."""
 
 import hashlib
-import json
 import logging
-import os
-import resource
-import signal
-import sys
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from multiprocessing import get_context
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from threading import Lock, Thread
-from urllib.parse import unquote, urlsplit
 
-import huggingface_hub.constants
 import pytest
 
 from klora.bases.install import ensure_base
-from klora.bases.pget import Pget, PgetError, find_pget
+from klora.bases.pget import Pget
 from klora.bases.table import BASES, Base
 from klora.errors import BaseModelError
-
-COMMIT, OTHER_COMMIT = "c0ffee" * 6 + "c0de", "5eed" * 10
-TOKEN, MACHINES_TOKEN, SIGNATURE = "hf_givenByTheUser", "hf_thisMachinesOwn", "sIgNeDsIgNeD"
-UNET, VAE, CONFIG, INDEX = "unet/weights.safetensors", "vae/weights.safetensors", "unet/config.json", "model_index.json"
-FILES = {UNET: os.urandom(300_000), VAE: os.urandom(50_000), CONFIG: b'{"layers": 2}', INDEX: b'{"_class_name": "X"}'}
-BASE = Base("sdxl", "owner/tiny", COMMIT, ("*.json", "*/*.json", "*/*.safetensors"), "MIT")
-GATED = replace(BASE, gated=True)
-FORK = get_context("fork")  # others would import all that the tests of this process have imported
-
-
-class Hub:
-    """A hub with the repository owner/tiny. Weights are in its large storage, at signed addresses of another origin.
-
-    listed: sizes and hashes that it claims instead of the true ones.  broken: how many times a file's body ends early.
-    lost: paths that it lists and does not have.  closed: the kind of address, "resolve" or "storage",
-    that it refuses everybody.  pace: seconds between the pieces of a body.
-    """
-
-    def __init__(self) -> None:
-        self.files = FILES | {"README.md": b"read me", "all_in_one.safetensors": b"not wanted"}
-        self.commits = {COMMIT: COMMIT, OTHER_COMMIT: OTHER_COMMIT, "main": COMMIT}
-        self.listed: dict[str, dict[str, object]] = {}
-        self.broken: dict[str, int] = {}
-        self.lost: set[str] = set()
-        self.gated, self.closed, self.pace = False, "", 0.0
-        self.asked: list[tuple[str, str, str | None]] = []  # method and address, path in the repository, Authorization
-        self.lock = Lock()
-
-    def fetched(self, *kinds: str) -> list[str]:
-        """The files whose bytes were asked for, once for each time."""
-        return [path for kind, path, _ in self.asked if kind in (kinds or ("GET resolve", "GET storage"))]
-
-    def entry(self, path: str) -> dict[str, object]:
-        content = self.files[path]
-        entry = {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-        if path.endswith(".safetensors"):
-            claimed = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content)} | self.listed.get(path, {})
-            entry |= {"lfs": claimed | {"pointerSize": 134}, "size": claimed["size"]}
-        return entry
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Answers for the hub of its server."""
-
-    protocol_version = "HTTP/1.1"
-    server: "Server"
-
-    def do_GET(self) -> None:
-        hub, path = self.server.hub, unquote(urlsplit(self.path).path)
-        kind, _, rest = path.removeprefix("/").partition("/owner/tiny/" if path.startswith("/api") else "/")
-        if path.startswith("/api/"):
-            kind, revision, file = "api", rest.split("/")[1], ""
-        elif path.startswith("/storage/"):
-            kind, revision, file = "storage", COMMIT, rest
-        else:
-            _, _, _, _, revision, file = path.split("/", 5)
-            kind = "resolve"
-        with hub.lock:
-            hub.asked.append((f"{self.command} {kind}", file, self.headers["Authorization"]))
-        if revision not in hub.commits:
-            return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
-        if kind == "api":
-            tree = [{"type": "directory", "path": "unet", "oid": "0" * 40}, *map(hub.entry, hub.files)]
-            answer: object = tree if rest.startswith("tree/") else {"id": "owner/tiny", "sha": hub.commits[revision]}
-            return self.answer(200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
-        if kind == "resolve" and hub.gated and self.headers["Authorization"] != f"Bearer {TOKEN}":
-            return self.answer(401, {"X-Error-Code": "GatedRepo"})
-        if kind == hub.closed:
-            return self.answer(403, {})
-        if file in hub.lost:
-            return self.answer(404, {"X-Error-Code": "EntryNotFound"})
-        return self.file(kind, file)
-
-    do_HEAD = do_GET  # noqa: N815
-
-    def file(self, kind: str, path: str) -> None:
-        content = self.server.hub.files[path]
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(content).hexdigest()}"', "Accept-Ranges": "bytes"}
-        if kind == "resolve" and path.endswith(".safetensors"):
-            place = f"http://localhost:{self.server.server_port}/storage/{path}?Signature={SIGNATURE}"
-            linked = {"X-Linked-ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Linked-Size": str(len(content))}
-            return self.answer(302, headers | linked | {"Location": place})
-        if begin := self.headers["Range"]:
-            start = int(begin.removeprefix("bytes=").split("-")[0])
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-            return self.answer(206, headers, content[start:], path)
-        return self.answer(200, headers, content, path)
-
-    def answer(self, status: int, headers: dict[str, str], body: bytes = b"", path: str = "") -> None:
-        hub = self.server.hub
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        if hub.broken.get(path, 0):
-            hub.broken[path] -= 1
-            body, self.close_connection = body[: len(body) // 2], True
-        for start in range(0, len(body), 10_000):
-            self.wfile.write(body[start : start + 10_000])
-            self.wfile.flush()
-            time.sleep(hub.pace)
-
-    def log_message(self, *_: object) -> None:
-        return
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self, hub: Hub) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.hub, self.address = hub, f"http://127.0.0.1:{self.server_port}"
-
-    def handle_error(self, *_: object) -> None:
-        return  # a client that was killed
+from test_folder.fakes.base_hub import (
+    BASE,
+    COMMIT,
+    CONFIG,
+    FILES,
+    GATED,
+    INDEX,
+    MACHINES_TOKEN,
+    OTHER_COMMIT,
+    REPOSITORY,
+    SIGNATURE,
+    TOKEN,
+    UNET,
+    VAE,
+    Hub,
+    Server,
+    contents,
+    serving,
+)  # fmt: skip
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # of processes begun here
-    monkeypatch.setenv("HF_TOKEN", MACHINES_TOKEN)
-    server = Server(Hub())
-    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+def server() -> Iterator[Server]:
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture
@@ -180,92 +63,6 @@ def refusal(ensure: Callable[..., Path]) -> Callable[..., str]:
         return str(error.value)
 
     return refusal
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """The files of an installed base by path, without the notes of those that fetched it."""
-    paths = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
-    return {str(name): path.read_bytes() for name, path in paths.items() if name.parts[0] != ".cache"}
-
-
-def leftovers(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.name.endswith((".incomplete", ".pid", ".new"))]
-
-
-# A program in pget's place. How it behaves is in a file beside it, for its environment has to be empty.
-
-PGET = """#!{python} -I
-import argparse, json, os, pathlib, subprocess, sys, time, urllib.request
-
-parser = argparse.ArgumentParser()
-parser.add_argument("-f", "--force", action="store_true")
-parser.add_argument("-c", "--concurrency", type=int)
-parser.add_argument("-m", "--chunk-size")
-parser.add_argument("--pid-file", default="/run/pget.pid")
-parser.add_argument("url")
-parser.add_argument("dest", type=pathlib.Path)
-given = parser.parse_args()
-here = pathlib.Path(__file__).parent
-how = (here / "how").read_text()
-pathlib.Path(given.pid_file).write_text(str(os.getpid()))
-pids = [os.getpid()]
-if how == "hang":
-    pids.append(subprocess.Popen(["sleep", "60"]).pid)
-with (here / "runs").open("a") as runs:
-    runs.write(json.dumps(dict(argv=sys.argv, environ=dict(os.environ), pids=pids)) + "\\n")
-if given.dest.exists() and not given.force:
-    sys.exit("destination exists")
-body = urllib.request.urlopen(given.url).read()
-if how == "nothing":
-    sys.exit(0)
-if how == "wrong":
-    body = body[:-1] + bytes([body[-1] ^ 1])
-if how in ("partial", "hang"):
-    body = body[: len(body) // 2]
-given.dest.write_bytes(body)
-if how == "hang":
-    time.sleep(60)
-os.remove(given.pid_file)
-sys.exit(how == "partial")
-"""
-
-
-class FakePget:
-    """The program and what it was run with."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        self.path = folder / "pget"
-        self.path.write_text(PGET.replace("{python}", sys.executable))
-        self.path.chmod(0o755)
-        self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
-        self.behave("well")
-
-    def behave(self, how: str) -> None:
-        (self.path.parent / "how").write_text(how)
-
-    def runs(self) -> list[dict[str, list[str]]]:
-        runs = self.path.parent / "runs"
-        return [json.loads(line) for line in runs.read_text().splitlines()] if runs.exists() else []
-
-
-@pytest.fixture
-def fake(tmp_path_factory: pytest.TempPathFactory) -> FakePget:
-    return FakePget(tmp_path_factory.mktemp("bin") / "bin")
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
-
-
-def soon(true: Callable[[], object], seconds: float = 20.0) -> bool:
-    end = time.monotonic() + seconds
-    while not true() and time.monotonic() < end:
-        time.sleep(0.02)
-    return bool(true())
 
 
 # The table.
@@ -304,7 +101,7 @@ def test_a_second_time_only_the_list_is_asked_for(hub: Hub, ensure: Callable[...
     ensure()
     hub.asked.clear()
     ensure()
-    assert hub.asked == [("GET api", "", None)]
+    assert hub.asked == [("GET tree", "", None)]
 
 
 def test_each_file_has_one_line_in_the_log_and_no_line_has_a_signed_address(
@@ -396,10 +193,10 @@ def test_a_token_goes_to_the_hub_and_never_to_its_storage(
 ) -> None:
     ensure(BASE, token)
     sent = {
-        kind: {seen for k, _, seen in hub.asked if k == kind} for kind in ("GET api", "HEAD resolve", "GET storage")
+        kind: {seen for k, _, seen in hub.asked if k == kind} for kind in ("GET tree", "HEAD resolve", "GET storage")
     }
     given = {token and f"Bearer {token}"}
-    assert sent == {"GET api": given, "HEAD resolve": given, "GET storage": {None}}
+    assert sent == {"GET tree": given, "HEAD resolve": given, "GET storage": {None}}
 
 
 # What goes wrong.
@@ -423,8 +220,23 @@ def test_a_sha256_that_is_not_the_listed_one_is_refused(hub: Hub, refusal: Calla
 
 @pytest.mark.parametrize("base", [BASE, GATED])
 def test_a_gated_base_without_a_token_says_what_to_do(hub: Hub, refusal: Callable[..., str], base: Base) -> None:
-    hub.gated = True
-    assert refusal(base) == "tiny is gated: accept the licence at huggingface.co/owner/tiny and give a token."
+    hub.gated = {REPOSITORY}
+    assert refusal(base) == (
+        "tiny is gated: accept the licence at huggingface.co/owner/tiny and set HF_TOKEN to a token of the account "
+        "that has."
+    )
+
+
+def test_a_token_that_the_hub_does_not_know_is_told_apart_and_the_next_one_is_right(
+    hub: Hub, ensure: Callable[..., Path], refusal: Callable[..., str], tmp_path: Path
+) -> None:
+    hub.gated = {REPOSITORY}
+    assert refusal(GATED, "hf_mistyped") == (
+        "tiny cannot be fetched: Hugging Face does not know the token in HF_TOKEN. Expected a valid one."
+    )
+    assert contents(tmp_path) == {}
+    ensure(GATED, TOKEN)
+    assert contents(tmp_path / "tiny") == FILES
 
 
 def test_a_hub_out_of_reach_is_a_sentence(server: Server, tmp_path: Path) -> None:
@@ -468,220 +280,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_fetched(
     assert hub.fetched() == []
 
 
-def ensure_with_small_files(limit: int, folder: Path, endpoint: str) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    ensure_base("tiny", BASE, folder, endpoint=endpoint)
-
-
-def test_a_disk_that_takes_no_more_is_a_sentence(server: Server, tmp_path: Path) -> None:
-    with ProcessPoolExecutor(1, mp_context=FORK) as pool, pytest.raises(BaseModelError) as error:
-        pool.submit(ensure_with_small_files, 100_000, tmp_path, server.address).result()
-    assert str(error.value) == (
-        f"tiny cannot be written into {tmp_path / 'tiny'}: File too large. Expected a disk with room for its files."
-    )
-    assert leftovers(tmp_path) == []
-
-
 def test_a_folder_that_cannot_be_made_is_a_sentence(server: Server, tmp_path: Path) -> None:
     (tmp_path / "models").write_text("a file")
     with pytest.raises(BaseModelError, match=r"^tiny cannot be written into .*/tiny: Not a directory\. Expected"):
         ensure_base("tiny", BASE, tmp_path / "models", endpoint=server.address)
-
-
-# Several processes, and processes that end.
-
-
-def test_two_at_once_fetch_each_file_once(server: Server, tmp_path: Path) -> None:
-    """P5: the set-up of two containers that share a folder."""
-    server.hub.pace = 0.02
-    with ProcessPoolExecutor(2, mp_context=FORK) as pool:
-        waiting = [pool.submit(ensure_base, "tiny", BASE, tmp_path, endpoint=server.address) for _ in range(2)]
-        assert [done.result() for done in waiting] == [tmp_path / "tiny"] * 2
-    assert server.hub.fetched().count(UNET) == server.hub.fetched().count(INDEX) == 1
-    assert (contents(tmp_path / "tiny"), leftovers(tmp_path)) == (FILES, [])
-
-
-def test_who_has_waited_for_another_has_nothing_to_do(
-    server: Server, ensure: Callable[..., Path], caplog: pytest.LogCaptureFixture
-) -> None:
-    server.hub.pace = 0.01
-    caplog.set_level(logging.INFO, "klora.bases")
-    with ThreadPoolExecutor(3) as pool:
-        assert len({done.result() for done in [pool.submit(ensure) for _ in range(3)]}) == 1
-    assert sum("files to fetch" in line for line in caplog.messages) == 1
-
-
-def begun(folder: Path, server: Server, pget: Pget | None = None) -> BaseProcess:
-    """ensure_base in a process of its own."""
-    process = FORK.Process(
-        target=ensure_base, args=("tiny", BASE, folder, None, pget), kwargs={"endpoint": server.address}
-    )
-    process.start()
-    return process
-
-
-def test_a_process_killed_half_way_leaves_what_the_next_one_goes_on_from(
-    server: Server, ensure: Callable[..., Path], tmp_path: Path
-) -> None:
-    server.hub.pace = 0.1
-    process = begun(tmp_path, server)
-    assert soon(lambda: (tmp_path / "tiny" / VAE).exists() and leftovers(tmp_path))
-    process.kill()
-    process.join()
-    assert not (tmp_path / "tiny" / INDEX).exists()
-    server.hub.pace, server.hub.asked = 0, []
-    ensure()
-    assert set(server.hub.fetched()) == {UNET, INDEX}
-    assert (contents(tmp_path / "tiny"), leftovers(tmp_path)) == (FILES, [])
-
-
-@pytest.mark.parametrize("by", ["huggingface_hub", "pget"])
-def test_an_interruption_ends_what_is_under_way(
-    server: Server, fake: FakePget, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, by: str
-) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # our files are small
-    pget = Pget(fake.path) if by == "pget" else None
-    server.hub.pace = 0.0 if pget else 2.0  # a minute for the largest file
-    fake.behave("hang")
-    process = begun(tmp_path, server, pget)
-    assert soon(lambda: len(fake.runs()) == 2 if pget else UNET in server.hub.fetched())
-    os.kill(process.pid, signal.SIGINT)
-    process.join(20)
-    assert process.exitcode == 1
-    assert soon(lambda: not any(is_running(pid) for run in fake.runs() for pid in run["pids"]), 2)
-    assert leftovers(tmp_path) == []
-    assert not pget or not {UNET, VAE} & set(server.hub.fetched("HEAD resolve"))  # the client does not begin anew
-
-
-# By pget.
-
-
-def test_pget_fetches_the_large_files_and_the_client_the_small_ones(
-    hub: Hub, ensure: Callable[..., Path], fake: FakePget, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    caplog.set_level(logging.INFO, "klora.bases")
-    ensure(pget=Pget(fake.path))
-    assert contents(tmp_path / "tiny") == FILES
-    by = {line.split()[1].rstrip(","): line.split()[-1] for line in caplog.messages if " bytes in " in line}
-    assert by == {UNET: "pget.", VAE: "pget.", CONFIG: "huggingface_hub.", INDEX: "huggingface_hub."}
-    assert sorted(hub.fetched("GET storage")) == sorted([UNET, VAE])
-    assert leftovers(tmp_path) == []
-
-
-def test_pget_is_given_a_fresh_path_a_lock_of_its_own_and_no_environment(
-    ensure: Callable[..., Path], fake: FakePget, server: Server, tmp_path: Path
-) -> None:
-    ensure(pget=Pget(fake.path))
-    runs = fake.runs()
-    assert sorted(run["argv"][-2] for run in runs) == sorted(
-        f"{server.address}/owner/tiny/resolve/{COMMIT}/{path}" for path in (UNET, VAE)
-    )
-    paths = {word for run in runs for word in run["argv"] if word.startswith(str(tmp_path))}
-    assert len(paths) == 4  # a file and a lock each
-    assert all(Path(path).parent == tmp_path / "tiny" / ".cache" / "klora" for path in paths)
-    assert all(not {"HF_TOKEN", "PATH", "HOME"} & run["environ"].keys() for run in runs)
-
-
-@pytest.mark.parametrize(("base", "token"), [(BASE, TOKEN), (GATED, TOKEN)])
-def test_pget_never_runs_with_a_token_about(
-    hub: Hub, ensure: Callable[..., Path], fake: FakePget, base: Base, token: str, tmp_path: Path
-) -> None:
-    hub.gated = base.gated
-    ensure(base, token, Pget(fake.path))
-    assert (fake.runs(), contents(tmp_path / "tiny")) == ([], FILES)
-
-
-def test_pget_never_runs_for_a_gated_base(hub: Hub, refusal: Callable[..., str], fake: FakePget) -> None:
-    hub.gated = True
-    assert refusal(GATED, None, Pget(fake.path)).startswith("tiny is gated: ")
-    assert fake.runs() == []
-
-
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [
-        ("wrong", "as 50000 bytes with the SHA-256 "),
-        ("partial", "it ended with status 1"),
-        ("nothing", "as 0 bytes. Expected 50000 bytes with the SHA-256 "),
-    ],
-)
-def test_what_pget_fails_the_client_fetches(
-    ensure: Callable[..., Path], fake: FakePget, caplog: pytest.LogCaptureFixture, tmp_path: Path, how: str, said: str
-) -> None:
-    """P4, too: of a part that pget leaves nothing is used."""
-    fake.behave(how)
-    ensure(pget=Pget(fake.path))
-    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    failed = next(line for line in warnings if f"not fetched {VAE}" in line)
-    assert failed.startswith(f"tiny: pget has not fetched {VAE}, huggingface_hub will: ")
-    assert said in failed
-    assert (contents(tmp_path / "tiny"), leftovers(tmp_path)) == (FILES, [])
-
-
-def test_a_pget_that_hangs_is_killed_with_its_whole_group(
-    ensure: Callable[..., Path], fake: FakePget, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    """P3"""
-    fake.behave("hang")
-    began = time.monotonic()
-    ensure(pget=Pget(fake.path, patience=2))
-    assert time.monotonic() - began < 30  # pget would take 60
-    pids = [pid for run in fake.runs() for pid in run["pids"]]
-    assert pids
-    assert soon(lambda: not any(map(is_running, pids)), 2)
-    assert "huggingface_hub will: it took more than 2 s" in caplog.text
-    assert (contents(tmp_path / "tiny"), leftovers(tmp_path)) == (FILES, [])
-
-
-def test_a_pget_that_cannot_be_run_is_no_obstacle(ensure: Callable[..., Path], tmp_path: Path) -> None:
-    (tmp_path / "pget").write_text("")
-    ensure(pget=Pget(tmp_path / "pget"))
-    assert contents(tmp_path / "tiny") == FILES
-
-
-def test_a_large_file_takes_its_time(fake: FakePget, tmp_path: Path, server: Server) -> None:
-    """The patience is beside the time for the size: 2.5 s for 12.5 MB."""
-    fake.behave("hang")
-    began = time.monotonic()
-    with pytest.raises(PgetError, match=r"^it took more than 3 s$"):
-        Pget(fake.path, patience=0.01).fetch(f"{server.address}/storage/{VAE}", tmp_path / "part", 12_500_000)
-    assert 2.4 < time.monotonic() - began < 30
-
-
-# Which pget.
-
-
-def test_without_pget_there_is_none_and_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """P1"""
-    caplog.set_level(logging.INFO)
-    assert find_pget("ab" * 32, str(tmp_path / "pget")) is None
-    assert caplog.messages == ["pget is not installed: huggingface_hub fetches the base models."]
-
-
-def test_a_pget_of_the_pinned_bytes_is_found_on_the_path(fake: FakePget, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", f"/nowhere:{fake.path.parent}")
-    assert find_pget(fake.sha256.upper() + "\n") == Pget(fake.path)
-
-
-def test_a_pget_of_other_bytes_is_refused(fake: FakePget) -> None:
-    """P2"""
-    with fake.path.open("a") as program:
-        program.write("# changed\n")
-    seen = hashlib.sha256(fake.path.read_bytes()).hexdigest()
-    with pytest.raises(BaseModelError) as error:
-        find_pget(fake.sha256, str(fake.path))
-    assert str(error.value) == (
-        f"{fake.path} has the SHA-256 {seen}. Expected {fake.sha256}, to which KLORA_PGET_SHA256 is set."
-    )
-    assert fake.runs() == []
-
-
-@pytest.mark.parametrize("sha256", [None, ""])
-def test_a_pget_that_nobody_has_pinned_is_not_used_and_the_log_says_so(
-    fake: FakePget, caplog: pytest.LogCaptureFixture, sha256: str | None
-) -> None:
-    caplog.set_level(logging.INFO)
-    assert find_pget(sha256, str(fake.path)) is None
-    assert caplog.messages == [
-        f"{fake.path} is not used, for nothing says which SHA-256 it must have: set KLORA_PGET_SHA256."
-    ]

@@ -219,7 +219,8 @@ def test_a_gated_base_says_what_to_do_and_keeps_the_token_to_itself(
     hub.gated = (kind,)
     message = refusal(worker, "flux-dev", tmp_path, USERS_TOKEN)
     assert message == (
-        "flux-dev is gated: accept the licence at huggingface.co/black-forest-labs/FLUX.1-dev and give a token."
+        "flux-dev is gated: accept the licence at huggingface.co/black-forest-labs/FLUX.1-dev and set HF_TOKEN to a "
+        "token of the account that has."
     )
 
 

@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import HfApi, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from tqdm import tqdm
 
@@ -35,7 +35,8 @@ class Repository:
     def __init__(self, base: Base, token: str | None = None, endpoint: str | None = None) -> None:
         self.base = base
         self.public = token is None and not base.gated
-        self._given: dict[str, Any] = {"token": token or False}  # None would be the machine's own
+        self.given = token is not None
+        self._login: dict[str, Any] = {"token": token or False}  # None would be the machine's own
         self._endpoint = endpoint
         self._api = HfApi(endpoint=endpoint)
 
@@ -44,11 +45,11 @@ class Repository:
         base = self.base
         if re.fullmatch("[0-9a-f]{40}", base.revision):
             return base.revision
-        return str(self._api.model_info(base.repository, revision=base.revision, **self._given).sha)
+        return str(self._api.model_info(base.repository, revision=base.revision, **self._login).sha)
 
     def wanted(self, commit: str) -> list[File]:
         """The files of the base."""
-        tree = self._api.list_repo_tree(self.base.repository, revision=commit, recursive=True, **self._given)
+        tree = self._api.list_repo_tree(self.base.repository, revision=commit, recursive=True, **self._login)
         files = [entry for entry in tree if isinstance(entry, RepoFile) and self.base.wants(entry.path)]
         return [File(file.path, file.size, file.lfs.sha256 if file.lfs else None) for file in files]
 
@@ -76,39 +77,56 @@ class Repository:
             local_dir=folder,
             endpoint=self._endpoint,
             tqdm_class=Bar,
-            **self._given,
+            **self._login,
         )
 
 
+def stay_offline() -> None:
+    """Let no library of Hugging Face's go online from this process any more, for whatever reason."""
+    constants.HF_HUB_OFFLINE = True  # HF_HUB_OFFLINE in the environment counts only before they are imported
+
+
+def how_to_open(name: str, base: Base) -> str:
+    """What whoever wants a gated base has to do."""
+    return (
+        f"{name} is gated: accept the licence at huggingface.co/{base.repository} and set HF_TOKEN to a token of the "
+        "account that has."
+    )
+
+
 @contextmanager
-def in_words(name: str, base: Base, target: Path) -> Iterator[None]:
+def in_words(name: str, repository: Repository, target: Path) -> Iterator[None]:
     """Turn what goes wrong inside into a BaseModelError: one sentence, without signed addresses. So is the log."""
     try:
         with _logged_without_queries():
             yield
     except BaseModelError:
         raise
-    except GatedRepoError:
-        raise BaseModelError(
-            f"{name} is gated: accept the licence at huggingface.co/{base.repository} and give a token."
-        ) from None
     except Exception as error:  # a hub out of reach raises what its HTTP library raises, a portal a JSON error
         if isinstance(error, OSError) and error.errno and error.strerror:
             raise BaseModelError(
                 f"{name} cannot be written into {target}: {error.strerror}. Expected a disk with room for its files."
             ) from error
-        raise BaseModelError(
-            f"{name} cannot be fetched from {base.repository}: {_sentence(error)} "
-            "What has come stays; the next attempt fetches the rest."
-        ) from None  # the chain would show the address
+        raise BaseModelError(_refusal(name, repository, _origin(error))) from None  # the chain would show the address
 
 
-def _sentence(error: Exception) -> str:
-    """What an error says, in one line. Where the client only says that there was one, what that one was."""
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__
+def _origin(error: Exception) -> Exception:
+    """Where the client only says that there was an error, that one."""
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
+    return cause if isinstance(cause, Exception) else error
+
+
+def _refusal(name: str, repository: Repository, error: Exception) -> str:
+    base = repository.base
+    if isinstance(error, GatedRepoError):
+        return how_to_open(name, base)
+    if repository.given and isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+        return f"{name} cannot be fetched: Hugging Face does not know the token in HF_TOKEN. Expected a valid one."
     words = " ".join(_QUERY.sub(r"\1", str(error)).split()) or type(error).__name__
-    return f"{words.rstrip('.')}."
+    return (
+        f"{name} cannot be fetched from {base.repository}: {words.rstrip('.')}. "
+        "What has come stays; the next attempt fetches the rest."
+    )
 
 
 class _WithoutQueries(logging.Filter):

@@ -44,35 +44,91 @@ def ensure_base(
     the large files of public repositories where no token is given; what it fails at the hub's client fetches.
     Processes that want the same base at once wait for each other.
     """
+    return listed(name, base, folder, token, endpoint=endpoint).install(pget)
+
+
+def listed(name: str, base: Base, folder: Path, token: str | None = None, *, endpoint: str | None = None) -> "Listing":
+    """What the hub has of a base, for folder/name. Nothing is written. Raises BaseModelError."""
     repository, target = Repository(base, token, endpoint), folder / name
-    with in_words(name, base, target):
+    with in_words(name, repository, target):
         commit = repository.commit()
         files = repository.wanted(commit)
-        if not any(file.path in INDICES for file in files):
-            raise BaseModelError(
-                f"{base.repository} at {base.revision} holds nothing of {name}. Expected a diffusers folder."
-            )
-        if not _is_complete(target, files, commit):
-            target.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / f".{name}.lock"):
-                if not _is_complete(target, files, commit):  # another process may have fetched it meanwhile
-                    _Installation(name, target, repository, commit, pget).complete(files)
-    return target
+    if not any(file.path in INDICES for file in files):
+        raise BaseModelError(
+            f"{base.repository} at {base.revision} holds nothing of {name}. Expected a diffusers folder."
+        )
+    return Listing(name, target, repository, commit, files)
 
 
-def _is_complete(target: Path, files: Sequence[File], commit: str) -> bool:
-    """Whether all files were checked when they came, and are still there by their sizes."""
-    return _state(target) == f"{commit} complete" and all(_has_size(target / file.path, file.size) for file in files)
+@dataclass(frozen=True)
+class Listing:
+    """The files of a base at one commit of its repository, and the folder that is to have them."""
+
+    name: str
+    target: Path
+    repository: Repository
+    commit: str
+    files: Sequence[File]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def missing(self) -> int:
+        """Bytes of those that are not there, by their sizes."""
+        return sum(file.size for file in self.files if not _has_size(self.target / file.path, file.size))
+
+    def distrust(self) -> None:
+        """Let the next install() check every byte, not only sizes."""
+        _state_file(self.target).unlink(missing_ok=True)
+
+    def install(self, pget: Pget | None = None) -> Path:
+        """Fetch what is missing, as ensure_base() does, and take away a build's note that it is. Raises
+        BaseModelError."""
+        with in_words(self.name, self.repository, self.target):
+            if not self._is_complete():
+                self.target.mkdir(parents=True, exist_ok=True)
+                with FileLock(self.target.with_name(f".{self.name}.lock")):
+                    if not self._is_complete():  # another process may have fetched it meanwhile
+                        _Installation(self.name, self.target, self.repository, self.commit, pget).complete(self.files)
+            left_to_setup(self.target.parent, self.name).unlink(missing_ok=True)
+        return self.target
+
+    def _is_complete(self) -> bool:
+        """Whether all files were checked when they came, and are still there by their sizes."""
+        return _state(self.target) == f"{self.commit} complete" and self.missing == 0
+
+
+def check_room(names: Sequence[str], folder: Path, needed: int) -> None:
+    """Raise BaseModelError unless the disk of a folder, which need not be there yet, has so many bytes free."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise BaseModelError(
+            f"{' and '.join(names)} {'needs' if len(names) == 1 else 'need'} {needed / 1e9:.1f} GB more in {folder}, "
+            f"where {free / 1e9:.1f} GB are free. Expected a disk with room for its files."
+        )
+
+
+def left_to_setup(folder: Path, name: str) -> Path:
+    """Where a build leaves a note that it has not fetched a base, so that set-up has to."""
+    return folder / f"{name}.at-setup"
 
 
 def _has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
+def _state_file(target: Path) -> Path:
+    return target / ".cache" / "klora" / "state"
+
+
 def _state(target: Path) -> str:
     try:
-        return (target / ".cache" / "klora" / "state").read_text()
-    except FileNotFoundError:
+        return _state_file(target).read_text()
+    except (FileNotFoundError, NotADirectoryError):
         return ""
 
 
@@ -108,7 +164,7 @@ class _Installation:
         self._set_state("begun")
 
     def _set_state(self, word: str) -> None:
-        state = self.target / ".cache" / "klora" / "state"
+        state = _state_file(self.target)
         state.parent.mkdir(parents=True, exist_ok=True)
         new = state.with_suffix(".new")
         new.write_text(f"{self.commit} {word}")
@@ -120,12 +176,8 @@ class _Installation:
 
     def _announce(self, missing: Sequence[File], of: int) -> None:
         """Say what will be fetched. Raises BaseModelError where there is no room for it."""
-        needed, free = sum(file.size for file in missing), shutil.disk_usage(self.target).free
-        if needed > free:
-            raise BaseModelError(
-                f"{self.name} needs {needed / 1e9:.1f} GB more in {self.target}, where {free / 1e9:.1f} GB are free. "
-                "Expected a disk with room for its files."
-            )
+        needed = sum(file.size for file in missing)
+        check_room([self.name], self.target, needed)
         where = f"{self.repository.base.repository} at {self.commit}"
         logger.info("%s: %d of %d files to fetch (%.3f GB) from %s.", self.name, len(missing), of, needed / 1e9, where)
 

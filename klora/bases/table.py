@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from klora.errors import BaseModelError
+
 
 @dataclass(frozen=True)
 class Base:
@@ -71,3 +73,10 @@ BASES: Mapping[str, Base] = {
         "CreativeML Open RAIL-M",
     ),
 }
+
+
+def base_of(name: str) -> Base:
+    """The entry of this name. Raises BaseModelError."""
+    if name not in BASES:
+        raise BaseModelError(f"There is no base model {name!r}. Expected one of {', '.join(BASES)}.")
+    return BASES[name]

@@ -1,0 +1,195 @@
+"""What stays in a GPU's memory and which engine runs, for cards of 24 to 141 GB: bases of the published sizes, a fake
+reading of the memory, nothing loaded. docs/memory.md is held to it."""
+
+import json
+import re
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import klora.layers
+import klora.studio
+from klora.errors import BaseModelError
+from klora.studio import Studio
+from klora.training.config import TARGETS
+from test_folder import published, tiny
+
+CUDA, BF16 = torch.device("cuda"), torch.bfloat16
+DOC = (Path(__file__).resolve().parent.parent / "docs" / "memory.md").read_text()
+FAMILY = {"sdxl": "sdxl", "illustrious-xl": "sdxl", "flux-dev": "flux", "flux-schnell": "flux"}
+COMPONENT = {"sdxl": "unet", "flux": "transformer"}
+CARDS = {
+    "L4, 24 GB": 23_034,
+    "L40S, 48 GB": 46_068,
+    "A6000, 48 GB": 49_140,
+    "H100, 80 GB": 81_559,
+    "H200, 141 GB": 143_771,
+}  # MiB, as drivers report
+TAKEN = (600 << 20) + 1_219_000_000  # by CUDA itself, and by the safety checker in fp32
+
+Modules = dict[str, dict[str, nn.Module]]
+
+
+@pytest.fixture(scope="module")
+def modules() -> Modules:
+    """The published modules of each family in bf16, as shapes alone."""
+    return {
+        family: {part: published.random(build, "meta", BF16) for part, (_, build) in published.modules(name).items()}
+        for family, name in COMPONENT.items()
+    }
+
+
+def sizes(parts: dict[str, nn.Module]) -> dict[str, int]:
+    """Parameters by part."""
+    return {part: sum(parameter.numel() for parameter in module.parameters()) for part, module in parts.items()}
+
+
+def write_part(path: Path, count: int, kind: str) -> None:
+    """A weight file of so many numbers that are not there: a hole in the disk."""
+    width = {"F16": 2, "BF16": 2, "F32": 4}[kind]
+    header = json.dumps({"w": {"dtype": kind, "shape": [count], "data_offsets": [0, count * width]}}).encode()
+    path.parent.mkdir(parents=True)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + count * width)
+
+
+@pytest.fixture(scope="module")
+def folders(modules: Modules, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bases of the published sizes, SDXL's in fp16 and FLUX.1's in bf16, and one in fp32."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, kind in (*((name, "F16" if "xl" in name else "BF16") for name in FAMILY), ("fp32", "F32")):
+        for part, count in sizes(modules[FAMILY.get(name, "sdxl")]).items():
+            write_part(folder / name / part / "model.safetensors", count, kind)
+    return folder
+
+
+class Loaded:
+    """What a Studio and the engines look at of a loaded base."""
+
+    def __init__(self, parts: dict[str, nn.Module], component: str) -> None:
+        self.pipe, self.denoiser = SimpleNamespace(components=parts), parts[component]
+
+
+class Card:
+    """A GPU of so many MiB, and how much of it is free while the models that it has loaded live."""
+
+    def __init__(self, total: int, modules: Modules) -> None:
+        self._total, self._modules = (total << 20) - TAKEN, modules
+        self._held: weakref.WeakKeyDictionary[Loaded, int] = weakref.WeakKeyDictionary()
+
+    def free(self, device: torch.device) -> int:
+        return self._total - sum(self._held.values())
+
+    def load(self, family: str, path: Path, device: torch.device, dtype: torch.dtype) -> Loaded:
+        """In load_model's place."""
+        parts = self._modules[family]
+        needed = sum(sizes(parts).values()) * dtype.itemsize
+        assert needed <= self.free(device), "on a real card this would be an error of CUDA's"
+        model = Loaded(parts, COMPONENT[family])
+        self._held[model] = needed
+        return model
+
+
+@pytest.fixture
+def card(request: pytest.FixtureRequest, modules: Modules, monkeypatch: pytest.MonkeyPatch) -> Card:
+    card = Card(request.param, modules)
+    monkeypatch.setattr(klora.studio, "load_model", card.load)
+    monkeypatch.setattr(klora.layers, "free_bytes", card.free)
+    return card
+
+
+def studio_of(card: Card) -> Studio:
+    return Studio(lambda *_: ("", "", Path()), Path("no-checker"), CUDA, card.free)
+
+
+def engine(model: Any, targets: str) -> str:
+    """Of a LoRA that adapts these layers: attached()'s own choice, without lending anything."""
+    names = [name for name in tiny.linear_shapes(model.denoiser) if re.search(TARGETS[targets], name)]
+    fits = klora.layers._fits([model.denoiser.get_submodule(name) for name in names])
+    return "merged" if fits else "gated"
+
+
+def named(folders: Path, *bases: str) -> Iterator[tuple[str, str, Path]]:
+    return ((base, FAMILY[base], folders / base) for base in bases)
+
+
+def on_each_card(cards: dict[str, int] = CARDS) -> Any:
+    return pytest.mark.parametrize(("name", "card"), cards.items(), indirect=["card"], ids=cards)
+
+
+@on_each_card()
+def test_what_the_documentation_says_of_a_card_is_what_happens(name: str, card: Card, folders: Path) -> None:
+    every = studio_of(card)
+    every.prepare(named(folders, *FAMILY))
+    cells = [", ".join(every.resident)]
+    del every
+    studio = studio_of(card)
+    studio.prepare(named(folders, "sdxl", "flux-dev"))
+    cells.insert(0, ", ".join(studio.resident))
+    for asked in named(folders, "sdxl", "flux-dev"):
+        try:
+            cells += [engine(studio.load(*asked), targets) for targets in ("attention", "all")]
+        except BaseModelError:
+            cells += ["refused", "refused"]
+    assert f"| {name} | {' | '.join(cells)} |" in DOC
+
+
+def test_the_sizes_in_the_documentation_are_the_models(modules: Modules) -> None:
+    for family, title in (("sdxl", "SDXL"), ("flux", "FLUX.1")):
+        counted = sizes(modules[family])
+        order = ("text_encoder", "text_encoder_2", "vae", COMPONENT[family])
+        gigabytes = [f"{2 * counted[part] / 1e9:.2f}" for part in order] + [f"{2 * sum(counted.values()) / 1e9:.2f}"]
+        assert f"| {title} | {' | '.join(gigabytes)} |" in DOC
+
+
+@on_each_card({"24 GB": 23_034})
+def test_what_can_never_fit_is_refused_in_a_sentence_and_costs_no_other_base_its_place(
+    name: str, card: Card, folders: Path
+) -> None:
+    studio = studio_of(card)
+    studio.prepare(named(folders, "sdxl"))
+    with pytest.raises(BaseModelError) as error:
+        studio.load("flux-dev", "flux", folders / "flux-dev")
+    assert str(error.value) == (
+        "flux-dev needs 33.7 GB of memory on cuda, where 22.3 GB can be had. "
+        "Expected a larger device or a smaller base."
+    )
+    assert studio.resident == ["sdxl"]
+
+
+@on_each_card({"24 GB": 23_034})
+def test_a_server_of_nothing_that_fits_is_not_ready(name: str, card: Card, folders: Path) -> None:
+    with pytest.raises(BaseModelError, match=r"^flux-dev needs 33\.7 GB"):
+        studio_of(card).prepare(named(folders, "flux-dev"))
+
+
+@on_each_card({"48 GB": 49_140})
+def test_set_up_loads_no_base_only_to_let_it_go_but_a_request_gets_the_one_that_it_asks_for(
+    name: str, card: Card, folders: Path
+) -> None:
+    studio = studio_of(card)
+    studio.prepare(named(folders, "flux-dev", "flux-schnell", "sdxl"))
+    assert studio.resident == ["flux-dev", "sdxl"]
+    studio.load("flux-schnell", "flux", folders / "flux-schnell")
+    assert studio.resident == ["sdxl", "flux-schnell"]
+
+
+@on_each_card({"13 GB": 13_000})
+def test_a_base_counts_as_it_is_loaded_not_as_it_lies_on_the_disk(name: str, card: Card, folders: Path) -> None:
+    """In fp32, 13.9 GB, it would be refused; in bf16 it takes half of that."""
+    studio_of(card).prepare([("sdxl", "sdxl", folders / "fp32")])
+
+
+def test_on_a_cpu_halves_count_double(modules: Modules, folders: Path) -> None:
+    studio = Studio(
+        lambda name, family: ("", "", Path()), Path("no-checker"), torch.device("cpu"), lambda device: 10**10
+    )
+    with pytest.raises(BaseModelError, match=r"^sdxl needs 13\.9 GB of memory on cpu, where 10\.0 GB can be had\."):
+        studio.load("sdxl", "sdxl", folders / "sdxl")
