@@ -1,6 +1,7 @@
 """What tests stand on: one thread, no network, tiny bases built once a session, and authorities on loopback."""
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from test_folder import tiny
 from test_folder.fakes import Server, Storage, network
 from test_folder.lending import CONTENT, STYLE, Clock, Shop, hub, opened_shop
 
+# What a shell starts in the background ignores interruptions, which tests send to their children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # models this small are fastest so, and tests of two processes do not fight over cores
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()
