@@ -3,12 +3,11 @@
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from klora.bases.install import ensure_base
 from klora.bases.pget import Pget, PgetError, find_pget
 from klora.bases.table import Base
 from klora.errors import BaseModelError
@@ -19,9 +18,7 @@ from test_folder.fakes.base_hub import (
     FILES,
     GATED,
     INDEX,
-    MACHINES_TOKEN,
     REPOSITORY,
-    SIGNATURE,
     TOKEN,
     UNET,
     VAE,
@@ -29,47 +26,8 @@ from test_folder.fakes.base_hub import (
     Server,
     contents,
     leftovers,
-    serving,
 )  # fmt: skip
 from test_folder.fakes.pget import FakePget, is_running, soon
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture
-def hub(server: Server) -> Hub:
-    return server.hub
-
-
-@pytest.fixture
-def ensure(server: Server, tmp_path: Path) -> Callable[..., Path]:
-    """ensure_base of our hub's repository into tmp_path/tiny."""
-
-    def ensure(base: Base = BASE, token: str | None = None, pget: Pget | None = None) -> Path:
-        return ensure_base("tiny", base, tmp_path, token, pget, endpoint=server.address)
-
-    return ensure
-
-
-@pytest.fixture
-def refusal(ensure: Callable[..., Path]) -> Callable[..., str]:
-    def refusal(*given: object, **named: object) -> str:
-        with pytest.raises(BaseModelError) as error:
-            ensure(*given, **named)
-        assert not [secret for secret in (TOKEN, MACHINES_TOKEN, SIGNATURE) if secret in str(error.value)]
-        return str(error.value)
-
-    return refusal
-
-
-@pytest.fixture
-def fake(tmp_path_factory: pytest.TempPathFactory) -> FakePget:
-    return FakePget(tmp_path_factory.mktemp("bin") / "bin")
-
 
 # By pget.
 

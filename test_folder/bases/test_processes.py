@@ -4,7 +4,7 @@ import logging
 import os
 import resource
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -15,38 +15,11 @@ import pytest
 
 from klora.bases.install import ensure_base
 from klora.bases.pget import Pget
-from klora.bases.table import Base
 from klora.errors import BaseModelError
-from test_folder.fakes.base_hub import BASE, FILES, INDEX, UNET, VAE, Hub, Server, contents, leftovers, serving
+from test_folder.fakes.base_hub import BASE, FILES, INDEX, UNET, VAE, Server, contents, leftovers
 from test_folder.fakes.pget import FakePget, is_running, soon
 
 FORK = get_context("fork")  # others would import all that the tests of this process have imported
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture
-def hub(server: Server) -> Hub:
-    return server.hub
-
-
-@pytest.fixture
-def ensure(server: Server, tmp_path: Path) -> Callable[..., Path]:
-    """ensure_base of our hub's repository into tmp_path/tiny."""
-
-    def ensure(base: Base = BASE, token: str | None = None, pget: Pget | None = None) -> Path:
-        return ensure_base("tiny", base, tmp_path, token, pget, endpoint=server.address)
-
-    return ensure
-
-
-@pytest.fixture
-def fake(tmp_path_factory: pytest.TempPathFactory) -> FakePget:
-    return FakePget(tmp_path_factory.mktemp("bin") / "bin")
 
 
 def ensure_with_small_files(limit: int, folder: Path, endpoint: str) -> None:

@@ -2,14 +2,13 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from klora.bases.install import ensure_base
-from klora.bases.pget import Pget
 from klora.bases.table import BASES, Base
 from klora.errors import BaseModelError
 from test_folder.fakes.base_hub import (
@@ -19,7 +18,6 @@ from test_folder.fakes.base_hub import (
     FILES,
     GATED,
     INDEX,
-    MACHINES_TOKEN,
     OTHER_COMMIT,
     REPOSITORY,
     SIGNATURE,
@@ -29,41 +27,7 @@ from test_folder.fakes.base_hub import (
     Hub,
     Server,
     contents,
-    serving,
 )  # fmt: skip
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture
-def hub(server: Server) -> Hub:
-    return server.hub
-
-
-@pytest.fixture
-def ensure(server: Server, tmp_path: Path) -> Callable[..., Path]:
-    """ensure_base of our hub's repository into tmp_path/tiny."""
-
-    def ensure(base: Base = BASE, token: str | None = None, pget: Pget | None = None) -> Path:
-        return ensure_base("tiny", base, tmp_path, token, pget, endpoint=server.address)
-
-    return ensure
-
-
-@pytest.fixture
-def refusal(ensure: Callable[..., Path]) -> Callable[..., str]:
-    def refusal(*given: object, **named: object) -> str:
-        with pytest.raises(BaseModelError) as error:
-            ensure(*given, **named)
-        assert not [secret for secret in (TOKEN, MACHINES_TOKEN, SIGNATURE) if secret in str(error.value)]
-        return str(error.value)
-
-    return refusal
-
 
 # The table.
 
