@@ -15,6 +15,7 @@ from klora.models.flux import Flux
 from klora.models.sdxl import SDXL
 from klora.request import Request
 
+__version__ = "0.1.0"  # pyproject.toml's, which an image that has klora in a folder cannot be asked for
 __all__ = [
     "FAMILIES", "SDXL", "Flux", "Fusion", "KLoRAError", "LoRA", "LowRank", "Request", "Schedule", "attached",
     "following", "fuse", "generate", "load_model", "save_lora",

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import transformers
 
+import klora
 from klora import LoRA, Request, generate, load_model
 from test_folder import tiny
 
@@ -39,6 +40,10 @@ def test_installed_versions_are_the_pinned_ones() -> None:
         name: seen for name, seen in pinned.items() if name not in left
     }
     assert left <= pinned.keys()
+
+
+def test_the_package_knows_its_version() -> None:
+    assert klora.__version__ == version("klora")
 
 
 def test_klora_draws_what_neither_the_base_nor_the_sum_of_both_loras_draws() -> None:

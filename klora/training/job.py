@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -24,6 +23,7 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 from safetensors import SafetensorError
 
+from klora import __version__
 from klora.device import default_device
 from klora.errors import RequestError
 from klora.generate import generate
@@ -128,7 +128,7 @@ def _train(
         "learning_rate": config.rate(family.recipe.learning_rate),
         "pictures": len(pictures),
         "dataset": dataset_hash(pictures),
-        "klora": version("klora"),
+        "klora": __version__,
     }
     logger.info("%d pictures, seed %d", len(pictures), config.seed)
     if resuming:

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import os
 import re
 import time
 import urllib.error
@@ -34,12 +35,14 @@ class Mode(NamedTuple):
     fault: str
 
 
+BASES = os.environ.get("CONFORMANCE_BASES", "sdxl,flux-dev").split(",")  # that the servers have
 _IMAGE = {
     "prompt": "a photo of a dog", "num_inference_steps": 2, "width": 64, "height": 64, "seed": 7,
     "output_format": "png", "disable_safety_checker": True,
 }  # fmt: skip
 _LORA = {
-    "input_images": upload(*pictures()), "steps": 1, "lora_rank": 2, "seed": 3, "resolution": "64", "sample_steps": 0,
+    "input_images": upload(*pictures()), "base_model": BASES[0], "steps": 1, "lora_rank": 2, "seed": 3,
+    "resolution": "64", "sample_steps": 0,
 }  # fmt: skip
 PREDICT = Mode(
     "predictions", "Input", "prompt", _IMAGE, _IMAGE | {"num_inference_steps": 500, "num_outputs": 4},

@@ -1,6 +1,7 @@
 """The servers that the suite speaks to: those that the environment names, else script/serve's on tiny bases.
 
     BASE_URL, TRAIN_BASE_URL   a server in predict and one in train mode: script/serve, `cog serve`, a container, a pod
+    CONFORMANCE_BASES          the bases that they have, separated by commas; unset: sdxl,flux-dev
     CONFORMANCE_HOST           the tests' own host, by a name that both they and those servers know; unset: loopback
     CONFORMANCE_UPLOADS        the --upload-url with which the server at BASE_URL was started: http://HOST:PORT/FOLDER/,
                                HOST being CONFORMANCE_HOST and PORT one that the tests may listen on

@@ -10,13 +10,12 @@ import pytest
 from in_venv import ROOT
 from safetensors.numpy import load
 
-from test_folder.conformance.client import Client, progress
+from test_folder.conformance.client import BASES, Client, progress
 from test_folder.conformance.hooks import Hooks
 from test_folder.conformance.local import Place
 from test_folder.conformance.payloads import content_of, data_uri, encoded, noise, pictures, pixels_of, upload, zipped
 
 LEFT = ROOT / "trained_model.tar"  # where `cog train` on a laptop finds it
-BASES = {"sdxl": "sdxl", "flux": "flux-dev"}
 LEARNING = {"steps": 8, "learning_rate": 0.01, "lora_rank": 4, "sample_steps": 2}
 FILES = {
     "README.md", "config.json", "contact_sheet.png", "lora.safetensors", "lora_kohya.safetensors", "run.safetensors",
@@ -39,10 +38,10 @@ def opened(tar: bytes) -> tarfile.TarFile:
 # What comes out.
 
 
-@pytest.mark.parametrize("family", BASES)
-def test_a_zip_becomes_a_lora_that_the_predictor_fuses(trainer: Client, predictor: Client, family: str) -> None:
+@pytest.mark.parametrize("base", BASES)
+def test_a_zip_becomes_a_lora_that_the_predictor_fuses(trainer: Client, predictor: Client, base: str) -> None:
     described = [*pictures(5), ("caption.csv", b"caption,image_file\na red sbu,red.png\n"), ("notes.doc", b"?")]
-    answer = trained(trainer, input_images=upload(*described), base_model=BASES[family], **LEARNING)
+    answer = trained(trainer, input_images=upload(*described), base_model=base, **LEARNING)
     assert "5 pictures" in answer["logs"]
     assert "skipped notes.doc" in answer["logs"]
     assert answer["metrics"]["loss"] > 0
@@ -53,7 +52,7 @@ def test_a_zip_becomes_a_lora_that_the_predictor_fuses(trainer: Client, predicto
         assert json.load(files.extractfile("config.json"))["trigger"] == "sbu"
         assert len(files.extractfile("train.jsonl").readlines()) == 1 + LEARNING["steps"]
     lora, quick = data_uri(tar, "application/x-tar"), predictor.mode.quick
-    bare = predictor.images(**quick, model=BASES[family])[0]
+    bare = predictor.images(**quick, model=base)[0]
     alone = predictor.succeeded(**quick, content_lora=lora)
     named = predictor.images(**quick | {"prompt": f"sbu, {quick['prompt']}"}, content_lora=lora)[0]
     fused = predictor.succeeded(**quick, content_lora=lora, style_lora=lora, add_triggers=False)
