@@ -58,22 +58,24 @@ def figure(subject: str, pose: tuple[Point, float, float, str] = POSES[0], style
     return Scene(parts, GROUNDS[ground], style, {"subject": subject, "style": style})
 
 
-def random_figure(chance: random.Random) -> tuple[Scene, str]:
+def random_figure(chance: random.Random, looks: random.Random | None = None) -> tuple[Scene, str]:
     """A figure that never was, in a style that bases are taught, and a caption which says no more of it than a name.
 
-    So a LoRA's subject is nothing strange to a base, and one that is half drawn is finished as it was begun.
+    So a LoRA's subject is nothing strange to a base, and one that is half drawn is finished as it was begun.  looks:
+    decides, in the place of chance, which figure it is, that of another picture in another pose, place and style.
     """
+    looks = looks or chance
     bodies, paints = (_BOX, _DISC, *SHAPES.values()), list(COLOURS | GROUNDS)
-    parts = [(chance.choice(bodies), (0.0, 0.2), (chance.uniform(0.3, 0.6), chance.uniform(0.3, 0.5))),
-             (chance.choice(bodies), (0.0, -0.5), (chance.uniform(0.25, 0.6), chance.uniform(0.2, 0.4)))]  # fmt: skip
-    for _ in range(chance.randint(1, 3)):
-        detail, at = chance.choice(bodies), (chance.choice((0.0, 0.2, 0.35)), chance.uniform(-0.8, 0.8))
-        size = (chance.uniform(0.08, 0.25), chance.uniform(0.08, 0.25))
+    parts = [(looks.choice(bodies), (0.0, 0.2), (looks.uniform(0.3, 0.6), looks.uniform(0.3, 0.5))),
+             (looks.choice(bodies), (0.0, -0.5), (looks.uniform(0.25, 0.6), looks.uniform(0.2, 0.4)))]  # fmt: skip
+    for _ in range(looks.randint(1, 3)):
+        detail, at = looks.choice(bodies), (looks.choice((0.0, 0.2, 0.35)), looks.uniform(-0.8, 0.8))
+        size = (looks.uniform(0.08, 0.25), looks.uniform(0.08, 0.25))
         parts += [(detail, (side * at[0], at[1]), size) for side in (-1, 1)[: 2 if at[0] else 1]]
-    named = [(*part, chance.choice(paints)) for part in parts]
+    named = [(*part, looks.choice(paints)) for part in parts]
     pose = ((chance.uniform(0.42, 0.58), 0.5), chance.uniform(0.75, 0.95), chance.uniform(-6, 6))
     ground, style = chance.choice(list(GROUNDS)), chance.choice(("plain", *TAUGHT))
-    name = f"a {rare_name(chance)} {chance.choice(NOUNS)}"
+    name = f"a {rare_name(looks)} {looks.choice(NOUNS)}"
     caption = chance.choice((*TEMPLATES, "{things}")).format(things=name, ground=ground)
     phrase = chance.choice(PHRASES[style])
     scene = Scene(_assembled(named, *pose), GROUNDS[ground], style, {"ground": ground, "style": style})

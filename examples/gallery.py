@@ -19,7 +19,7 @@ BASES: Mapping[str, Mapping[str, float]] = {
 """Inputs that suit the toy bases."""
 
 PAIRS = [(subject, style) for subject in SUBJECTS for style in STYLES if style not in TAUGHT]
-WAYS: Mapping[str, Mapping[str, str]] = {
+WAYS: dict[str, dict[str, str]] = {
     "content only": {"fusion": "content"},
     "style only": {"fusion": "style"},
     "sum": {"fusion": "sum"},

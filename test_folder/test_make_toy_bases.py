@@ -1,6 +1,7 @@
 """The training of toy bases: every stage runs and goes on, and what it leaves serves every way to make an image."""
 
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -116,6 +117,16 @@ def encoded(vae: torch.nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, t
     """What the VAE makes of pictures, and the variances of their latents' principal directions, rising."""
     means = vae.encode(pixels).latent_dist.mean
     return vae.decode(means).sample, torch.linalg.eigvalsh(torch.cov(means.transpose(0, 1).flatten(1)))
+
+
+def test_a_figure_comes_eight_times_by_one_name_in_other_styles_and_places() -> None:
+    script = program("make-toy-bases")
+    same = [script.scenes(number, number + 1)[0] for number in range(1, script.SCENES, script.SCENES // 8)]
+    assert len(same) == 8
+    assert len({re.search(r"(\w+ \w+)( on a| in front|,)", caption)[1] for _, caption in same}) == 1
+    assert len({tuple(part.colour for part in scene.parts) for scene, _ in same}) == 1
+    assert len({scene.parts for scene, _ in same}) == 8
+    assert len({scene.style for scene, _ in same}) > 1 and len({scene.ground for scene, _ in same}) > 1
 
 
 def test_text_encoders_learn_what_captions_name(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
