@@ -123,7 +123,8 @@ def test_what_is_surely_for_none_of_a_requests_bases_is_refused_before_it_is_fet
             with pytest.raises(SourceError) as error:
                 read(bases)
             assert str(error.value) == (
-                f"hf:someone/told was made for {said!r}, as its page says. Expected a LoRA for {' or '.join(bases)}."
+                f"lora: hf:someone/told was made for {said!r}, as its page says. "
+                f"Expected a LoRA for {' or '.join(bases)}."
             )
             assert shop.origin.served.total() == fetched and shop.is_clean()
         assert read({}) == CONTENT
@@ -163,7 +164,7 @@ def test_a_pin_that_does_not_match_is_refused_and_harms_nobody_else(shop: Shop, 
     with pytest.raises(SourceError) as error:
         shop.read(wrong)
     assert str(error.value) == (
-        f"hf:someone/content has the sha256 {sha256(CONTENT)}, and not the pinned {'0' * 64}. "
+        f"lora: hf:someone/content has the sha256 {sha256(CONTENT)}, and not the pinned {'0' * 64}. "
         "Expected the file that was pinned, or another pin."
     )
     assert shop.origin.served.total() == (0 if said else 1)

@@ -207,7 +207,7 @@ def test_a_size_that_is_none_is_refused_by_whoever_needs_the_cache(
 def test_a_file_that_is_larger_than_the_cache_is_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.publish("o/m", {"x.safetensors": CONTENT})
     monkeypatch.setenv("KLORA_CACHE_GB", "0.00001")
-    assert refusal(weights.LoRAFiles(), "hf:o/m").startswith("The LoRA cache is full: ")
+    assert refusal(weights.LoRAFiles(), "hf:o/m").startswith("style_lora: The LoRA cache is full: ")
 
 
 # What is lent.
@@ -236,7 +236,7 @@ def test_what_is_for_no_base_of_the_request_is_refused_before_it_is_fetched(
         with pytest.raises(SourceError) as error, files.borrowed({"a": "civitai:9"}, {}, ("sdxl", "illustrious-xl")):
             pass
         assert str(error.value) == (
-            "civitai:9 was made for 'Flux.1 D', as its page says. Expected a LoRA for sdxl or illustrious-xl."
+            "a: civitai:9 was made for 'Flux.1 D', as its page says. Expected a LoRA for sdxl or illustrious-xl."
         )
         assert not storage.requests
         for bases in (("sdxl", "flux-schnell"), ()):
@@ -286,7 +286,7 @@ def test_a_peft_repository_that_lost_its_config_is_no_longer_lent(hub: Hub, base
 @pytest.mark.parametrize("config", [b"<html>", b"", b"PK"])
 def test_a_config_that_is_none_is_refused_and_the_weights_with_it(hub: Hub, config: bytes) -> None:
     hub.publish("o/m", {"adapter_model.safetensors": CONTENT, "adapter_config.json": config})
-    assert refusal(weights.LoRAFiles(), "hf:o/m").startswith("adapter_config.json looks like ")
+    assert refusal(weights.LoRAFiles(), "hf:o/m").startswith("style_lora: adapter_config.json looks like ")
     hub.publish("o/m", {})
     weights.LoRAFiles()
     refusal(weights.LoRAFiles(), "hf:o/m", NotFound)

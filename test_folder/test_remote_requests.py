@@ -341,7 +341,7 @@ def test_the_command_inspects_even_what_no_base_runs(shell: Path, world: World) 
 def test_the_command_uses_the_login_of_its_user(shell: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     refused = klora("inspect", "hf:o/gated")
     assert (refused.exit_code, refused.stdout) == (1, "")
-    assert refused.stderr.startswith(f"Error: {GATED}") and refused.stderr.count("\n") == 1
+    assert refused.stderr.startswith(f"Error: lora: {GATED}") and refused.stderr.count("\n") == 1
     monkeypatch.setenv("HF_TOKEN", ANN)
     assert klora("inspect", "hf:o/gated").exit_code == 0
 
@@ -358,8 +358,8 @@ def test_the_command_draws_what_the_server_draws(shell: Path, local: np.ndarray)
 def test_the_command_refuses_in_one_line(shell: Path, world: World) -> None:
     fetched = len(world.storage.requests)
     for reference, sentence in (
-        ("civitai:99", "civitai:99 is not on"),
-        ("civitai:22", "civitai:22 was made for 'SD 1.5'"),
+        ("civitai:99", "style_lora: civitai:99 is not on"),
+        ("civitai:22", "style_lora: civitai:22 was made for 'SD 1.5'"),
     ):
         refused = klora("fuse", "a dog", "--style-lora", reference)
         assert (refused.exit_code, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)

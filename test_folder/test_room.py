@@ -84,8 +84,8 @@ def test_what_can_find_no_room_is_refused_before_it_is_fetched_and_evicts_nothin
     with small.borrowed(20, {}, lora=hub("a")), pytest.raises(CacheFullError) as error:
         small.read(hub("large"))
     assert str(error.value) == (
-        f"The LoRA cache is full: {3 * SIZE} bytes more were asked for, and {2 * SIZE} of its {3 * SIZE} can be had "
-        "while other requests use the rest. Expected a smaller file, or another try when they have ended."
+        f"lora: The LoRA cache is full: {3 * SIZE} bytes more were asked for, and {2 * SIZE} of its {3 * SIZE} "
+        "can be had while other requests use the rest. Expected a smaller file, or another try when they have ended."
     )
     with pytest.raises(CacheFullError):
         small.read(hub("larger"))
@@ -209,7 +209,9 @@ def test_a_disk_that_is_full_leaves_no_half_of_anything(
     used_long_ago(shop, "style", "content")
     with monkeypatch.context() as patch:
         patch.setattr(os, call, Failing(getattr(os, call), errno, after=after))
-        with pytest.raises(DiskFullError, match=r"^The LoRA cache cannot be written: .*\. Expected a disk with room"):
+        with pytest.raises(
+            DiskFullError, match=r"^lora: The LoRA cache cannot be written: .*\. Expected a disk"
+        ):
             shop.read(hub("long"))
     assert set(shop.names("refs")) <= set(refs)
     assert shop.is_clean()

@@ -20,7 +20,7 @@ from klora.cache.refs import MAX_AGE, PUBLIC, File, Moment, Ref, ref_name
 from klora.cache.refusals import Refusals
 from klora.cache.scope import Tokens, scope_of
 from klora.cache.store import Loan, Store
-from klora.errors import SourceError
+from klora.errors import KLoRAError, SourceError
 from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, Download, NotFound, Unreachable, family_of
 from klora.sources.kinds import Data, Local, Reference
@@ -68,12 +68,19 @@ class Library:
                         name: _Asked(reference, scope_of(reference, tokens, self._secret), tokens, deadline, bases)
                         for name, reference in references.items()
                     }
-                    waiting = {name: pool.submit(self._borrow, one, loans) for name, one in asked.items()}
+                    waiting = {name: pool.submit(self._said_of, name, one, loans) for name, one in asked.items()}
                     _wait(list(waiting.values()))
                 except BaseException:
                     deadline.cancel()  # or leaving the pool would wait for downloads that nobody wants
                     raise
             yield {name: future.result() for name, future in waiting.items()}
+
+    def _said_of(self, name: str, asked: "_Asked", loans: ExitStack) -> "Borrowed":
+        """What goes wrong being said of the input that names it, for another request may name it by another."""
+        try:
+            return self._borrow(asked, loans)
+        except KLoRAError as error:
+            raise type(error)(f"{name}: {error}") from error
 
     def _borrow(self, asked: "_Asked", loans: ExitStack) -> "Borrowed":
         start, reference = time.monotonic(), asked.reference
