@@ -209,9 +209,7 @@ def test_a_disk_that_is_full_leaves_no_half_of_anything(
     used_long_ago(shop, "style", "content")
     with monkeypatch.context() as patch:
         patch.setattr(os, call, Failing(getattr(os, call), errno, after=after))
-        with pytest.raises(
-            DiskFullError, match=r"^lora: The LoRA cache cannot be written: .*\. Expected a disk"
-        ):
+        with pytest.raises(DiskFullError, match=r"^lora: The LoRA cache cannot be written: .*\. Expected a disk"):
             shop.read(hub("long"))
     assert set(shop.names("refs")) <= set(refs)
     assert shop.is_clean()
