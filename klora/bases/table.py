@@ -63,8 +63,16 @@ BASES: Mapping[str, Base] = {
         "Apache-2.0",
     ),
     # What describes training pictures, and what finds their subject.
-    "captioner": Base(None, "Salesforce/blip-image-captioning-large", "main", _MODEL_FILES, "BSD-3-Clause"),
-    "segmenter": Base(None, "CIDAS/clipseg-rd64-refined", "main", _MODEL_FILES, "Apache-2.0"),
+    "captioner": Base(
+        None,
+        "Salesforce/blip-image-captioning-large",
+        "353689b859fcf0523410b1806dace5fb46ecdf41",
+        _MODEL_FILES,
+        "BSD-3-Clause",
+    ),
+    "segmenter": Base(
+        None, "CIDAS/clipseg-rd64-refined", "999e0328d9e10b484360c477313983f9afdd7050", _MODEL_FILES, "Apache-2.0"
+    ),
     "safety-checker": Base(
         None,
         "CompVis/stable-diffusion-safety-checker",
