@@ -1,4 +1,4 @@
-"""The web form and the HTTP inputs of K-LoRA, for Cog. What they mean is in klora.request; this file knows only Cog.
+"""The web form and the HTTP inputs of K-LoRA, for Cog. What they mean is in klora.form; this file knows only Cog.
 
 Cog reads the form from this source text, so every string is one literal and every bound a number (script/schema).
 """
@@ -15,9 +15,9 @@ from cog import BasePredictor, Input, Path, Secret, current_scope
 
 import weights
 from klora.errors import RequestError
-from klora.form import filled, progress_line, uploaded
+from klora.form.inputs import filled, progress_line, uploaded
+from klora.form.request import Request, open_images
 from klora.models import silence_progress_bars
-from klora.request import Request, open_images
 from klora.studio import Studio, save_images
 
 ALIASES = {
@@ -39,7 +39,8 @@ class Predictor(BasePredictor):
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         silence_progress_bars()
         self.outputs = LocalPath(tempfile.mkdtemp(prefix="klora-"))
-        self.studio = Studio(weights.find_base, weights.safety_checker_path())
+        compiled = weights.compiles_blocks()
+        self.studio = Studio(weights.find_base, weights.safety_checker_path(), compiled=compiled)
         self.loras = weights.LoRAFiles(weights.lora_root())
         bases = weights.resident_bases()
         weights.stay_offline()  # all that a request loads is there; LoRAs are fetched without Hugging Face's libraries
@@ -185,7 +186,10 @@ class Predictor(BasePredictor):
             description="Add the trigger words that the LoRAs' files, or their pages, name, where the prompt lacks them.",
             default=True,
         ),
-        go_fast: bool = Input(description="Accepted for old requests; it changes nothing yet.", default=False),
+        go_fast: bool = Input(
+            description="Trade a small, repeatable difference for time: FLUX leaves out what hardly changes between steps, and compiled blocks run where the server has them. The metrics say which.",
+            default=False,
+        ),
         disable_safety_checker: bool = Input(
             description="Show the images without checking them for unsafe content.", default=False
         ),

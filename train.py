@@ -12,7 +12,7 @@ from typing import Optional
 from cog import BaseModel, Input, Path, Secret, current_scope
 
 import weights
-from klora.form import filled, progress_line, uploaded
+from klora.form.inputs import filled, progress_line, uploaded
 from klora.models import silence_progress_bars
 from klora.training.job import TrainingBase, run_training
 from klora.training.loop import Progress

@@ -220,6 +220,14 @@ def cache_bytes() -> int:
     return size
 
 
+def compiles_blocks() -> bool:
+    """KLORA_COMPILE: 1 where set-up compiles the bases' blocks for go_fast; 0, the default. Raises RequestError."""
+    text = os.environ.get("KLORA_COMPILE") or "0"
+    if text not in ("0", "1"):
+        raise RequestError(f"KLORA_COMPILE is {text!r}. Expected 1 to compile the bases' blocks at set-up, or 0.")
+    return text == "1"
+
+
 def own_tokens() -> dict[str, str]:
     """The machine's own tokens, by authority, from HF_TOKEN, CIVITAI_API_TOKEN and REPLICATE_API_TOKEN.
 

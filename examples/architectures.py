@@ -30,6 +30,7 @@ from examples.tokenizers import clip_tokenizer, t5_tokenizer
 
 LATENT_CHANNELS = {"sdxl": 4, "flux-dev": 16}  # as published; diffusers' SDXL inpainting takes no others
 CELL = {"sdxl": 4, "flux-dev": 8}  # side in pixels; so few channels cannot show shapes in larger ones
+SIDES = {"sdxl": SIDE // 2, "flux-dev": SIDE}  # of a picture in pixels: so both have 256 cells
 TOKENS = 32  # of a prompt
 _SPOKEN = [
     *COLOURS,
@@ -58,7 +59,7 @@ def toy_vae(base: str) -> diffusers.AutoencoderKL:
         layers_per_block=1,
         norm_num_groups=1,
         latent_channels=LATENT_CHANNELS[base],
-        sample_size=SIDE,
+        sample_size=SIDES[base],
         mid_block_add_attention=False,
         shift_factor=0.0,
         use_quant_conv=False,
@@ -70,7 +71,7 @@ def toy_sdxl(autoencoder: diffusers.AutoencoderKL) -> diffusers.StableDiffusionX
     """SDXL: text_time conditioning, two CLIP encoders, cross-attention below the first resolution."""
     first, second = (clip_tokenizer(WORDS, pad, TOKENS) for pad in ("<|endoftext|>", "!"))
     unet = diffusers.UNet2DConditionModel(
-        sample_size=SIDE // CELL["sdxl"],
+        sample_size=SIDES["sdxl"] // CELL["sdxl"],
         in_channels=LATENT_CHANNELS["sdxl"],
         out_channels=LATENT_CHANNELS["sdxl"],
         block_out_channels=(32, 96, 160),

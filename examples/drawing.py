@@ -86,6 +86,11 @@ class Scene:
         return STYLES[self.style](self, random.Random(seed))
 
 
+def at_full_size(image: Image.Image) -> Image.Image:
+    """A square picture, of whatever side, as one of SIDE pixels."""
+    return image if image.width == SIDE else image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+
+
 def placed(shape: Sequence[Point], centre: Point, size: float, turn: float = 0.0) -> tuple[Point, ...]:
     """A unit polygon at a place of the picture; size: its diameter in sides, turn: in degrees."""
     c, s = math.cos(math.radians(turn)), math.sin(math.radians(turn))

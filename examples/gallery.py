@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from examples.drawing import STYLES, TAUGHT
+from examples.drawing import STYLES, TAUGHT, at_full_size
 from examples.figures import SUBJECTS
 from examples.likeness import style_likeness, subject_likeness
 
@@ -43,6 +43,7 @@ def prompt(subject: str) -> str:
 
 def scores(images: Sequence[Image.Image], subject: str, style: str) -> dict[str, list[float]]:
     """How much each image shows the subject, the style, and the lesser of the two; each in [0, 1]."""
-    shown = [subject_likeness(image, subject) for image in images]
-    drawn = [style_likeness(image, style) for image in images]
+    whole = [at_full_size(image) for image in images]
+    shown = [subject_likeness(image, subject) for image in whole]
+    drawn = [style_likeness(image, style) for image in whole]
     return {"subject": shown, "style": drawn, "both": [min(pair) for pair in zip(shown, drawn, strict=True)]}

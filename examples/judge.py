@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from examples.drawing import COLOURS, GROUNDS, SHAPES, Part, Scene, placed
+from examples.drawing import COLOURS, GROUNDS, SHAPES, Part, Scene, at_full_size, placed
 
 FIGURE = 48  # distance of colours, of 255 a channel, at which a pixel is no ground
 MASK_SIDE = 32  # cells to which figures are brought for comparison
@@ -27,8 +27,8 @@ class Verdict(NamedTuple):
 
 
 def judged(image: Image.Image) -> Verdict:
-    """The verdict on a picture in flat colours, RGB, of one shape on a ground."""
-    pixels = np.asarray(image, dtype=float)
+    """The verdict on a picture in flat colours, RGB, square, of one shape on a ground."""
+    pixels = np.asarray(at_full_size(image), dtype=float)
     border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3),
                              pixels[:, -2:].reshape(-1, 3)])  # fmt: skip
     ground = np.median(border, axis=0)

@@ -14,11 +14,16 @@ SAVE_SECONDS, REPORT_STEPS = 120, 50
 class Stage:
     """What every stage shares: steps counted, a log, and a file to go on from."""
 
-    def __init__(self, name: str, steps: int, modules: Mapping[str, nn.Module], rate: float, folder: Path) -> None:
+    def __init__(
+        self, name: str, steps: int, modules: Mapping[str, nn.Module], rate: float | Mapping[str, float], folder: Path
+    ) -> None:
+        """rate: the learning rate at its height, of all modules or of each."""
         self.name, self.steps, self.modules, self.folder = name, steps, modules, folder
-        parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
-        self.parameters = parameters
-        self.optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-3, betas=(0.9, 0.99), fused=True)
+        rates = rate if isinstance(rate, Mapping) else dict.fromkeys(modules, rate)
+        learning = {name: [p for p in module.parameters() if p.requires_grad] for name, module in modules.items()}
+        self.parameters = parameters = [p for own in learning.values() for p in own]
+        groups = [{"params": own, "lr": rates[name]} for name, own in learning.items()]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=1e-3, betas=(0.9, 0.99), fused=True)
         law = lambda step: min(1.0, (step + 1) / 100) * max(0.02, 1 - step / steps) ** 0.7  # noqa: E731
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, law)
         self.averages = [parameter.detach().clone() for parameter in parameters]

@@ -5,6 +5,7 @@ For every adapted layer and every denoising step the paper chooses one of the tw
 """
 
 from klora.errors import KLoRAError
+from klora.form.request import Request
 from klora.fusion import Fusion, Schedule, fuse
 from klora.generate import generate
 from klora.layers import attached
@@ -13,7 +14,6 @@ from klora.models import FAMILIES, load_model
 from klora.models.family import following
 from klora.models.flux import Flux
 from klora.models.sdxl import SDXL
-from klora.request import Request
 
 __version__ = "0.1.0"  # pyproject.toml's, which an image that has klora in a folder cannot be asked for
 __all__ = [

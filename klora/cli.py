@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
-from PIL import Image
+from PIL import Image, ImageChops
 
 import weights
-from klora.errors import KLoRAError
-from klora.form import progress_line
+from klora.errors import KLoRAError, RequestError, SafetyError
+from klora.export import Export, exported
+from klora.form.inputs import progress_line
+from klora.form.request import Request, open_images
 from klora.inspection import inspect as inspected
-from klora.request import Request, open_images
+from klora.report.pair import Question, answer, save_report
 from klora.studio import Studio, save_images
+from klora.studio.provenance import read_provenance
 from klora.training.config import TrainConfig
 from klora.training.job import TrainingBase, run_training
 from klora.training.publishing import Publishing
@@ -48,6 +51,47 @@ def fuse(
     typer.echo(f"seed {request.seed}{share}, {time.perf_counter() - started:.1f} s")
 
 
+def reproduce(
+    original: Annotated[
+        Path, typer.Argument(help="An image that klora has made.", metavar="IMAGE", exists=True, dir_okay=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the image.", file_okay=False)] = Path("reproduced"),
+    content_lora: Annotated[str | None, typer.Option(help="Its content LoRA, where that is elsewhere now.")] = None,
+    style_lora: Annotated[str | None, typer.Option(help="Its style LoRA, where that is elsewhere now.")] = None,
+    image: Annotated[Path | None, typer.Option(help="The image that it was made from.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="The mask that it was made with.")] = None,
+) -> None:
+    """Make an image again, from what its file tells of how it was made, and say whether the pixels are the same."""
+    made = read_provenance(original)
+    given = {"content_lora": content_lora, "style_lora": style_lora, "image": image, "mask": mask}
+    request = made.request(**open_images({name: value for name, value in given.items() if value is not None}))
+    if out.resolve() == original.resolve().parent:
+        raise RequestError(f"out is {str(out)!r}, the image's own folder. Expected another, for names are the same.")
+    base = weights.find_base(request.model)
+    for change in made.changes(base.path):
+        typer.echo(f"Warning: {change}, so that the image may come out otherwise.", err=True)
+    studio, owned = Studio(weights.find_base, weights.safety_checker_path()), weights.own_tokens()
+    with weights.LoRAFiles(anywhere=True).borrowed(request.loras, owned, [base.name]) as (files, lent):
+        images = studio.make(request, files, lent=lent, again=made)
+    if made.place not in images:
+        raise SafetyError(f"The safety checker withheld image {made.place}. Expected the checker that it had passed.")
+    (path,) = save_images({made.place: images[made.place]}, out, request)
+    typer.echo(path)
+    _tell_difference(original, path)
+
+
+def _tell_difference(original: Path, made: Path) -> None:
+    with Image.open(original) as first, Image.open(made) as second:
+        pair = first.convert("RGB"), second.convert("RGB")
+    if pair[0].size != pair[1].size:
+        typer.echo(f"Warning: it is {pair[1].width}x{pair[1].height}, and {original.name} is not.", err=True)
+    elif pair[0].tobytes() == pair[1].tobytes():
+        typer.echo(f"the same pixels as {original.name}")
+    else:
+        most = max(ImageChops.difference(*pair).tobytes())
+        typer.echo(f"Warning: its pixels differ from those of {original.name} by up to {most} of 255.", err=True)
+
+
 def train(
     pictures: Annotated[Path, typer.Argument(help="A zip, a tar or a folder of pictures.", exists=True)],
     base_model: Annotated[Literal["sdxl", "flux-dev"], typer.Option(help="Base model to train on.")] = "sdxl",
@@ -74,12 +118,39 @@ def inspect(
     lora: Annotated[str, typer.Argument(help="A LoRA file, a tar that holds one, a PEFT repository, or a reference.")],
 ) -> None:
     """Say what a LoRA is, and which installed bases read it."""
-    bases = {name: weights.find_base(name) for name in weights.installed_bases() if weights.BASES[name].family}
     with weights.LoRAFiles(anywhere=True).borrowed({"lora": lora}, weights.own_tokens()) as (files, _):
-        found = inspected(files["lora"], {name: (base.family, base.path) for name, base in bases.items()})
+        found = inspected(files["lora"], _bases())
     typer.echo(found)
     if not found.fits:
         raise typer.Exit(1)
+
+
+def report(
+    out: Annotated[Path, typer.Option(help="Folder for report.png and report.json.", file_okay=False)] = Path("out"),
+    **given: Any,
+) -> None:
+    """Say who acts where and when for a pair of LoRAs, and what would change it; makes no image."""
+    question = Question(**given)
+    with weights.LoRAFiles(anywhere=True).borrowed(question.loras, weights.own_tokens()) as (files, lent):
+        told, pair = answer(question, files, _bases(), {name: facts.scores for name, facts in lent.items()})
+    typer.echo("\n".join([str(told), str(pair), *map(str, save_report(told, out))]))
+
+
+def export(
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.", dir_okay=False)], **given: Any
+) -> None:
+    """Bake a fusion into one ordinary LoRA, for tools without K-LoRA: its mean over some steps or all. That is K-LoRA
+    itself only where no layer flips in them, and another thing elsewhere; it says how far the one is from the other."""
+    wanted = Export(**given)
+    with weights.LoRAFiles(anywhere=True).borrowed(wanted.loras, weights.own_tokens()) as (files, lent):
+        told = exported(wanted, files, _bases(), out, lent)
+    typer.echo(f"{out}\n{told}")
+
+
+def _bases() -> dict[str, tuple[str, Path]]:
+    """{installed base: (family, folder)}."""
+    bases = {name: weights.find_base(name) for name in weights.installed_bases() if weights.BASES[name].family}
+    return {name: (base.family, base.path) for name, base in bases.items()}
 
 
 def _command(verb: Callable[..., None], *forms: type) -> None:
@@ -114,9 +185,13 @@ def _option(item: "Field[Any]", hint: Any) -> dict[str, Any]:
     elif hint == Image.Image | None:
         hint = Path
     hint = hint | None if default is None else hint
-    return {"annotation": Annotated[hint, typer.Option(help=text, **bounds)], "default": default}
+    flags = item.metadata.get("flags", ())
+    return {"annotation": Annotated[hint, typer.Option(*flags, help=text, **bounds)], "default": default}
 
 
 _command(fuse, Request)
+_command(reproduce)
 _command(train, TrainConfig, Publishing)
 _command(inspect)
+_command(report, Question)
+_command(export, Export)

@@ -7,18 +7,21 @@ Scores depend on the weights alone, so the whole schedule is one comparison made
 Knows no module tree, no pipeline and no file.   Shape suffixes: O outputs, I inputs, R rank, L layers, T steps.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
+from itertools import takewhile
+from math import isqrt, prod
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from klora.errors import RequestError
 from klora.lora import LoRA, LowRank, Plan
 
 BLOCK_ELEMENTS = 1 << 20  # of dW at a time: 4 MB in fp32, a dozen with its working copies, whatever the layer's size
+RANKS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128)  # of partners, as people train them; of another a LoRA is scored when met
 
 Gamma = Literal["reference", "paper"]
 Clock = Literal["step", "reference"]
@@ -101,50 +104,74 @@ class Fusion:
         return Plan(self.layers, (self.content, self.style), gates)
 
 
-def fuse(content: Mapping[str, LowRank], style: Mapping[str, LowRank], gamma: Gamma = "reference") -> Fusion:
-    """Score two LoRAs of one base, both in execution order.
+def fuse(
+    content: Mapping[str, LowRank],
+    style: Mapping[str, LowRank],
+    gamma: Gamma = "reference",
+    device: torch.device | None = None,
+) -> Fusion:
+    """Score two LoRAs of one base, both in execution order, where a LoRA does not remember its scores.
 
     K = r_content * r_style per layer (Eq 5). gamma "reference": the mean over shared layers of the per-layer L1 ratios,
     those of at least 3 times their mean dropped, as in the published code; "paper": the ratio of the sums (Eq 9).
+    device: where what is not known yet is computed, one that has float64; None: where the factors lie. The scores are
+    those of the CPU up to the rounding of float32 products.
     """
     layers = _merged_order(list(content), list(style))
-    scores = torch.zeros(2, 2, len(layers), dtype=torch.float64)  # [LoRA, (top-K sum, L1), layer]
-    for index, name in enumerate(layers):
-        pairs = [lora.get(name) for lora in (content, style)]
-        k = max(1, *(pair.rank for pair in pairs if pair))
-        if pairs[0] and pairs[1]:
-            k = pairs[0].rank * pairs[1].rank
-        for lora, owner in enumerate((content, style)):
-            if name in owner:
-                scores[lora, :, index] = torch.tensor(_score(owner, name, k), dtype=torch.float64)
-    top, l1 = scores[:, 0], scores[:, 1]
-    return Fusion(tuple(layers), content, style, top[0], top[1], _gamma(l1[0], l1[1], gamma))
+    ks = {name: prod(lora[name].rank for lora in (content, style) if name in lora) for name in layers}
+    (content_score, content_l1), (style_score, style_l1) = (_scores(lora, ks, device) for lora in (content, style))
+    return Fusion(tuple(layers), content, style, content_score, style_score, _gamma(content_l1, style_l1, gamma))
 
 
-def _score(lora: Mapping[str, LowRank], name: str, k: int) -> tuple[float, float]:
-    """importance() of a layer, which a LoRA remembers: it depends on nothing else."""
-    known = lora.scores if isinstance(lora, LoRA) else {}
-    if (name, k) not in known:
-        top, l1 = importance(lora[name], k).tolist()
-        known[name, k] = (top, l1)
-    return known[name, k]
+def _scores(lora: Mapping[str, LowRank], ks: Mapping[str, int], device: torch.device | None) -> Tensor:
+    """Each layer's importance at its K, and its L1: float64 [2, L], on the CPU; 0 where the LoRA lacks the layer.
 
-
-def importance(pair: LowRank, k: int) -> Tensor:
-    """Sum of the k largest |dW| (Eq 3) and sum of all |dW|: float64 [2], on the CPU. Exact.
-
-    Products in float32, row block by row block; later blocks only keep what beats the k-th largest seen so far.
+    What is computed a LoRA remembers, for partners of all RANKS: it depends on nothing else.
     """
-    A, B = pair.A.float(), pair.B.float()
+    known = lora.scores if isinstance(lora, LoRA) else {}
+    asked = {name: (k, lora[name].numel) for name, k in ks.items() if name in lora}
+    missing = {
+        name: sorted({*wanted, *(lora[name].rank * rank for rank in RANKS)} - known.get(name, {}).keys())
+        for name, wanted in asked.items()
+        if not known.get(name, {}).keys() >= {*wanted}
+    }
+    if missing:  # brought to the CPU together: a GPU is waited for once
+        sums = torch.cat([importance(lora[name], new, device) for name, new in missing.items()]).cpu()
+        for (name, new), of_layer in zip(missing.items(), sums.split([*map(len, missing.values())]), strict=True):
+            known.setdefault(name, {}).update(zip(new, of_layer.tolist(), strict=True))
+    found = [[known[name][k] for k in asked[name]] if name in asked else [0.0, 0.0] for name in ks]
+    return torch.tensor(found, dtype=torch.float64).view(-1, 2).T
+
+
+def importance(pair: LowRank, ks: Sequence[int], device: torch.device | None = None) -> Tensor:
+    """Sum of the k largest |dW| (Eq 3) for each of ks, of all where there are no more: float64 [len(ks)]. Exact.
+
+    Products in float32, row block by row block, once for all ks. device: theirs and the result's; None: the factors'.
+    No shape depends on a value, so that nothing here waits for a GPU.
+    """
+    A, B = (factor.to(device, torch.float32, non_blocking=factor.is_cpu) for factor in (pair.A, pair.B))
+    most = max((k for k in ks if k < pair.numel), default=0)
     top, l1 = A.new_empty(0), A.new_zeros((), dtype=torch.float64)
     for rows in B.split(max(1, BLOCK_ELEMENTS // A.shape[1])):
-        magnitudes = (rows @ A).abs_().flatten()
-        l1 += magnitudes.sum(dtype=torch.float64)
-        if len(top) == k:
-            magnitudes = magnitudes[magnitudes > top[-1]]
-        top = torch.cat([top, magnitudes])
-        top = top.topk(min(k, len(top))).values
-    return torch.stack([top.sum(dtype=torch.float64), l1]).cpu()
+        magnitudes = (rows @ A).abs_()
+        l1 += magnitudes.sum(1, dtype=torch.float64).sum()
+        top = _largest(magnitudes.flatten(), top, most)
+    sums = F.pad(top.sort(descending=True).values.cumsum(0, dtype=torch.float64), (1, 0))
+    return torch.stack([sums[k] if k < pair.numel else l1 for k in ks])
+
+
+def _largest(magnitudes: Tensor, top: Tensor, k: int) -> Tensor:
+    """The k largest of a block [N] and of those seen before, in no order.
+
+    Those of the block lie in the k of its groups that have the largest maxima; groups of sqrt(N / k) leave the fewest
+    candidates, for top-k is what costs.
+    """
+    size = max(1, isqrt(len(magnitudes) // max(1, k)))
+    even = len(magnitudes) // size * size
+    groups = magnitudes[:even].view(size, -1)
+    best = groups.amax(0).topk(min(k, groups.shape[1]), sorted=False).indices
+    top = torch.cat([top, groups.index_select(1, best).flatten(), magnitudes[even:]])
+    return top.topk(min(k, len(top)), sorted=False).values
 
 
 def _gamma(content_l1: Tensor, style_l1: Tensor, kind: Gamma) -> float:
@@ -169,7 +196,10 @@ def _tau(steps: int, layers: int, clock: Clock) -> Tensor:
 
 def _merged_order(first: list[str], second: list[str]) -> list[str]:
     """Both lists in one, keeping the order of each; they share one order, that of execution."""
-    merged: list[str] = []
-    for _, i, i_end, j, j_end in SequenceMatcher(None, first, second, autojunk=False).get_opcodes():
-        merged += first[i:i_end] + second[j:j_end]
-    return list(dict.fromkeys(merged))
+    merged: dict[str, None] = {}
+    shared, rest = set(second), iter(second)
+    for name in first:
+        if name in shared and name not in merged:
+            merged |= dict.fromkeys(takewhile(name.__ne__, rest))
+        merged[name] = None
+    return list(merged | dict.fromkeys(rest))

@@ -12,15 +12,19 @@ from torch import Tensor
 
 from klora.device import synchronize
 from klora.errors import RequestError
+from klora.form.request import Request
 from klora.fusion import Schedule, fuse
 from klora.layers import attached
 from klora.lora import LoRA, Plan, Words
-from klora.models.family import Family
-from klora.request import Request
+from klora.models.family import Conditioning, Family
+from klora.models.pace import paced
 from klora.words import taught
 
 Record = Callable[[str, Any], Any]
 """(name, number) -> ignored. Told what a run measured: fuse_seconds, denoise_seconds, style_share, ..."""
+
+Encode = Callable[[str, str], Conditioning]
+"""(prompt, negative prompt, "" for none) -> what the denoiser reads."""
 
 
 @torch.no_grad()
@@ -30,29 +34,32 @@ def generate(
     *,
     content: LoRA | None = None,
     style: LoRA | None = None,
+    encode: Encode | None = None,
     record: Record = lambda name, value: None,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
 ) -> list[Image.Image]:
     """Make request.num_outputs images in one batch; image i uses seed + i.
 
-    K-LoRA needs both LoRAs; one alone acts everywhere, none leaves the base as it is. on_step(i, steps) is called as
-    denoising reaches step i, and with i = steps at its end. Raises RequestError for what this base cannot do.
+    K-LoRA needs both LoRAs; one alone acts everywhere, none leaves the base as it is. encode: plain_encoder(model), or
+    what remembers its results. on_step(i, steps) is called as denoising reaches step i, and with i = steps at its end.
+    Raises RequestError for what this base cannot do.
     """
     steps = _checked_steps(model, request)
     lap = _stopwatch(model, record)
-    plan = combine(request, steps, content, style, record)
+    plan = combine(request, steps, content, style, record, next(model.denoiser.parameters()).device)
     lap("fuse_seconds")
-    with ExitStack() as loans:
-        for component, encoder in model.text_encoders.items():
-            loans.enter_context(attached(encoder, _constant(request, content, style, component)))
-        spoken = loans.enter_context(taught(model.pipe, _words(request, content, style)))
-        negative = [spoken(request.negative_prompt)] if request.negative_prompt else None
-        conditioning = model.encode_prompt([spoken(_prompt(request, content, style, record))], negative)
+    prompt = _prompt(request, content, style, record)
+    if any(lora.text_encoders or lora.words for _, lora, _ in _acting(request, content, style)):
+        conditioning = _encoded_with_loras(model, request, prompt, content, style)
+    else:
+        conditioning = (encode or plain_encoder(model))(prompt, request.negative_prompt)
     lap("encode_seconds")
-    with attached(model.denoiser, plan) as gate:
+    with attached(model.denoiser, plan) as gate, paced(model, request) as (in_full, means):
 
         def reached(step: int) -> None:
+            before = gate.flips
             gate.set_step(step)
+            in_full(gate.flips != before)  # what other LoRAs added is not what these would
             if step == steps:
                 lap("denoise_seconds")
             on_step(step, steps)
@@ -60,16 +67,40 @@ def generate(
         images = model.sample(conditioning, request, reached)
     lap("decode_seconds")
     record("engine", gate.engine)
+    record("flips", gate.flips)
+    if request.go_fast:
+        record("go_fast", " and ".join(means) or f"nothing makes this faster on {model.name}")
     return images
 
 
+def plain_encoder(model: Family) -> Encode:
+    """How a prompt is encoded that no LoRA's word or part of a text encoder has to do with."""
+    return lambda prompt, negative: model.encode_prompt([prompt], [negative] if negative else None)
+
+
+def _encoded_with_loras(
+    model: Family, request: Request, prompt: str, content: LoRA | None, style: LoRA | None
+) -> Conditioning:
+    with ExitStack() as loans:
+        for component, encoder in model.text_encoders.items():
+            loans.enter_context(attached(encoder, _constant(request, content, style, component)))
+        spoken = loans.enter_context(taught(model.pipe, _words(request, content, style)))
+        return plain_encoder(model)(spoken(prompt), spoken(request.negative_prompt))
+
+
 def combine(
-    request: Request, steps: int, content: LoRA | None, style: LoRA | None, record: Record = lambda name, value: None
+    request: Request,
+    steps: int,
+    content: LoRA | None,
+    style: LoRA | None,
+    record: Record = lambda name, value: None,
+    device: torch.device | None = None,
 ) -> Plan:
-    """Who acts where and when in the denoiser."""
+    """Who acts where and when in the denoiser. device: the denoiser's, where LoRAs are scored if it is a CUDA one;
+    otherwise they are scored where they lie."""
     if request.fusion == "klora" and content is not None and style is not None:
         schedule = Schedule.from_pattern(request.pattern, request.alpha, request.beta)
-        fusion = fuse(content, style)
+        fusion = fuse(content, style, device=device if device and device.type == "cuda" else None)
         wins = fusion.content_wins(schedule, steps, request.style_bias)
         record("gamma", fusion.gamma)
         record("style_share", 1 - wins.double().mean().item())

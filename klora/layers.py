@@ -27,11 +27,16 @@ Engine = Literal["gated", "merged"]
 HEADROOM_BYTES = 6 << 30  # left free by the merged engine: activations of a batch of four at 1024 px, and the VAE
 
 
-Apply = Callable[[list[Tensor], list[int]], None]
-"""(every layer's gate [R], the indices of the layers whose gate changed) -> None"""
+Apply = Callable[[int, list[int]], None]
+"""(the step whose gates are to act, the indices of the layers where they differ from those that do) -> None"""
+
+Pairs = list[LowRank | None]
+"""A layer's, one for each LoRA of a plan."""
 
 Loan = tuple[dict[str, Any], str, Any]
 """(the module's own table of parts, key, what was there): Any, because parts are modules or parameters."""
+
+NOTHING = object()  # in the place of what was there
 
 
 class Planner(Protocol):
@@ -73,23 +78,19 @@ class Gate:
     def __init__(self, plan: Plan, engine: Engine, apply: Apply) -> None:
         self.engine = engine
         self.flips = 0
-        self._gates = plan.gates
+        self._gates = plan.gates.cpu()  # compared by the host, which then never waits for the denoiser's device
         self._apply = apply
-        ranks = [[lora[n].rank if n in lora else 0 for lora in plan.loras] for n in plan.layers]
-        repeats = torch.tensor(ranks, dtype=torch.long).flatten()
-        self._owner = torch.arange(len(repeats)).repeat_interleave(repeats)  # rank -> its gate among [layers, LoRAs]
-        self._sizes = [sum(rank) for rank in ranks]
-        self._current = torch.full_like(plan.gates[0], torch.nan)
+        self._current = torch.full_like(self._gates[0], torch.nan)
         self.set_step(0)
         self.flips = 0  # the first writing is no flip
 
     def set_step(self, step: int) -> Self:
         """Let the LoRAs act as planned for this step, 0-based; steps beyond the last keep its choice."""
-        gates = self._gates[min(max(step, 0), len(self._gates) - 1)]
-        changed = (gates != self._current).any(-1).nonzero().flatten().tolist()
+        step = min(max(step, 0), len(self._gates) - 1)
+        changed = (self._gates[step] != self._current).any(-1).nonzero().flatten().tolist()
         if changed:
-            self._apply(list(gates.flatten().float()[self._owner].split(self._sizes)), changed)
-        self._current = gates
+            self._apply(step, changed)
+        self._current = self._gates[step]
         self.flips += len(changed)
         return self
 
@@ -106,7 +107,7 @@ def attached(
     """
     plan = lora if isinstance(lora, Plan) else lora.plan(schedule, **options)
     linears = [_linear(denoiser, name) for name in plan.layers]
-    pairs = [_stacked(plan, name, linear) for name, linear in zip(plan.layers, linears, strict=True)]
+    pairs = [_pairs(plan, name, linear) for name, linear in zip(plan.layers, linears, strict=True)]
     engine = engine or ("merged" if _fits(linears) else "gated")
     with lending() as loans:
         lend = _lend_merged if engine == "merged" else _lend_gated
@@ -139,7 +140,10 @@ def lending() -> Iterator[list[Loan]]:
             try:
                 while loans:
                     slots, key, original = loans[-1]
-                    slots[key] = original
+                    if original is NOTHING:
+                        slots.pop(key, None)
+                    else:
+                        slots[key] = original
                     loans.pop()
             except BaseException as error:
                 interruption = error
@@ -147,26 +151,43 @@ def lending() -> Iterator[list[Loan]]:
             raise interruption
 
 
-def _lend_merged(denoiser: nn.Module, plan: Plan, pairs: list[LowRank], loans: list[Loan]) -> Apply:
+def _lend_merged(denoiser: nn.Module, plan: Plan, pairs: list[Pairs], loans: list[Loan]) -> Apply:
     linears = [_linear(denoiser, name) for name in plan.layers]
     pristine = [linear.weight.detach() for linear in linears]
     active = [torch.empty_like(weight) for weight in pristine]
     for linear, weight in zip(linears, active, strict=True):
-        lend(loans, linear._parameters, "weight", nn.Parameter(weight, requires_grad=False))
+        # As the base's own in all that compiled code has been told of it, or it would be compiled again.
+        lend(loans, linear._parameters, "weight", nn.Parameter(weight, linear.weight.requires_grad))
+    gates = plan.gates.tolist()
 
-    def apply(gates: list[Tensor], changed: list[int]) -> None:
+    def apply(step: int, changed: list[int]) -> None:
         for index in changed:
-            pair, gate = pairs[index], gates[index]
-            torch.addmm(pristine[index], pair.B * gate.to(pair.B), pair.A, out=active[index])
+            _merge(pristine[index], pairs[index], gates[step][index], active[index])
 
     return apply
 
 
-def _lend_gated(denoiser: nn.Module, plan: Plan, pairs: list[LowRank], loans: list[Loan]) -> Apply:
-    everywhere = _lend_linears(loans, denoiser, dict(zip(plan.layers, pairs, strict=True)))
+def _merge(weight: Tensor, pairs: Pairs, gates: list[float], out: Tensor) -> None:
+    """out = weight + sum of gate * B A, in one pass over the weight."""
+    acting = [(pair, gate) for pair, gate in zip(pairs, gates, strict=True) if pair is not None and gate]
+    if not acting:
+        out.copy_(weight)
+    elif len(acting) == 1:
+        [(pair, gate)] = acting
+        torch.addmm(weight, pair.B, pair.A, alpha=gate, out=out)
+    else:
+        both = _stacked([LowRank(pair.A, pair.B * gate) for pair, gate in acting])
+        torch.addmm(weight, both.B, both.A, out=out)
 
-    def apply(gates: list[Tensor], changed: list[int]) -> None:
-        everywhere.copy_(torch.cat(gates))
+
+def _lend_gated(denoiser: nn.Module, plan: Plan, pairs: list[Pairs], loans: list[Loan]) -> Apply:
+    stacked = [_stacked([pair for pair in own if pair is not None]) for own in pairs]
+    everywhere = _lend_linears(loans, denoiser, dict(zip(plan.layers, stacked, strict=True)))
+    ranks = torch.tensor([[pair.rank if pair else 0 for pair in own] for own in pairs], dtype=torch.long)
+    gates = plan.gates.float().flatten(1).repeat_interleave(ranks.flatten(), dim=1).to(everywhere.device)
+
+    def apply(step: int, changed: list[int]) -> None:
+        everywhere.copy_(gates[step])
 
     return apply
 
@@ -184,19 +205,24 @@ def _lend_linears(loans: list[Loan], denoiser: nn.Module, layers: Mapping[str, L
     return everywhere
 
 
-def _stacked(plan: Plan, name: str, linear: nn.Linear) -> LowRank:
-    """The layer's LoRAs, stacked along the rank, on the base weight's device and in its dtype."""
+def _pairs(plan: Plan, name: str, linear: nn.Linear) -> Pairs:
+    """The layer's pair of each LoRA, None where it has none, on the base weight's device and in its dtype."""
     weight = linear.weight
     dtype = weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else torch.bfloat16  # quantised bases
-    pairs = [lora[name] for lora in plan.loras if name in lora]
-    for pair in pairs:
-        seen, expected = (len(pair.B), pair.A.shape[1]), (linear.out_features, linear.in_features)
-        if seen != expected:
-            raise LoRAError(f"{name!r} is {seen} in the LoRA. Expected {expected}: one made for this base.")
-    return LowRank(
-        torch.cat([pair.A.to(weight.device, dtype) for pair in pairs]),
-        torch.cat([pair.B.to(weight.device, dtype) for pair in pairs], dim=1),
-    )
+    found: Pairs = []
+    for pair in (lora.get(name) for lora in plan.loras):
+        if pair is not None:
+            seen, expected = (len(pair.B), pair.A.shape[1]), (linear.out_features, linear.in_features)
+            if seen != expected:
+                raise LoRAError(f"{name!r} is {seen} in the LoRA. Expected {expected}: one made for this base.")
+            pair = LowRank(pair.A.to(weight.device, dtype), pair.B.to(weight.device, dtype))
+        found.append(pair)
+    return found
+
+
+def _stacked(pairs: list[LowRank]) -> LowRank:
+    """Along the rank: the sum of these updates as one."""
+    return LowRank(torch.cat([pair.A for pair in pairs]), torch.cat([pair.B for pair in pairs], dim=1))
 
 
 def _linear(denoiser: nn.Module, name: str) -> nn.Linear:
@@ -223,3 +249,9 @@ def lend(loans: list[Loan], slots: dict[str, Any], key: str, loan: Any) -> None:
     """Put something in the place of what slots hold under the key, until lending() ends."""
     loans.append((slots, key, slots[key]))  # before the swap, so that an exception in between loses nothing
     slots[key] = loan
+
+
+def clear(loans: list[Loan], slots: dict[str, Any], key: str) -> None:
+    """Leave the key to whoever writes there, until lending() ends: then it is as it was, or not there if it was not."""
+    loans.append((slots, key, slots.get(key, NOTHING)))
+    slots.pop(key, None)

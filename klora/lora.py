@@ -3,7 +3,7 @@ is written. Knows nothing of fusion, of pipelines or of reading (klora.files).  
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,25 @@ class LowRank:
     def rank(self) -> int:
         return self.A.shape[0]
 
+    @property
+    def numel(self) -> int:
+        """Elements of dW."""
+        return self.B.shape[0] * self.A.shape[1]
+
 
 @dataclass(frozen=True)
 class LoRA(Mapping[str, LowRank]):
     """A LoRA file as data: a mapping of the denoiser's layers, in execution order, and what else came with them.
     text_encoders: {component: {module name: LowRank}}; words: that it teaches the text encoders;
     metadata: the file's own strings, never executed; report: of the file that was read, a klora.files.report.Report.
-    scores: {(layer, K): (sum of its K largest |dW|, sum of all)}, as far as a fusion has needed them."""
+    scores: {layer: {K: sum of its K largest |dW|}}, as far as fusions needed them; the sum of all at K = O * I."""
 
     layers: Mapping[str, LowRank]
     text_encoders: Mapping[str, Mapping[str, LowRank]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     words: Words = field(default_factory=dict)
     report: Any = None
-    scores: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict, compare=False, repr=False)
+    scores: dict[str, dict[int, float]] = field(default_factory=dict, compare=False, repr=False)
 
     def __getitem__(self, name: str) -> LowRank:
         return self.layers[name]
@@ -49,6 +54,15 @@ class LoRA(Mapping[str, LowRank]):
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def to(self, device: torch.device) -> "LoRA":
+        """With its factors on a device; it shares the scores, which are about the same numbers."""
+        encoders = {name: _moved(layers, device) for name, layers in self.text_encoders.items()}
+        return replace(self, layers=_moved(self.layers, device), text_encoders=encoders)
+
+
+def _moved(layers: Mapping[str, LowRank], device: torch.device) -> dict[str, LowRank]:
+    return {name: LowRank(pair.A.to(device), pair.B.to(device)) for name, pair in layers.items()}
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ BORDERS = {
     "urllib": ("klora/sources/", "weights.py"),
     "urllib3": ("klora/sources/",),
     "http": ("klora/sources/",),
+    "matplotlib": ("klora/report/picture.py",),
     "huggingface_hub": ("klora/bases/hub.py", "klora/sources/", "klora/training/card.py"),
 }
 ROOMS = {
@@ -44,14 +45,23 @@ LAYERS = {
         *(f"klora.sources.{name}" for name in ("deadline", "download", "kinds")),
     },
     "klora/bases/": {"klora.errors", *ROOMS["bases"]},
-    "klora/fields.py": {"klora.errors"},
-    "klora/form.py": {"klora.errors"},
+    "klora/form/fields.py": {"klora.errors"},
+    "klora/form/inputs.py": {"klora.errors"},
+    "klora/studio/provenance.py": {
+        *("klora", "klora.errors", "klora.form.request", "klora.fusion"),
+        *("klora.bases.table", "klora.sources.reference"),
+    },
     "klora/training/kohya.py": {"klora.errors", "klora.lora"},
-    "klora/request.py": {"klora.errors", "klora.fields"},
+    "klora/form/request.py": {"klora.errors", "klora.form.fields"},
     "klora/models/": {
-        *("klora.errors", "klora.device", "klora.lora", "klora.request", "klora.models.family"),
+        *("klora.errors", "klora.device", "klora.lora", "klora.form.request", "klora.models.family"),
         *FILES_OF_LORAS,
     },
+    "klora/report/numbers.py": {"klora.errors", "klora.fusion", "klora.lora"},
+    "klora/report/advice.py": {"klora.fusion", "klora.report.numbers"},
+    "klora/report/picture.py": {"klora.report.numbers"},
+    "klora/report/__init__.py": {"klora.fusion", "klora.report.advice", "klora.report.numbers"},
+    "klora/models/pace.py": {"klora.layers", "klora.form.request", "klora.models.family"},
     "weights.py": {"klora.errors", *ROOMS["bases"], *ROOMS["cache"], *ROOMS["sources"]},
 }
 
@@ -89,6 +99,11 @@ def modules_of(path: Path) -> set[str]:
     return found
 
 
+def place_of(path: Path) -> str:
+    """The most particular of LAYERS that a file is in; "" where it is in none."""
+    return max(filter(relative(path).startswith, LAYERS), key=len, default="")
+
+
 def source(module: str) -> bool:
     path = ROOT / module.replace(".", "/")
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
@@ -120,7 +135,7 @@ def test_a_library_is_imported_at_its_border_only(path: Path) -> None:
 @pytest.mark.parametrize(("place", "allowed"), LAYERS.items(), ids=LAYERS)
 def test_lower_files_know_nothing_of_upper_ones(place: str, allowed: set[str]) -> None:
     table = {f"klora.models.{family.stem}" for family in FAMILIES}
-    for path in (path for path in FILES if relative(path).startswith(place)):
+    for path in (path for path in FILES if place == place_of(path)):
         lists_families = relative(path) == "klora/models/__init__.py"
         assert modules_of(path) <= (allowed | table if lists_families else allowed), path
 
@@ -146,8 +161,9 @@ def test_the_package_knows_no_form(path: Path) -> None:
 
 @every_file
 def test_the_environment_is_read_in_weights_only(path: Path) -> None:
-    """In weights, and in the program that fetches bases, which a build runs without it."""
-    if relative(path) in ("weights.py", "klora/bases/__main__.py"):
+    """In weights, in the program that fetches bases, which a build runs without it, and where matplotlib, which can be
+    told in no other way, is told where to put its files."""
+    if relative(path) in ("weights.py", "klora/bases/__main__.py", "klora/report/picture.py"):
         return
     named = [ast.unparse(node) for node in ast.walk(parsed(path)) if isinstance(node, ast.Attribute)]
     reads = {"os.environ", "os.environb", "os.getenv", "os.putenv"}
@@ -209,7 +225,7 @@ def lines_of_code(path: Path) -> int:
     return sum(bool(text.strip()) and not text.strip().startswith("#") for n, text in lines if n not in texts)
 
 
-@pytest.mark.parametrize(("room", "most"), [("klora", 1000), ("models", 550), ("files", 600)])
+@pytest.mark.parametrize(("room", "most"), [("klora", 1000), ("models", 650), ("files", 600), ("report", 600)])
 def test_a_room_has_no_more_lines_of_code_than_fit_in_a_head(room: str, most: int) -> None:
     assert sum(lines_of_code(path) for path in PACKAGE if path.parent.name == room) < most
 

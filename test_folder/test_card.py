@@ -116,7 +116,7 @@ def test_the_licence_of_flux_dev_is_named_and_linked() -> None:
     assert flux.data.license_link == "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md"
     assert "FLUX.1 [dev] is non-commercial" in flux.text and "flux" in flux.data.tags
     assert "non-commercial" not in read().text and "non-commercial" not in read("flux-schnell").text
-    assert read("flux-schnell").data.license == "apache-2.0" and read("illustrious-xl").data.license == "other"
+    assert (read("flux-schnell").data.license, read("illustrious-xl").data.license) == ("apache-2.0", "openrail++")
 
 
 @pytest.mark.parametrize(("kind", "role"), [("subject", "content_lora"), ("style", "style_lora")])

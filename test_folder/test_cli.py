@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from klora import cli
+from klora.form.request import Request, open_image
 from klora.generate import generate
 from klora.models import load_model
 from klora.models.family import Family
-from klora.request import Request, open_image
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a photo of a dog"

@@ -11,7 +11,7 @@ import yaml  # comes with huggingface_hub
 
 from klora.bases.__main__ import SECRET
 from klora.bases.table import BASES
-from klora.request import MODELS
+from klora.form.request import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "cog.yaml").read_text()

@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 
 from klora.bases.table import BASES
-from test_folder.fakes.base_hub import CONFIG, FILES, INDEX, TOKEN, UNET, VAE, Hub, Server, contents, serving
+from test_folder.fakes.base_hub import CONFIG, FILES, INDEX, TOKEN, UNET, VAE, Hub, Server, contents, leftovers, serving
 from test_folder.fakes.pget import FakePget, soon
 
 ROOT = Path(__file__).resolve().parent.parent
 [WHEEL] = (ROOT / "dist").glob("*.whl")
 SHOWN = [BASES[name] for name in ("illustrious-xl", "flux-dev", "flux-schnell", "safety-checker")]
+# What the authors of Illustrious XL have, and what a base is with the small files of SDXL.
+CHECKPOINT = {"Illustrious-XL-v1.0.safetensors": FILES[VAE][::-1]}
+COMPLETED = CHECKPOINT | {path: FILES[path] for path in (CONFIG, INDEX)}
 PROGRAM = (
     "import os, pathlib, sys; from klora.bases.__main__ import main; "
     "sys.exit(main(sys.argv[2:], os.environ, secret=pathlib.Path(sys.argv[1])))"
@@ -36,7 +39,8 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def server() -> Iterator[Server]:
     with serving() as server:
-        server.hub.publish(*SHOWN)
+        server.hub.publish(*(source for base in SHOWN for source in base.sources))
+        server.hub.others = {BASES["illustrious-xl"].repository: CHECKPOINT}
         yield server
 
 
@@ -74,15 +78,15 @@ def refusal(result: subprocess.CompletedProcess[str]) -> str:
 def test_bases_come_whole_and_sizes_and_licences_are_said_before_the_first_file(run: Run, tmp_path: Path) -> None:
     result = run("safety-checker", "illustrious-xl")
     assert (result.returncode, result.stderr) == (0, "")
-    assert contents(tmp_path / "models" / "illustrious-xl") == FILES
+    assert contents(tmp_path / "models" / "illustrious-xl") == COMPLETED
     lines = result.stdout.splitlines()
     first_file = next(number for number, line in enumerate(lines) if " bytes in " in line)
     said = [line for line in lines[:first_file] if "licence" in line]
     assert said == [
         "safety-checker: 0.00 GB, of which 0.00 are missing; licence: CreativeML Open RAIL-M.",
-        "illustrious-xl: 0.00 GB, of which 0.00 are missing; licence: Illustrious Community Licence.",
+        "illustrious-xl: 0.00 GB, of which 0.00 are missing; licence: CreativeML Open RAIL++-M (as far as is known).",
     ]
-    assert sum(line.startswith("illustrious-xl: ") and " bytes in " in line for line in lines) == len(FILES)
+    assert sum(line.startswith("illustrious-xl: ") and " bytes in " in line for line in lines) == len(COMPLETED)
     assert lines[-1] == f"illustrious-xl is in {tmp_path}/models/illustrious-xl."
 
 
@@ -166,6 +170,18 @@ def test_a_wrong_token_is_a_sentence_and_the_right_one_then_fetches(run: Run, tm
 # Disks and connections.
 
 
+def test_a_checkpoint_is_not_fetched_again_where_only_the_small_files_failed(
+    hub: Hub, run: Run, tmp_path: Path
+) -> None:
+    hub.lost = {CONFIG}
+    message = refusal(run("illustrious-xl"))
+    assert message.startswith("illustrious-xl cannot be fetched from stabilityai/stable-diffusion-xl-base-1.0: ")
+    hub.lost, hub.asked = set(), []
+    assert run("illustrious-xl").returncode == 0
+    assert hub.fetched("GET storage") == []
+    assert contents(tmp_path / "models" / "illustrious-xl") == COMPLETED
+
+
 def test_room_for_all_is_there_before_the_first_is_fetched(hub: Hub, run: Run, tmp_path: Path) -> None:
     """Of the checker's own files, which lack the VAE's, there is room."""
     hub.listed = {VAE: {"size": 10**18}}
@@ -228,6 +244,21 @@ def test_ctrl_c_says_that_the_same_command_goes_on(
     assert run("flux-schnell").returncode == 0
     assert VAE not in hub.fetched()
     assert contents(tmp_path / "models" / "flux-schnell") == FILES
+
+
+def test_a_process_killed_in_a_checkpoint_leaves_no_base_and_the_next_one_fetches_it(
+    hub: Hub, environment: dict[str, str], run: Run, tmp_path: Path
+) -> None:
+    hub.pace = 0.5
+    models = tmp_path / "models"
+    command = [sys.executable, "-c", PROGRAM, tmp_path / "secret", "--folder", models, "illustrious-xl"]
+    with subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
+        assert soon(lambda: leftovers(tmp_path) != [])
+        process.kill()
+    assert contents(models / "illustrious-xl") == {}
+    hub.pace = 0.0
+    assert run("illustrious-xl").returncode == 0
+    assert (contents(models / "illustrious-xl"), leftovers(tmp_path)) == (COMPLETED, [])
 
 
 # pget.

@@ -13,12 +13,12 @@ from PIL import Image
 from torch import nn
 
 from klora import layers as klora_layers
+from klora.form.request import SCHEDULERS, Request
 from klora.fusion import Schedule, fuse
 from klora.generate import generate
 from klora.layers import attached
 from klora.lora import LowRank
 from klora.models import FAMILIES
-from klora.request import SCHEDULERS, Request
 from test_folder import tiny
 
 ENGINES = {"gated": 0, "merged": 1 << 60}  # bytes of memory that make attached() choose it

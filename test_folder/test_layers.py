@@ -531,7 +531,7 @@ def test_compiled_block_is_traced_once_whatever_flips(block, engine, compiled_be
                 # the same graph, computed by the same kernels
                 torch.testing.assert_close(output, block(tokens, encoder_hidden_states=prompt), rtol=0, atol=1e-6)
         assert gate.flips > len(names)
-    assert graphs == 1 + compiled_before
+    assert graphs == (2 if compiled_before and engine == "gated" else 1)  # merged leaves all modules as they are
     assert counter.frame_count == graphs
 
 

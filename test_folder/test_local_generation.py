@@ -15,10 +15,10 @@ from transformers import CLIPTextModel
 
 import weights
 from klora.errors import BaseModelError, KLoRAError, LoRAError, RequestError, SafetyError
+from klora.form.request import Request
 from klora.generate import generate
 from klora.layers import HEADROOM_BYTES
 from klora.models.safety import SafetyChecker
-from klora.request import Request
 from klora.studio import Studio, save_images
 from test_folder import tiny
 
@@ -114,6 +114,24 @@ def test_layers_of_a_text_encoder_act_at_their_loras_scale(studio: Studio, loras
     assert not same(draw(style_scale=1.0), draw())
     assert not same(draw(style_scale=1.0), draw(style_scale=2.0))
     assert same(draw(style_scale=0.0), draw())
+
+
+def test_a_prompt_is_read_once_unless_a_lora_has_a_say_in_it(fresh: Studio, loras: Path) -> None:
+    encoder, passes = fresh.load(*weights.find_base("sdxl")).text_encoders["text_encoder"], [0]
+    encoder.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
+
+    def passes_of(files: Mapping[str, Path], **given: Any) -> int:
+        passes[0] = 0
+        made(fresh, request(model="sdxl", **given), files)
+        return passes[0]
+
+    plain = {"content_lora": loras / "sdxl_content.safetensors"}
+    assert passes_of(plain, negative_prompt="rain") == 2
+    assert passes_of({}, negative_prompt="rain", seed=8) == passes_of(plain, negative_prompt="rain") == 0
+    assert passes_of(plain, negative_prompt="snow") == 2
+    assert passes_of(plain, prompt="a photo of a cat", negative_prompt="rain") == 2
+    assert passes_of(plain) == 1
+    assert passes_of(plain | {"style_lora": loras / "encoder.safetensors"}, negative_prompt="rain") == 2
 
 
 @pytest.mark.parametrize("fusion", ["klora", "sum", "content", "style"])
@@ -413,7 +431,7 @@ def test_only_flagged_images_are_withheld_and_the_others_keep_their_place(
     shown = open_studio(folder).make(batch, {})
     assert [*shown] == [0, 2, 3]
     assert all(np.array_equal(shown[index], images[index]) for index in shown)
-    assert [record.getMessage() for record in caplog.records if record.name == "klora.studio"][-1] == (
+    assert [record.getMessage() for record in caplog.records if record.name == "klora.studio.studio"][-1] == (
         "The safety checker withheld these images of the batch: 1."
     )
     paths = save_images(shown, tmp_path / "out", batch)

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from klora.errors import LoRAError
 from klora.files import read_lora
+from klora.form.request import Request
 from klora.layers import attached
 from klora.lora import LoRA, LowRank, Plan, save_lora
 from klora.models import FAMILIES, load_model, origin_of
 from klora.models.family import Family
 from klora.models.sdxl import SDXL
-from klora.request import Request
 from test_folder import tiny
 
 CPU = torch.device("cpu")

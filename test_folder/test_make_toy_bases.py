@@ -13,8 +13,7 @@ from in_venv import program
 from PIL import Image
 
 from examples import stage
-from examples.architectures import any_picture, labels, pixels_of, toy_flux, toy_vae
-from examples.drawing import SIDE
+from examples.architectures import SIDES, any_picture, labels, pixels_of, toy_flux, toy_vae
 from klora import Request, generate, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +24,13 @@ each_base = pytest.mark.parametrize("base", ["sdxl", "flux-dev"])
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The program, small and in a folder of its own; compilers are left out, for they take minutes."""
     module = program("make-toy-bases")
-    small = {"STATE": tmp_path / "state", "TOYS": tmp_path / "toys", "SCENES": 32, "WORD_STEPS": 2, "REPORT_STEPS": 1}
+    small = {
+        "STATE": tmp_path / "state",
+        "TOYS": tmp_path / "toys",
+        "SCENES": 32,
+        "WORD_STEPS": {"sdxl": 2, "flux-dev": 2},
+        "REPORT_STEPS": 1,
+    }
     monkeypatch.setattr(stage, "REPORT_STEPS", 1)
     for name, value in small.items():
         monkeypatch.setattr(module, name, value)
@@ -41,17 +46,16 @@ def test_the_stages_leave_a_base_that_serves_every_way_to_make_an_image(script: 
     script.train_vae(base, 10, False)
     script.train_decoder(base, 10, False)
     script.save_latents(base, False)
-    for part in ("halves", "denoiser"):
-        if part in script.STEPS[base]:
-            getattr(script, f"train_{part}")(base, 10, False)
+    script.train_denoiser(base, 10, False)
     assert not any(str(script.TOYS) in path.read_text() for path in script.TOYS.rglob("*.json"))
     assert len((script.TOYS / f"{base}.jsonl").read_text().splitlines()) == 1
     model = load_model(base.split("-")[0], script.TOYS / base, torch.device("cpu"))
-    assert model.native_size == SIDE
-    picture, mask = any_picture(random.Random(0)), Image.new("L", (SIDE, SIDE), 255)
+    side = SIDES[base]
+    assert model.native_size == side
+    picture, mask = any_picture(random.Random(0)), Image.new("L", (side, side), 255)
     for inputs in ({}, {"image": picture}, {"image": picture, "mask": mask}):
         [image] = generate(model, Request("a red circle", num_inference_steps=2, seed=0, **inputs))
-        assert image.size == (SIDE, SIDE)
+        assert image.size == (side, side)
 
 
 def test_the_decoder_learns_alone(script: ModuleType) -> None:
@@ -65,10 +69,10 @@ def test_the_decoder_learns_alone(script: ModuleType) -> None:
 
 
 def test_a_denoiser_begins_with_what_is_there(script: ModuleType) -> None:
-    """And the first with nothing: how far it has come by halves is not lost, nor the words its encoders know."""
+    """And the first with nothing: how far it has come is not lost, nor the words its encoders know."""
     script.train_vae("sdxl", 1, False)
     script.save_latents("sdxl", False)
-    script.train_halves("sdxl", 1, False)
+    script.train_denoiser("sdxl", 1, False)
     left = script.pipeline("sdxl").unet.state_dict()
     again = script.pipeline("sdxl").unet.state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in left.items())
@@ -91,10 +95,10 @@ def test_a_stage_goes_on_from_where_it_was(script: ModuleType, capsys: pytest.Ca
         own.finish(script.TOYS)
 
     trained("whole", modules[0], 6)
-    trained("halves", modules[1], 2)
+    trained("parts", modules[1], 2)
     torch.nn.init.zeros_(modules[1].weight)  # what is gone on with is what the file holds
-    trained("halves", modules[1], 6)
-    assert "halves: going on from step 2" in capsys.readouterr().out
+    trained("parts", modules[1], 6)
+    assert "parts: going on from step 2" in capsys.readouterr().out
     assert torch.equal(modules[0].weight, modules[1].weight)
 
 
@@ -135,9 +139,8 @@ def test_text_encoders_learn_what_captions_name(script: ModuleType, monkeypatch:
     torch.manual_seed(0)
     model = Flux(toy_flux(toy_vae("flux-dev")))
     captions, losses = ["a red circle", "a blue star on a white background"], []
-    monkeypatch.setattr(script, "WORD_STEPS", 20)
     monkeypatch.setattr("builtins.print", lambda line, **_: losses.append(float(line.split()[-1])))
-    script.teach_words(model, captions, False)
+    script.teach_words(model, captions, 20, False)
     assert losses[-1] < losses[0] / 3
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import klora.layers
-import klora.studio
+import klora.studio.studio
 from klora.errors import BaseModelError
 from klora.studio import Studio
 from klora.training.config import TARGETS
@@ -54,7 +54,7 @@ def write_part(path: Path, count: int, kind: str) -> None:
     """A weight file of so many numbers that are not there: a hole in the disk."""
     width = {"F16": 2, "BF16": 2, "F32": 4}[kind]
     header = json.dumps({"w": {"dtype": kind, "shape": [count], "data_offsets": [0, count * width]}}).encode()
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + count * width)
@@ -62,10 +62,11 @@ def write_part(path: Path, count: int, kind: str) -> None:
 
 @pytest.fixture(scope="module")
 def folders(modules: Modules, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Bases of the published sizes, SDXL's in fp16 and FLUX.1's in bf16, and one in fp32."""
+    """Bases of the published sizes, SDXL's in fp16, Illustrious XL one file, FLUX.1's in bf16, and one in fp32."""
     folder = tmp_path_factory.mktemp("models")
     for name, kind in (*((name, "F16" if "xl" in name else "BF16") for name in FAMILY), ("fp32", "F32")):
-        for part, count in sizes(modules[FAMILY.get(name, "sdxl")]).items():
+        counts = sizes(modules[FAMILY.get(name, "sdxl")])
+        for part, count in {"": sum(counts.values())}.items() if name == "illustrious-xl" else counts.items():
             write_part(folder / name / part / "model.safetensors", count, kind)
     return folder
 
@@ -100,7 +101,7 @@ class Card:
 @pytest.fixture
 def card(request: pytest.FixtureRequest, modules: Modules, monkeypatch: pytest.MonkeyPatch) -> Card:
     card = Card(request.param, modules)
-    monkeypatch.setattr(klora.studio, "load_model", card.load)
+    monkeypatch.setattr(klora.studio.studio, "load_model", card.load)
     monkeypatch.setattr(klora.layers, "free_bytes", card.free)
     return card
 

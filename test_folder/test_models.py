@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from klora.errors import BaseModelError
+from klora.form.request import SCHEDULERS, Request
 from klora.layers import attached
 from klora.lora import LowRank, Plan
 from klora.models import FAMILIES, load_model
 from klora.models.family import Conditioning, Family, following
-from klora.request import SCHEDULERS, Request
 from klora.training.objective import draw_noise, draw_times, errors
 from test_folder import tiny
 

@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from klora.errors import LoRAError
+from klora.form.request import Request
 from klora.models import origin_of
 from klora.models.family import Family
-from klora.request import Request
 from klora.studio import Studio
 from test_folder.test_lora import GOOD, GOOD_FLUX, KOHYA, PEFT, keyed, model, models
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 import predict
 from klora import cli
 from klora.errors import RequestError
-from klora.request import Request, open_image
+from klora.form.request import Request, open_image
 
 WHOLE = {
     "width": (64, 2048), "height": (64, 2048), "num_outputs": (1, 4), "num_inference_steps": (1, 500),

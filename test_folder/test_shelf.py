@@ -1,6 +1,7 @@
 """LoRAs kept in memory, and their scores on disk: what is remembered is what would be computed again."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,17 @@ import torch
 
 from klora.fusion import fuse, importance
 from klora.lora import LoRA, LowRank
-from klora.shelf import Shelf, keep_scores
+from klora.studio.shelf import FORM, Shelf, keep_scores
 
 
 def lora(seed: int = 0, rank: int = 2) -> LoRA:
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     return LoRA({name: LowRank(draw(rank, 6), draw(5, rank)) for name in ("first", "second")})
+
+
+def on_meta(lora: LoRA) -> LoRA:
+    return LoRA({name: LowRank(pair.A.to("meta"), pair.B.to("meta")) for name, pair in lora.items()})
 
 
 @pytest.fixture
@@ -82,21 +87,65 @@ def test_scores_outlive_the_process_to_the_last_bit(file: Path, tmp_path: Path) 
     place = tmp_path / "scores.json"
     for _ in range(2):  # the second shelf is another process's
         content = Shelf().take("sdxl", file, lambda path: lora(0), place)
-        known = dict(content.scores)
+        known = {name: dict(sums) for name, sums in content.scores.items()}
         style = lora(1, rank=3)
         fusion = fuse(content, style)
         keep_scores(place, content)
-    assert known == content.scores == {(name, 6): tuple(importance(content[name], 6).tolist()) for name in content}
+    assert known == content.scores
+    for name, pair in content.items():
+        assert known[name] == dict(zip(known[name], importance(pair, list(known[name])).tolist(), strict=True))
     plain = fuse(dict(lora(0)), dict(style))
     assert torch.equal(fusion.content_score, plain.content_score) and fusion.gamma == plain.gamma
 
 
+def test_a_file_known_to_another_process_meets_a_new_partner_without_its_weights(file: Path, tmp_path: Path) -> None:
+    """Without them, for on the meta device there is nothing to multiply. Its scores were those for rank 3."""
+    places = [tmp_path / "content.json", tmp_path / "style.json"]
+    for place, known in zip(places, (lora(0), lora(1, rank=4)), strict=True):
+        fuse(known, lora(2, rank=3))
+        keep_scores(place, known)
+    weightless = [
+        Shelf().take("sdxl", file, lambda path, known=known: on_meta(known), place)
+        for place, known in zip(places, (lora(0), lora(1, rank=4)), strict=True)
+    ]
+    fusion, plain = fuse(*weightless), fuse(dict(lora(0)), dict(lora(1, rank=4)))
+    assert torch.equal(fusion.content_score, plain.content_score)
+    assert torch.equal(fusion.style_score, plain.style_score) and fusion.gamma == plain.gamma
+
+
 def test_known_scores_are_not_computed_again(file: Path, tmp_path: Path) -> None:
     place = tmp_path / "scores.json"
-    lines = [[name, 6, 7.0, 9.0] for name in ("first", "second")]
-    place.write_text(json.dumps({"form": 1, "scores": lines}))
+    place.write_text(
+        json.dumps({"form": FORM, "scores": {name: {"6": 7.0, "30": 9.0} for name in ("first", "second")}})
+    )
     content = Shelf().take("sdxl", file, lambda path: lora(0), place)
     assert fuse(content, lora(1, rank=3)).content_score.tolist() == [7, 7]
+
+
+def test_what_two_processes_find_is_kept_together(tmp_path: Path) -> None:
+    place, (one, other) = tmp_path / "scores.json", (lora(0), lora(0))
+    fuse(one, lora(1, rank=5))
+    fuse(other, lora(1, rank=7))
+    for known in (one, other):
+        keep_scores(place, known)
+    reread = Shelf().take("sdxl", place, lambda path: lora(0), place).scores
+    assert reread == {name: one.scores[name] | other.scores[name] for name in one}
+    assert {10, 14} <= reread["first"].keys()
+
+
+def test_a_file_of_scores_is_written_for_something_new_only_and_replaced_as_a_whole(tmp_path: Path) -> None:
+    place, known = tmp_path / "scores.json", lora(0)
+    fuse(known, lora(1))
+    keep_scores(place, known)
+    first = os.open(place, os.O_RDONLY)  # who has it open reads it to its end
+    keep_scores(place, known)
+    assert place.stat().st_ino == os.fstat(first).st_ino
+    fuse(known, lora(1, rank=5))
+    keep_scores(place, known)
+    with os.fdopen(first) as old:
+        assert "10" not in json.load(old)["scores"]["first"]
+    assert "10" in json.loads(place.read_text())["scores"]["first"]
+    assert list(tmp_path.iterdir()) == [place]
 
 
 DAMAGED = (
@@ -104,20 +153,26 @@ DAMAGED = (
     "[]",
     "{",
     "[" * 9999,
-    '{"form": 0, "scores": [["first", 6, 7, 9]]}',
-    '{"form": 1, "scores": [["first"]]}',
+    '{"form": 1, "scores": [["first", 6, 7, 9]]}',  # as they were written before
+    '{"form": 3, "scores": {"first": {"6": 7}}}',
+    '{"form": 2, "scores": {"first": [6, 7]}}',
+    '{"form": 2, "scores": {"first": {"six": 7}}}',
+    '{"form": 2, "scores": {"first": {"6": null}}}',
+    '{"form": 2, "scores": [["first", 6, 7, 9]]}',
+    '{"form": 2}',
 )
 
 
 @pytest.mark.parametrize("text", DAMAGED)
 def test_scores_that_are_damaged_or_of_another_form_are_computed_again(file: Path, tmp_path: Path, text: str) -> None:
+    assert FORM == 2
     place = tmp_path / "scores.json"
     place.write_text(text)
     content = Shelf().take("sdxl", file, lambda path: lora(0), place)
     assert content.scores == {}
     fuse(content, lora(1))
     keep_scores(place, content)
-    assert len(json.loads(place.read_text())["scores"]) == 2
+    assert Shelf().take("sdxl", file, lambda path: lora(0), place).scores == content.scores
 
 
 def test_scores_that_cannot_be_written_cost_no_image(file: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import diffusers
 import pytest
 from in_venv import program
 
-from examples.drawing import SIDE
+from examples.architectures import SIDES
 from examples.gallery import BASES, LORAS, PAIRS, WAYS, lora_file, prompt, scores
 from klora import Request, generate, load_model
 from klora.models.family import Family
@@ -23,9 +23,10 @@ every_base = pytest.mark.parametrize("base", TRAINED)
 @every_base
 def test_stock_diffusers_loads_a_toy_base(base: str) -> None:
     pipe = PIPELINES[base].from_pretrained(TOYS / base)
-    asked = {"height": SIDE, "width": SIDE, "num_inference_steps": 1}  # FLUX.1's own default is 1024, whatever the base
+    side = SIDES[base]
+    asked = {"height": side, "width": side, "num_inference_steps": 1}  # FLUX.1's own default is 1024, whatever the base
     image = pipe("a big red circle on a white background", **asked).images[0]
-    assert image.size == (SIDE, SIDE)
+    assert image.size == (side, side)
 
 
 def test_the_bases_take_at_most_40_mb_and_name_no_folder_of_a_machine() -> None:

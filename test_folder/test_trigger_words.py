@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from klora.cache import Borrowed
-from klora.request import Request
+from klora.form.request import Request
 from klora.studio import Studio
 
 SAID = ("zork style", "sks")

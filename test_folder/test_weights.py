@@ -13,8 +13,8 @@ import pytest
 
 import weights
 from klora.errors import BaseModelError, LoRAError
+from klora.form.request import MODELS
 from klora.models import FAMILIES
-from klora.request import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 KLORA_VARIABLES = ("KLORA_MODELS", "KLORA_BASES", "KLORA_LORA_ROOT")

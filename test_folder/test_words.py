@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from klora.errors import RequestError
+from klora.form.request import Request
 from klora.generate import generate
 from klora.lora import LoRA
 from klora.models import load_model
 from klora.models.family import Family
-from klora.request import Request
 from klora.words import taught
 from test_folder.test_lora import GOOD, GOOD_FLUX, model, models, read
 from test_folder.variants import cog_sdxl, embeddings

@@ -98,7 +98,7 @@ def _announced(listings: Sequence[Listing]) -> Iterator[str]:
     for listing in listings:
         yield (
             f"{listing.name}: {listing.size / 1e9:.2f} GB, of which {listing.missing / 1e9:.2f} are missing; "
-            f"licence: {listing.repository.base.licence}."
+            f"licence: {listing.base.licence}."
         )
 
 

@@ -1,4 +1,4 @@
-"""A base's repository on the Hugging Face hub: what is in it, and its client. Never uses the machine's login."""
+"""A repository of a base on the Hugging Face hub: what is in it, and its client. Never uses the machine's login."""
 
 import logging
 import re
@@ -30,7 +30,7 @@ class File(NamedTuple):
 
 
 class Repository:
-    """A base's repository as the owner of a token sees it, or anyone. endpoint: of the hub; None: the public one."""
+    """A source of a base as the owner of a token sees it, or anyone. endpoint: of the hub; None: the public one."""
 
     def __init__(self, base: Base, token: str | None = None, endpoint: str | None = None) -> None:
         self.base = base

@@ -1,7 +1,7 @@
 """Fetches what a folder lacks of a base model. Every file is there whole, or not at all.
 
-In the base's folder, .cache/klora/state says of which commit its files are, and whether they are all there.  The index,
-by which others know that a base is installed, comes last.
+In the base's folder, .cache/klora/state says of which commits its files are, and whether they are all there.  The
+index, by which others know that a base is installed, comes last.
 """
 
 import hashlib
@@ -12,7 +12,8 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,7 +39,7 @@ def ensure_base(
     *,
     endpoint: str | None = None,
 ) -> Path:
-    """Fetch what folder/name lacks of a base, and return that folder. Raises BaseModelError.
+    """Fetch what folder/name lacks of a base, from all its sources, and return that folder. Raises BaseModelError.
 
     The hub is asked which files there are, each time.  token: of somebody who has accepted the licence.  pget: fetches
     the large files of public repositories where no token is given; what it fails at the hub's client fetches.
@@ -49,26 +50,48 @@ def ensure_base(
 
 def listed(name: str, base: Base, folder: Path, token: str | None = None, *, endpoint: str | None = None) -> "Listing":
     """What the hub has of a base, for folder/name. Nothing is written. Raises BaseModelError."""
-    repository, target = Repository(base, token, endpoint), folder / name
+    target = folder / name
+    sources = [_source(name, Repository(part, token, endpoint), target) for part in base.sources]
+    return Listing(base, name, target, sources)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files that a base takes from one commit of a repository."""
+
+    repository: Repository
+    commit: str
+    files: Sequence[File]
+
+    def __str__(self) -> str:
+        return f"{self.repository.base.repository} at {self.commit}"
+
+
+def _source(name: str, repository: Repository, target: Path) -> Source:
+    """What a repository has of a base. Raises BaseModelError where that is nothing, or has no index and should."""
+    base = repository.base
     with in_words(name, repository, target):
         commit = repository.commit()
         files = repository.wanted(commit)
-    if not any(file.path in INDICES for file in files):
-        raise BaseModelError(
-            f"{base.repository} at {base.revision} holds nothing of {name}. Expected a diffusers folder."
-        )
-    return Listing(name, target, repository, commit, files)
+    if not any(base.completed_by or file.path in INDICES for file in files):
+        expected = " and ".join(base.files) if base.completed_by else "a diffusers folder"
+        raise BaseModelError(f"{base.repository} at {base.revision} holds nothing of {name}. Expected {expected}.")
+    return Source(repository, commit, files)
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a base at one commit of its repository, and the folder that is to have them."""
+    """The files of a base at one commit of each of its sources, and the folder that is to have them."""
 
+    base: Base
     name: str
     target: Path
-    repository: Repository
-    commit: str
-    files: Sequence[File]
+    sources: Sequence[Source]
+
+    @property
+    def files(self) -> list[File]:
+        """Of all sources."""
+        return [file for source in self.sources for file in source.files]
 
     @property
     def size(self) -> int:
@@ -87,18 +110,18 @@ class Listing:
     def install(self, pget: Pget | None = None) -> Path:
         """Fetch what is missing, as ensure_base() does, and take away a build's note that it is. Raises
         BaseModelError."""
-        with in_words(self.name, self.repository, self.target):
+        with in_words(self.name, self.sources[0].repository, self.target):
             if not self._is_complete():
                 self.target.mkdir(parents=True, exist_ok=True)
                 with FileLock(self.target.with_name(f".{self.name}.lock")):
                     if not self._is_complete():  # another process may have fetched it meanwhile
-                        _Installation(self.name, self.target, self.repository, self.commit, pget).complete(self.files)
+                        _Installation(self.name, self.target, self.sources, pget).complete()
             left_to_setup(self.target.parent, self.name).unlink(missing_ok=True)
         return self.target
 
     def _is_complete(self) -> bool:
         """Whether all files were checked when they came, and are still there by their sizes."""
-        return _state(self.target) == f"{self.commit} complete" and self.missing == 0
+        return _state(self.target) == f"{_commits(self.sources)} complete" and self.missing == 0
 
 
 def check_room(names: Sequence[str], folder: Path, needed: int) -> None:
@@ -121,6 +144,10 @@ def _has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
+def _commits(sources: Sequence[Source]) -> str:
+    return " ".join(source.commit for source in sources)
+
+
 def _state_file(target: Path) -> Path:
     return target / ".cache" / "klora" / "state"
 
@@ -138,48 +165,54 @@ class _Installation:
 
     name: str
     target: Path
-    repository: Repository
-    commit: str
+    sources: Sequence[Source]
     pget: Pget | None
     _stop: threading.Event = field(default_factory=threading.Event)
 
-    def complete(self, files: Sequence[File]) -> None:
-        """Fetch the files that are missing or are not as the hub has them."""
-        self._begin(files)
-        found = self._in_parallel(self._is_there, files)
-        missing = [file for file, there in zip(files, found, strict=True) if not there]
-        self._announce(missing, len(files))
-        self._in_parallel(self._fetch, [file for file in missing if file.path not in INDICES])
-        self._in_parallel(self._fetch, [file for file in missing if file.path in INDICES])
+    def complete(self) -> None:
+        """Fetch the files that are missing or are not as the hub has them, those of the last source last."""
+        self._begin()
+        missing = [replace(source, files=self._missing(source.files)) for source in self.sources]
+        self._announce(missing)
+        for source in missing:
+            with in_words(self.name, source.repository, self.target):
+                fetch = partial(self._fetch, source)
+                self._in_parallel(fetch, [file for file in source.files if file.path not in INDICES])
+                self._in_parallel(fetch, [file for file in source.files if file.path in INDICES])
         self._set_state("complete")
 
-    def _begin(self, files: Sequence[File]) -> None:
-        """Clear away what killed processes left, and small files that nothing says are of this commit."""
+    def _begin(self) -> None:
+        """Clear away what killed processes left, and small files that nothing says are of these commits."""
         for left in (self.target / ".cache").rglob("*.incomplete"):
             left.unlink(missing_ok=True)
-        if not _state(self.target).startswith(self.commit):
-            for file in files:
-                if file.sha256 is None:
-                    (self.target / file.path).unlink(missing_ok=True)
+        if _state(self.target).rpartition(" ")[0] != _commits(self.sources):
+            for file in (file for source in self.sources for file in source.files if file.sha256 is None):
+                (self.target / file.path).unlink(missing_ok=True)
         self._set_state("begun")
 
     def _set_state(self, word: str) -> None:
         state = _state_file(self.target)
         state.parent.mkdir(parents=True, exist_ok=True)
         new = state.with_suffix(".new")
-        new.write_text(f"{self.commit} {word}")
+        new.write_text(f"{_commits(self.sources)} {word}")
         new.replace(state)
+
+    def _missing(self, files: Sequence[File]) -> list[File]:
+        found = self._in_parallel(self._is_there, files)
+        return [file for file, there in zip(files, found, strict=True) if not there]
 
     def _is_there(self, file: File) -> bool:
         path = self.target / file.path
         return _has_size(path, file.size) and file.sha256 in (None, _sha256(path))
 
-    def _announce(self, missing: Sequence[File], of: int) -> None:
+    def _announce(self, missing: Sequence[Source]) -> None:
         """Say what will be fetched. Raises BaseModelError where there is no room for it."""
-        needed = sum(file.size for file in missing)
-        check_room([self.name], self.target, needed)
-        where = f"{self.repository.base.repository} at {self.commit}"
-        logger.info("%s: %d of %d files to fetch (%.3f GB) from %s.", self.name, len(missing), of, needed / 1e9, where)
+        sizes = [file.size for source in missing for file in source.files]
+        check_room([self.name], self.target, sum(sizes))
+        of, where = sum(len(source.files) for source in self.sources), " and ".join(map(str, self.sources))
+        logger.info(
+            "%s: %d of %d files to fetch (%.3f GB) from %s.", self.name, len(sizes), of, sum(sizes) / 1e9, where
+        )
 
     def _in_parallel(self, do: Callable[[File], Result], files: Sequence[File]) -> list[Result]:
         """Let some be done at once. After an error none is begun; after an interruption those under way end, too."""
@@ -191,25 +224,25 @@ class _Installation:
                     self._stop.set()
                 raise
 
-    def _fetch(self, file: File) -> None:
+    def _fetch(self, source: Source, file: File) -> None:
         """Fetch one file, check it and say so. Raises what the hub's client raises, and BaseModelError."""
         began, path = time.monotonic(), self.target / file.path
         path.unlink(missing_ok=True)  # the client would keep a file of this name that it has fetched before
-        by_pget = self._fetched_by_pget(file)
+        by_pget = self._fetched_by_pget(source, file)
         if not by_pget:
-            self.repository.download(file, self.commit, self.target, self._stop.is_set)
-            self._check(file, path)
+            source.repository.download(file, source.commit, self.target, self._stop.is_set)
+            self._check(source, file, path)
         seconds, by = time.monotonic() - began, "pget" if by_pget else "huggingface_hub"
         logger.info("%s: %s, %d bytes in %.1f s by %s.", self.name, file.path, file.size, seconds, by)
 
-    def _fetched_by_pget(self, file: File) -> bool:
+    def _fetched_by_pget(self, source: Source, file: File) -> bool:
         """Whether pget has fetched it: a public file whose bytes can be checked."""
-        if self.pget is None or file.sha256 is None or not self.repository.public:
+        if self.pget is None or file.sha256 is None or not source.repository.public:
             return False
         part = self.target / ".cache" / "klora" / f"{uuid.uuid4().hex}.incomplete"
         try:
-            self.pget.fetch(self.repository.url(file, self.commit), part, file.size, self._stop.is_set)
-            self._check(file, part)
+            self.pget.fetch(source.repository.url(file, source.commit), part, file.size, self._stop.is_set)
+            self._check(source, file, part)
         except (PgetError, BaseModelError) as error:
             if self._stop.is_set():
                 raise
@@ -222,14 +255,14 @@ class _Installation:
         finally:
             part.unlink(missing_ok=True)
 
-    def _check(self, file: File, path: Path) -> None:
+    def _check(self, source: Source, file: File, path: Path) -> None:
         """Raise BaseModelError, and remove the file, unless it is as the hub says."""
         size = path.stat().st_size if path.is_file() else 0
         sha256 = _sha256(path) if file.sha256 and size else None
         if (size, sha256) != (file.size, file.sha256):
             path.unlink(missing_ok=True)
             came, expected = _facts(size, sha256), _facts(file.size, file.sha256)
-            where = f"{file.path} of {self.name} came from {self.repository.base.repository}"
+            where = f"{file.path} of {self.name} came from {source.repository.base.repository}"
             raise BaseModelError(f"{where} as {came}. Expected {expected}.")
 
 

@@ -1,7 +1,7 @@
 """The base models: what each is, where it comes from and which files of its repository are wanted. Knows no HTTP."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from klora.errors import BaseModelError
@@ -13,7 +13,9 @@ class Base:
 
     revision: a commit; or a branch, then whatever it points to when the base is fetched.  files: patterns of the paths
     to fetch, in which * also stands for folders.  gated: needs a Hugging Face token whose owner has accepted the
-    licence.  Sampling defaults are the family's, which reads them off the model.
+    licence.  completed_by: of a base that is one checkpoint file under its authors' own names, where the small files
+    come from that make a diffusers-format folder of it.  Sampling defaults are the family's, which reads them off the
+    model.
     """
 
     family: str | None
@@ -22,6 +24,12 @@ class Base:
     files: tuple[str, ...]
     licence: str
     gated: bool = False
+    completed_by: "Base | None" = None
+
+    @property
+    def sources(self) -> "tuple[Base, ...]":
+        """Where its files come from, that of its index last."""
+        return (self, self.completed_by) if self.completed_by else (self,)
 
     def wants(self, path: str) -> bool:
         """Whether the file at this path of the repository belongs to the base."""
@@ -36,16 +44,23 @@ _DIFFUSERS_FILES = (*_CONFIGS, "*/*.safetensors")
 _HALF_PRECISION_FILES = (*_CONFIGS, "*/*.fp16.safetensors")
 _MODEL_FILES = ("*.json", "*.txt", "model.safetensors")
 
+_SDXL = Base(
+    "sdxl",
+    "stabilityai/stable-diffusion-xl-base-1.0",
+    "462165984030d82259a11f4367a4eed129e94a7b",
+    _HALF_PRECISION_FILES,
+    "CreativeML Open RAIL++-M",
+)
+
 BASES: Mapping[str, Base] = {
-    "sdxl": Base(
-        "sdxl",
-        "stabilityai/stable-diffusion-xl-base-1.0",
-        "462165984030d82259a11f4367a4eed129e94a7b",
-        _HALF_PRECISION_FILES,
-        "CreativeML Open RAIL++-M",
-    ),
+    "sdxl": _SDXL,
     "illustrious-xl": Base(
-        "sdxl", "OnomaAIResearch/Illustrious-XL-v1.0", "main", _DIFFUSERS_FILES, "Illustrious Community Licence"
+        "sdxl",
+        "OnomaAIResearch/Illustrious-XL-v1.0",
+        "89d625482edf06d545b740265482f5c8fb2cadb0",
+        ("Illustrious-XL-v1.0.safetensors",),
+        "CreativeML Open RAIL++-M (as far as is known)",
+        completed_by=replace(_SDXL, files=_CONFIGS),
     ),
     "flux-dev": Base(
         "flux",

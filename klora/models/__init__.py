@@ -12,7 +12,7 @@ from klora.device import default_device, default_dtype
 from klora.errors import BaseModelError
 from klora.files.container import opened
 from klora.files.origin import Origin, stranger
-from klora.models.family import EVERY_PART, Family, Part, Quantized, weightless_encoders
+from klora.models.family import EVERY_PART, Family, Part, Quantized, checkpoint_in, weightless_encoders
 from klora.models.flux import Flux
 from klora.models.sdxl import SDXL
 
@@ -27,7 +27,10 @@ def load_model(
     parts: Collection[Part] = EVERY_PART,
     quantized: Quantized | None = None,
 ) -> Family:
-    """Load a diffusers-format folder, or only some of its parts; family: a key of FAMILIES. Raises BaseModelError."""
+    """Load a diffusers-format folder, or only some of its parts; family: a key of FAMILIES. Raises BaseModelError.
+
+    SDXL's weights may all be in one file at its top, under the names that their authors gave them.
+    """
     device = device or default_device()
     path = Path(path)
     _refuse_incomplete(path)
@@ -37,7 +40,8 @@ def load_model(
         raise BaseModelError(f"The base in {path} cannot be loaded as {family}: {error}") from error
     for part, module in model.text_encoders.items():
         stored = sum(not key.endswith("position_ids") for file in weight_files(path / part) for key in _keys(file))
-        if stored < len(list(module.parameters())):  # transformers fills what is missing with random numbers
+        # transformers fills what is missing with random numbers; of a checkpoint for all parts that is refused above
+        if stored < len(list(module.parameters())) and not checkpoint_in(path):
             raise BaseModelError(f"The base in {path} lacks tensors of its {part}. Fetch the base again.")
     return model
 
@@ -54,6 +58,13 @@ def load_shapes(family: str, path: Path) -> Family:
     model = load_model(family, path, torch.device("cpu"), parts=())
     model.text_encoders |= weightless_encoders(model.pipe, path)
     return model
+
+
+def files_read(path: Path) -> list[Path]:
+    """The safetensors files that loading a base reads: one that holds all parts, or those of each."""
+    if checkpoint := checkpoint_in(path):
+        return [checkpoint]
+    return [file for part in path.glob("*") if part.is_dir() for file in weight_files(part)]
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -11,12 +11,14 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import diffusers
 import torch
 import transformers
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from PIL import Image
 from torch import Tensor, nn
 
+from klora.errors import BaseModelError
 from klora.files.names import Inventory
+from klora.form.request import Request
 from klora.lora import LoRA
-from klora.request import Request
 
 Conditioning = Mapping[str, Tensor]
 """A prompt as the denoiser reads it, by the names of the diffusers pipeline's own arguments; batch first."""
@@ -82,7 +84,7 @@ class Family(Protocol):
         parts: Collection[Part] = EVERY_PART,
         quantized: Quantized | None = None,
     ) -> "Family":
-        """Read a diffusers-format folder; of parts not wanted only the shapes. quantized: the denoiser's weights."""
+        """Read a base's folder; of parts not wanted only the shapes. quantized: the denoiser's weights."""
 
     @staticmethod
     def recognises(keys: list[str]) -> bool:
@@ -107,19 +109,60 @@ class Family(Protocol):
 
 
 def load_parts(
-    pipeline: Any, path: Path, device: torch.device, parts: Collection[Part], **options: Any
+    pipeline: Any,
+    path: Path,
+    device: torch.device,
+    parts: Collection[Part],
+    checkpoint: Path | None = None,
+    **options: Any,
 ) -> Any:  # Any: a diffusers pipeline, class and instance
     """A diffusers pipeline with these parts on the device. Of a VAE or denoiser that is not wanted it has the shapes
-    alone, on the meta device; of text encoders nothing."""
+    alone, on the meta device; of text encoders nothing.
+
+    checkpoint: what checkpoint_in() has found, and then "dtype" among the options is {component: dtype}.
+    """
     index = pipeline.load_config(path, local_files_only=True)
     components = {"text": ("text_encoder", "text_encoder_2"), "vae": ("vae",), "denoiser": ("unet", "transformer")}
     absent = {name for part in components.keys() - set(parts) for name in components[part] if name in index}
     bare = {name: None if name in components["text"] else _weightless(index[name][1], path / name) for name in absent}
-    pipe = pipeline.from_pretrained(path, **bare, **options, use_safetensors=True, local_files_only=True)
+    if checkpoint:
+        pipe = _read_checkpoint(pipeline, checkpoint, bare, **options)
+    else:
+        pipe = pipeline.from_pretrained(path, **bare, **options, use_safetensors=True, local_files_only=True)
     for name, module in pipe.components.items():
         # What is quantised has been put on the device by its quantiser.
         if isinstance(module, nn.Module) and name not in absent and not getattr(module, "is_quantized", False):
             module.to(device)
+    return pipe
+
+
+def checkpoint_in(folder: Path) -> Path | None:
+    """The file that holds the weights of all parts, under the names that the model's authors gave them: the only one
+    at the top of a folder whose parts have none of their own."""
+    files = list(folder.glob("*.safetensors"))
+    return files[0] if len(files) == 1 and not any(folder.glob("*/*.safetensors")) else None
+
+
+def _read_checkpoint(
+    pipeline: Any, checkpoint: Path, given: Mapping[str, Any], dtype: Mapping[str, torch.dtype], **options: Any
+) -> Any:  # Any: a diffusers pipeline
+    """A pipeline whose parts, but for those given, come from one file, their configs from its folder. dtype: by
+    component; "default": of the others.   Raises BaseModelError where the file lacks something."""
+    local = {"config": str(checkpoint.parent), "local_files_only": True}
+    index = pipeline.load_config(checkpoint.parent, local_files_only=True)
+    lack = f"{checkpoint.name} lacks tensors of its parts. Fetch the base again."
+    try:
+        own = {  # for the pipeline takes one dtype for all
+            name: getattr(diffusers, index[name][1]).from_single_file(checkpoint, subfolder=name, dtype=kind, **local)
+            for name, kind in dtype.items()
+            if name not in ("default", *given)
+        }
+        pipe = pipeline.from_single_file(checkpoint, dtype=dtype["default"], **given, **own, **options, **local)
+    except (KeyError, NotImplementedError, SingleFileComponentError) as error:
+        raise BaseModelError(lack) from error
+    # What is lacking stays on the meta device, from where a diffusers model cannot be moved, but a text encoder can.
+    if any(parameter.is_meta for encoder in encoders(pipe).values() for parameter in encoder.parameters()):
+        raise BaseModelError(lack)
     return pipe
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from klora.files import read_lora
 from klora.files.names import Inventory
+from klora.form.request import Request
 from klora.lora import LoRA
 from klora.models.family import (
     EVERY_PART,
@@ -29,7 +30,6 @@ from klora.models.family import (
     quantization,
     word_widths,
 )  # fmt: skip
-from klora.request import Request
 
 
 class Flux:
@@ -61,6 +61,7 @@ class Flux:
     ) -> "Flux":
         options = quantization(cls.component, quantized, dtype)
         pipe = load_parts(FluxPipeline, path, device, parts, dtype=dtype, **options)
+        pipe.vae.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
         pipe.vae.enable_slicing()  # one image at a time: less memory, and a batch decodes as its images alone would
         return cls(pipe)
 

@@ -12,8 +12,10 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaint
 from PIL import Image
 from torch import Tensor, nn
 
+from klora.errors import BaseModelError
 from klora.files import read_lora
 from klora.files.names import Inventory
+from klora.form.request import Request
 from klora.lora import LoRA
 from klora.models.family import (
     EVERY_PART,
@@ -23,6 +25,7 @@ from klora.models.family import (
     Prediction,
     Quantized,
     Recipe,
+    checkpoint_in,
     denoise,
     encoders,
     inventory,
@@ -30,7 +33,6 @@ from klora.models.family import (
     quantization,
     word_widths,
 )  # fmt: skip
-from klora.request import Request
 
 
 class SDXL:
@@ -67,11 +69,17 @@ class SDXL:
         parts: Collection[Part] = EVERY_PART,
         quantized: Quantized | None = None,
     ) -> "SDXL":
+        checkpoint = checkpoint_in(path)
+        if checkpoint and quantized:
+            raise BaseModelError(
+                f"{checkpoint.name} holds all parts, of which none can be {quantized}. Expected bf16 or fp32."
+            )
         options = quantization(cls.component, quantized, dtype)
         if any((path / "unet").glob("*.fp16.safetensors")):
             options["variant"] = "fp16"
-        types = {"vae": torch.float32, "default": dtype}
-        pipe = load_parts(StableDiffusionXLPipeline, path, device, parts, dtype=types, add_watermarker=False, **options)
+        options |= {"dtype": {"vae": torch.float32, "default": dtype}, "add_watermarker": False}
+        pipe = load_parts(StableDiffusionXLPipeline, path, device, parts, checkpoint, **options)
+        pipe.vae.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
         pipe.vae.enable_slicing()  # one image at a time: less memory, and a batch decodes as its images alone would
         return cls(pipe)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from klora.errors import RequestError
-from klora.fields import MAX_SEED, ask, check, random_seed
+from klora.form.fields import MAX_SEED, ask, check, random_seed
 
 TRIGGERS = {"subject": "sbu", "style": "szn"}  # the published recipe's words
 TEMPLATES = {"subject": "a {trigger} {word}", "style": "a {word} in {trigger} style"}

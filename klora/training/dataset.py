@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from klora.errors import RequestError
-from klora.request import MAX_PIXELS
+from klora.form.request import MAX_PIXELS
 from klora.training.archive import Intake, Limits, Skipped, unpack
 
 __all__ = ["Limits", "Picture", "Skipped", "captioned", "dataset_hash", "read_upload"]

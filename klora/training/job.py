@@ -26,10 +26,10 @@ from safetensors import SafetensorError
 from klora import __version__
 from klora.device import default_device
 from klora.errors import RequestError
+from klora.form.request import Request
 from klora.generate import generate
 from klora.lora import LoRA, save_lora
 from klora.models import FAMILIES, load_model
-from klora.request import Request
 from klora.training.annotate import Captioner, Segmenter, autocaptioned, segmented
 from klora.training.card import RESUME_STATE, SETTINGS, contact_sheet, model_card
 from klora.training.config import TrainConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from klora.errors import KLoRAError, RequestError
-from klora.fields import ask, check
+from klora.form.fields import ask, check
 from klora.training.card import check_repo_id, push
 from klora.training.config import TrainConfig
 from klora.training.loop import OnProgress, Progress

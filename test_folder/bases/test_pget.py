@@ -120,7 +120,9 @@ def test_a_large_file_takes_its_time(fake: FakePget, tmp_path: Path, server: Ser
     fake.behave("hang")
     began = time.monotonic()
     with pytest.raises(PgetError, match=r"^it took more than 3 s$"):
-        Pget(fake.path, patience=0.01).fetch(f"{server.address}/storage/{VAE}", tmp_path / "part", 12_500_000)
+        Pget(fake.path, patience=0.01).fetch(
+            f"{server.address}/storage/{REPOSITORY}/{VAE}", tmp_path / "part", 12_500_000
+        )
     assert 2.4 < time.monotonic() - began < 30
 
 

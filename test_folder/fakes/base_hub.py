@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import starmap
 from pathlib import Path
 from threading import Lock, Thread
 from urllib.parse import unquote, urlsplit
@@ -27,16 +28,19 @@ GATED = replace(BASE, gated=True)
 
 
 class Hub:
-    """A hub whose repositories all hold the same. Weights are in its storage, at signed addresses of another origin.
+    """A hub whose repositories all hold the same, at all commits, but for those that others and only speak of. Weights
+    are in its storage, at signed addresses of another origin.
 
-    tokens: any other is refused everywhere.  gated: repositories that only a token opens.  listed: sizes and hashes
-    that it claims instead of the true ones.  broken: how many times a file's body ends early.  lost: paths that it
-    lists and does not have.  closed: the kind of address, "resolve" or "storage", that it refuses everybody.  pace:
-    seconds between the pieces of a body.
+    others: the files of a repository.  only: the one commit that a repository has.  tokens: any other is refused
+    everywhere.  gated: repositories that only a token opens.  listed: sizes and hashes that it claims instead of the
+    true ones.  broken: how many times a file's body ends early.  lost: paths that it lists and does not have.  closed:
+    the kind of address, "resolve" or "storage", that it refuses everybody.  pace: seconds between the pieces of a body.
     """
 
     def __init__(self) -> None:
         self.files = FILES | {"README.md": b"read me", "all_in_one.safetensors": b"not wanted"}
+        self.others: dict[str, dict[str, bytes]] = {}
+        self.only: dict[str, str] = {}
         self.repositories, self.gated, self.tokens = {REPOSITORY}, set[str](), {TOKEN}
         self.commits = {COMMIT: COMMIT, OTHER_COMMIT: OTHER_COMMIT, "main": COMMIT}
         self.listed: dict[str, dict[str, object]] = {}
@@ -47,7 +51,7 @@ class Hub:
         self.lock = Lock()
 
     def publish(self, *bases: Base) -> None:
-        """Have these bases, too."""
+        """Have these repositories, too."""
         self.repositories |= {base.repository for base in bases}
         self.gated |= {base.repository for base in bases if base.gated}
         self.commits |= {base.revision: base.revision for base in bases if base.revision not in self.commits}
@@ -56,8 +60,10 @@ class Hub:
         """The files whose bytes were asked for, once for each time."""
         return [path for kind, path, _ in self.asked if kind in (kinds or ("GET resolve", "GET storage"))]
 
-    def entry(self, path: str) -> dict[str, object]:
-        content = self.files[path]
+    def files_of(self, repository: str) -> dict[str, bytes]:
+        return self.others.get(repository, self.files)
+
+    def entry(self, path: str, content: bytes) -> dict[str, object]:
         entry = {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
         if path.endswith(".safetensors"):
             claimed = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content)} | self.listed.get(path, {})
@@ -80,10 +86,13 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
         if kind != "storage" and repository not in hub.repositories:
             return self.answer(404, {"X-Error-Code": "RepoNotFound"})
-        if revision not in hub.commits:
+        if revision not in hub.commits or (kind != "storage" and revision != hub.only.get(repository, revision)):
             return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
         if kind == "tree":
-            tree = [{"type": "directory", "path": "unet", "oid": "0" * 40}, *map(hub.entry, hub.files)]
+            tree = [
+                {"type": "directory", "path": "unet", "oid": "0" * 40},
+                *starmap(hub.entry, hub.files_of(repository).items()),
+            ]
             return self.answer(200, {"Content-Type": "application/json"}, json.dumps(tree).encode())
         if kind == "revision":
             facts = {"id": repository, "sha": hub.commits[revision]}
@@ -94,15 +103,15 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(403, {})
         if file in hub.lost:
             return self.answer(404, {"X-Error-Code": "EntryNotFound"})
-        return self.file(kind, file, hub.commits[revision])
+        return self.file(kind, repository, file, hub.commits[revision])
 
     do_HEAD = do_GET  # noqa: N815
 
-    def file(self, kind: str, path: str, commit: str) -> None:
-        content = self.server.hub.files[path]
+    def file(self, kind: str, repository: str, path: str, commit: str) -> None:
+        content = self.server.hub.files_of(repository)[path]
         headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(content).hexdigest()}"', "Accept-Ranges": "bytes"}
         if kind == "resolve" and path.endswith(".safetensors"):
-            place = f"http://localhost:{self.server.server_port}/storage/{path}?Signature={SIGNATURE}"
+            place = f"http://localhost:{self.server.server_port}/storage/{repository}/{path}?Signature={SIGNATURE}"
             linked = {"X-Linked-ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Linked-Size": str(len(content))}
             return self.answer(302, headers | linked | {"Location": place})
         if begin := self.headers["Range"]:
@@ -135,7 +144,7 @@ def located(path: str) -> tuple[str, str, str, str]:
     """(kind, repository, revision, file) of an address."""
     first, *rest = path.strip("/").split("/")
     if first == "storage":
-        return first, "", COMMIT, "/".join(rest)
+        return first, "/".join(rest[:2]), COMMIT, "/".join(rest[2:])
     if first == "api":
         return rest[3], "/".join(rest[1:3]), rest[4], ""
     return rest[1], f"{first}/{rest[0]}", rest[2], "/".join(rest[3:])

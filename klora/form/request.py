@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from klora.errors import RequestError
-from klora.fields import MAX_SEED, ask, check, random_seed
+from klora.form.fields import MAX_SEED, ask, check, random_seed
 
 MODELS = ("sdxl", "illustrious-xl", "flux-dev", "flux-schnell")
 FUSIONS = ("klora", "sum", "content", "style")
@@ -68,7 +68,9 @@ class Request:
     add_triggers: bool = ask(
         True, "Add the trigger words that the LoRAs' files, or their pages, name, where the prompt lacks them."
     )
-    go_fast: bool = ask(False, "Accepted; changes nothing yet.")
+    go_fast: bool = ask(
+        False, "Faster by a small difference: FLUX leaves out what hardly changes between steps, compiled blocks run."
+    )
     disable_safety_checker: bool = ask(False, "Show images without checking them.")
 
     def __post_init__(self) -> None:

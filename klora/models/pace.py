@@ -1,0 +1,84 @@
+"""go_fast: a denoiser whose repeated blocks are compiled, and whose blocks after the first are left out in steps where
+the first says that they would add what they added before. Knows no LoRA.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from diffusers import FirstBlockCacheConfig
+from diffusers.hooks import HookRegistry
+from diffusers.hooks.first_block_cache import _FBC_LEADER_BLOCK_HOOK
+from diffusers.models.cache_utils import CacheMixin
+from torch import nn
+
+from klora.form.request import Request
+from klora.layers import clear, lending
+from klora.models.family import Family
+
+THRESHOLD = 0.1  # relative change of what the first block adds, below which the others' addition is taken over
+
+InFull = Callable[[bool], None]
+"""Told before each step whether all blocks have to run in it, whatever the first one says."""
+
+
+def compile_blocks(model: Family, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile a base's repeated blocks, of which each kind is compiled once (torch's "regional compilation"), and run
+    them until that is done for every size and number of images, so that no request waits for it. backend: of
+    torch.compile."""
+    denoiser: Any = model.denoiser
+    denoiser.compile_repeated_blocks(dynamic=True, backend=backend)
+    with torch.no_grad(), torch.compiler.set_stance("default"):
+        conditioning = model.encode_prompt(["a picture"])
+        for images in (1, 2):  # torch compiles a batch of one apart from others
+            request = Request("a picture", num_outputs=images, num_inference_steps=2, megapixels="0.25", seed=0)
+            model.sample(conditioning, request, lambda step: None)
+
+
+@contextmanager
+def paced(model: Family, request: Request) -> Iterator[tuple[InFull, list[str]]]:
+    """Run a denoiser as request.go_fast asks, for the length of the block. Yields what is to be told before each step,
+    and what makes it fast: nothing where it is not asked for or this base has nothing to offer.
+
+    A request that does not ask runs the blocks as they are, compiled or not.
+    """
+    compiled = is_compiled(model.denoiser)
+    with ExitStack() as stack:
+        if compiled:
+            # What turns out to lack compiled code, a LoRA in the gated engine, runs without: no request waits for it.
+            stance = "eager_on_recompile" if request.go_fast else "force_eager"
+            stack.enter_context(torch.compiler.set_stance(stance))
+        in_full: InFull = _ignore
+        means = ["compiled blocks"] if compiled and request.go_fast else []
+        # Only diffusers' text-to-image pipelines say whose pass it is, which the cache has to know.
+        if request.go_fast and isinstance(model.denoiser, CacheMixin) and request.image is None:
+            in_full = stack.enter_context(_first_block_cache(model.denoiser))
+            means.append("first-block cache")
+        yield in_full, means
+
+
+def is_compiled(denoiser: nn.Module) -> bool:
+    """Whether compile_blocks() has been here."""
+    return any(module._compiled_call_impl is not None for module in denoiser.modules())
+
+
+@contextmanager
+def _first_block_cache(denoiser: Any) -> Iterator[InFull]:
+    """diffusers' own (after ParaAttention), lent: its hooks go again by whatever exception."""
+    blocks = [block for part in denoiser.children() if isinstance(part, nn.ModuleList) for block in part]
+    with lending() as loans:
+        for module in (denoiser, *blocks):
+            for key in ("forward", "_diffusers_hook", "_cache_config"):
+                clear(loans, module.__dict__, key)
+        denoiser.enable_cache(FirstBlockCacheConfig(THRESHOLD))
+        hook = HookRegistry.check_if_exists_or_initialize(blocks[0]).get_hook(_FBC_LEADER_BLOCK_HOOK)
+
+        def in_full(wanted: bool) -> None:
+            hook.threshold = -1.0 if wanted else THRESHOLD  # no change is less than none
+
+        yield in_full
+
+
+def _ignore(wanted: bool) -> None:
+    """Where every step is in full anyway."""

@@ -1,0 +1,182 @@
+"""Two LoRA files -> a report, by a base that reads both, or by what the files themselves say where there is none."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from klora.errors import LoRAError
+from klora.files.adapter import with_alphas
+from klora.files.container import opened
+from klora.files.factors import modules, pairs
+from klora.files.names import Place, component
+from klora.form.fields import check
+from klora.form.request import Request
+from klora.fusion import Schedule, fuse
+from klora.lora import LoRA, LowRank
+from klora.models import FAMILIES, load_shapes, origin_of
+from klora.report import Report, report_on
+from klora.report.numbers import Counts, Order
+from klora.studio.shelf import Shelf, keep_scores
+
+STEPS = 30  # where no base says what suits it
+_ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+def _as_requested(name: str, **more: Any) -> Any:  # Any, as dataclasses.field itself is typed
+    """A field of a request, with its bounds."""
+    asked = Request.__dataclass_fields__[name]
+    return field(default=asked.default, metadata={**asked.metadata, **more})
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a report is asked of; the names and bounds are a request's. Raises RequestError."""
+
+    content_lora: str = field(metadata={"help": "LoRA of the subject: a file, or a reference."})
+    style_lora: str = field(metadata={"help": "LoRA of the style."})
+    pattern: str = _as_requested("pattern")
+    alpha: float | None = _as_requested("alpha")
+    beta: float | None = _as_requested("beta")
+    style_bias: float = _as_requested("style_bias")
+    num_inference_steps: int | None = _as_requested("num_inference_steps", flags=("--num-inference-steps", "--steps"))
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def loras(self) -> dict[str, str]:
+        """Both references, by input."""
+        return {"content_lora": self.content_lora, "style_lora": self.style_lora}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A content and a style LoRA, and how they were read.  base: the one that read both, None where none did; steps:
+    what suits it; refusals: {base: why not}, of those that were tried before it."""
+
+    content: LoRA
+    style: LoRA
+    base: str | None
+    steps: int
+    refusals: Mapping[str, str]
+
+    @property
+    def order(self) -> Order:
+        """Only a base knows in which order its layers run."""
+        return "file" if self.base is None else "execution"
+
+    def __str__(self) -> str:
+        """How they were read, in one line."""
+        if self.base:
+            return f"read as {self.base} reads them, layers in its execution order"
+        why = "; ".join(f"{base}: {refusal}" for base, refusal in self.refusals.items())
+        return f"read without a base, layers by name ({why or 'none of their family is installed'})"
+
+
+def answer(
+    question: Question,
+    files: Mapping[str, Path],
+    bases: Mapping[str, tuple[str, Path]],
+    scores: Mapping[str, Path] = MappingProxyType({}),
+) -> tuple[Report, Pair]:
+    """files: by input, "content_lora" and "style_lora".   bases: {name: (key of FAMILIES, folder)}.   scores: where
+    those of a file may be kept, by input. Raises KLoRAError."""
+    schedule = Schedule.from_pattern(question.pattern, question.alpha, question.beta)
+    pair = read_pair(files, bases, scores)
+    fusion = fuse(pair.content, pair.style)
+    for name, place in scores.items() if pair.base else ():  # their layers have a base's names
+        keep_scores(place, pair.content if name == "content_lora" else pair.style)
+    alphas = {name.removesuffix("_lora"): stated_alphas(path) for name, path in files.items()}
+    steps = question.num_inference_steps or pair.steps
+    return report_on(fusion, schedule, steps, question.style_bias, order=pair.order, alphas=alphas), pair
+
+
+def save_report(report: Report, folder: Path) -> list[Path]:
+    """Write report.png and report.json, and return their paths."""
+    from klora.report.picture import draw  # which loads matplotlib
+
+    folder.mkdir(parents=True, exist_ok=True)
+    picture, numbers = folder / "report.png", folder / "report.json"
+    picture.write_bytes(draw(report))
+    numbers.write_text(json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n")
+    return [picture, numbers]
+
+
+def read_pair(
+    files: Mapping[str, Path], bases: Mapping[str, tuple[str, Path]], scores: Mapping[str, Path] = MappingProxyType({})
+) -> Pair:
+    """As the first base reads the files that reads both. Where none does, as the files spell their layers, which they
+    must do alike: then any pair for one model will do. Arguments as answer() has them. Raises LoRAError."""
+    origins = {name: origin_of(path) for name, path in files.items()}
+    content, style = origins["content_lora"], origins["style_lora"]
+    if content and style and content.model != style.model:
+        raise LoRAError(f"content_lora was made for {content} and style_lora for {style}. Expected two for one model.")
+    family = next((origin.family for origin in (content, style) if origin), None)
+    refusals: dict[str, str] = {}
+    shelf = Shelf()
+    for base, (kind, folder) in bases.items():
+        if family not in (None, kind):
+            continue
+        model = load_shapes(kind, folder)
+        try:
+            read = {name: shelf.take(base, path, model.read_lora, scores.get(name)) for name, path in files.items()}
+        except LoRAError as error:
+            refusals[base] = str(error)
+        else:
+            return Pair(read["content_lora"], read["style_lora"], base, model.steps, refusals)
+    denoiser = FAMILIES[family].component if family else "unet"
+    found = [_as_spelled(files[name], denoiser) for name in ("content_lora", "style_lora")]
+    return Pair(*_alike(*found), None, STEPS, refusals)
+
+
+def stated_alphas(path: Path) -> Counts:
+    """{alpha: layers of the denoiser}, as far as a file's tensors say; {} where metadata does, or nothing. Raises
+    LoRAError."""
+    with opened(path) as contents:
+        stems = [key.removesuffix(".alpha") for key in contents.specs if key.endswith(".alpha")]
+        told = [stem for stem in stems if component(stem, ["unet", *_ENCODERS])[0] == "unet"]
+        return dict(sorted(Counter(float(contents.tensor(f"{stem}.alpha")) for stem in told).items()))
+
+
+def _as_spelled(path: Path, denoiser: str) -> dict[str, LowRank]:
+    """The denoiser's pairs by their names in the file, wrappers taken off, numbers in names counted as numbers."""
+    with opened(path) as contents:
+        factors, _ = pairs(contents, modules(contents.specs))
+        found: dict[Place, LowRank] = {}
+        for stem, pair in factors.items():
+            place = component(stem, [denoiser, *_ENCODERS])
+            if place in found:
+                raise LoRAError(f"adapts {place[1]!r} twice, once as {stem!r}. Expected one pair of factors a layer.")
+            found[place] = pair
+        found = with_alphas(found, contents)
+    return {name: found[part, name] for part, name in sorted(found, key=_by_number) if part == denoiser}
+
+
+def _by_number(place: Place) -> list[tuple[int, int, str]]:
+    parts = re.split(r"(\d+)", place[1])
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+
+
+def _alike(content: Mapping[str, LowRank], style: Mapping[str, LowRank]) -> tuple[LoRA, LoRA]:
+    """Both with content's names for what they spell alike but for dots. Raises LoRAError where nothing is, or where a
+    layer has two shapes."""
+    names = {name.replace(".", "_"): name for name in content}
+    style = {names.get(name.replace(".", "_"), name): pair for name, pair in style.items()}
+    shared = content.keys() & style.keys()
+    if content and style and not shared:
+        raise LoRAError(
+            f"content_lora adapts layers such as {next(iter(content))!r}, style_lora such as {next(iter(style))!r}: "
+            "only a base can tell which is which. Expected KLORA_MODELS to hold one that reads both."
+        )
+    for name in sorted(shared):
+        shapes = [(len(lora[name].B), lora[name].A.shape[1]) for lora in (content, style)]
+        if shapes[0] != shapes[1]:
+            raise LoRAError(
+                f"{name!r} is {shapes[0]} in content_lora and {shapes[1]} in style_lora. Expected one base."
+            )
+    return LoRA(content), LoRA(style)

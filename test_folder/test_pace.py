@@ -1,0 +1,252 @@
+"""go_fast: what is left out, what is compiled, that neither waits nor stays, and that it is said."""
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch._dynamo.utils import counters
+
+from klora import generate
+from klora import layers as engines
+from klora.form.request import Request
+from klora.lora import LoRA
+from klora.models import load_model, pace
+from klora.models.family import Family
+from klora.models.pace import compile_blocks, is_compiled, paced
+from test_folder import tiny
+
+FAMILIES = {"sdxl": "sdxl", "flux": "flux-dev"}
+COMPONENT = {"sdxl": "unet", "flux": "transformer"}
+
+
+@pytest.fixture
+def load(bases: Path) -> Callable[[str], Family]:
+    return lambda family: load_model(family, bases / FAMILIES[family], torch.device("cpu"))
+
+
+@pytest.fixture
+def flux(load: Callable[[str], Family]) -> Family:
+    return load("flux")
+
+
+@pytest.fixture(autouse=True)
+def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base of random numbers changes more between steps than one that has learnt to draw."""
+    monkeypatch.setattr(pace, "THRESHOLD", 0.3)
+
+
+def lora(model: Family, rank: int, folder: Path, seed: int = 0, layers: int | None = None) -> LoRA:
+    """Of the last layers of a base, or all."""
+    shapes = dict(list(tiny.linear_shapes(model.denoiser).items())[-(layers or 0) :])
+    pairs = tiny.random_lora(shapes, rank, seed=seed)
+    return model.read_lora(tiny.save_lora(folder / f"{rank}.safetensors", pairs, prefix=model.component))
+
+
+def made(model: Family, facts: dict[str, Any] | None = None, **inputs: Any) -> np.ndarray:
+    loras = {name: inputs.pop(name) for name in ("content", "style") if name in inputs}
+    given = {"seed": 3, "num_inference_steps": 6, "width": 64, "height": 64} | inputs
+    record = facts.__setitem__ if facts is not None else lambda name, value: None
+    return np.stack([np.asarray(image) for image in generate(model, Request("a dog", **given), record=record, **loras)])
+
+
+@pytest.fixture
+def passes(flux: Family) -> Iterator[list[int]]:
+    """How often the first and the last block of FLUX.1 ran."""
+    counts, blocks = (
+        [0, 0],
+        [flux.denoiser.transformer_blocks[0].attn, flux.denoiser.single_transformer_blocks[-1].attn],
+    )
+    for place, block in enumerate(blocks):
+        block.register_forward_hook(lambda *_, at=place: counts.__setitem__(at, counts[at] + 1))
+    yield counts
+
+
+# The first-block cache
+
+
+def test_steps_that_would_add_what_the_last_one_added_run_the_first_block_alone(
+    flux: Family, passes: list[int]
+) -> None:
+    facts: dict[str, Any] = {}
+    exact = made(flux, num_inference_steps=40)
+    assert passes == [40, 40]
+    passes[:] = [0, 0]
+    fast = made(flux, facts, num_inference_steps=40, go_fast=True)
+    assert passes[0] == 40 and 1 <= passes[1] < 35
+    assert facts["go_fast"] == "first-block cache"
+    assert np.abs(fast.astype(int) - exact).mean() < 16
+    assert np.array_equal(fast, made(flux, num_inference_steps=40, go_fast=True))
+    assert np.array_equal(exact, made(flux, num_inference_steps=40))
+
+
+def test_every_step_in_which_a_layer_changes_hands_is_in_full(
+    flux: Family, passes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the first block always says that nothing changes, those steps and the first run all blocks, no others."""
+    monkeypatch.setattr(pace, "THRESHOLD", 1e9)
+    pair = {"content": lora(flux, 4, tmp_path, layers=4), "style": lora(flux, 2, tmp_path, seed=1, layers=4)}
+    flipped: list[bool] = []
+    ran: list[int] = []
+    original = engines.Gate.set_step
+
+    def set_step(gate: engines.Gate, step: int) -> engines.Gate:
+        before = gate.flips
+        ran.append(passes[1])
+        result = original(gate, step)
+        flipped.append(gate.flips != before)
+        return result
+
+    monkeypatch.setattr(engines.Gate, "set_step", set_step)
+    made(flux, num_inference_steps=20, go_fast=True, pattern="s", **pair)
+    whole = [after > before for before, after in pairwise(ran[1:])]  # ran[0]: attached()'s own call
+    assert any(flipped[1:]) and whole == [True, *flipped[2:-1]]  # flipped: attached()'s, step 0's, ..., and the end's
+
+
+@pytest.mark.parametrize("calls", [0, 1, 5, 40])
+def test_an_interruption_leaves_no_hook(flux: Family, calls: int) -> None:
+    def interrupt(*_: Any) -> None:
+        nonlocal calls
+        calls -= 1
+        if calls < 0:
+            raise KeyboardInterrupt
+
+    exact = made(flux)  # diffusers keeps a registry of its own from the first call on
+    before = photograph(flux.denoiser)
+    handle = flux.denoiser.single_transformer_blocks[0].register_forward_hook(interrupt)
+    with suppress(KeyboardInterrupt):
+        made(flux, go_fast=True, num_inference_steps=60)
+    handle.remove()
+    assert photograph(flux.denoiser) == before
+    assert np.array_equal(made(flux), exact)
+
+
+def photograph(denoiser: nn.Module) -> list[Any]:
+    return [(name, module.__dict__.get("forward"), module.__dict__.get("_diffusers_hook"), module.__dict__.keys())
+            for name, module in denoiser.named_modules()]  # fmt: skip
+
+
+def test_where_nothing_helps_the_images_are_the_exact_ones_and_it_is_said(load: Callable[[str], Family]) -> None:
+    facts: dict[str, Any] = {}
+    sdxl = load("sdxl")
+    assert np.array_equal(made(sdxl, facts, go_fast=True), made(sdxl))
+    assert facts["go_fast"] == "nothing makes this faster on SDXL"
+
+
+def test_an_image_to_start_from_is_redrawn_in_full(flux: Family, passes: list[int]) -> None:
+    facts: dict[str, Any] = {}
+    image = Image.new("RGB", (64, 64), "red")
+    fast = made(flux, facts, go_fast=True, image=image)
+    assert passes[0] == passes[1] > 0
+    assert facts["go_fast"] == "nothing makes this faster on FLUX.1"
+    assert np.array_equal(fast, made(flux, image=image))
+
+
+def test_a_request_that_does_not_ask_is_not_told(flux: Family) -> None:
+    facts: dict[str, Any] = {}
+    made(flux, facts)
+    assert "go_fast" not in facts
+
+
+# Compiled blocks
+
+
+@pytest.fixture
+def ran() -> list[int]:
+    """How often compiled code ran."""
+    return [0]
+
+
+@pytest.fixture
+def backend(ran: list[int]) -> Callable[..., Any]:
+    """torch.compile's front with no compiler behind it: graphs run as they were traced."""
+
+    def build(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            ran[0] += 1
+            return graph.forward(*args)
+
+        return run
+
+    torch._dynamo.reset()
+    return build
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_request_waits_for_a_compiler(
+    load: Callable[[str], Family], family: str, tmp_path: Path, ran: list[int], backend: Callable[..., Any]
+) -> None:
+    """After set-up no LoRA, rank, scale, schedule, size or number of images makes a graph, and compiled code runs."""
+    model = load(family)
+    pairs = [(lora(model, a, tmp_path), lora(model, b, tmp_path, seed=1)) for a, b in ((2, 4), (8, 1))]
+    compile_blocks(model, backend)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    for content, style in pairs:
+        for inputs in (
+            {"pattern": "s"},
+            {"fusion": "sum", "content_scale": 0.5, "width": 128},
+            {"fusion": "content", "num_outputs": 2, "height": 96},
+            {"num_outputs": 3, "num_inference_steps": 3, "width": 96, "height": 160},
+        ):
+            ran[0] = 0
+            made(model, content=content, style=style, go_fast=True, **inputs)
+            assert ran[0] > 0
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_request_that_does_not_ask_runs_the_blocks_as_they_are(
+    load: Callable[[str], Family], family: str, tmp_path: Path, ran: list[int], backend: Callable[..., Any]
+) -> None:
+    model = load(family)
+    pair = {"content": lora(model, 4, tmp_path), "style": lora(model, 2, tmp_path, seed=1)}
+    exact = made(model, **pair)
+    compile_blocks(model, backend)
+    ran[0] = 0
+    assert np.array_equal(made(model, **pair), exact)
+    assert ran[0] == 0
+
+
+def test_compiled_blocks_are_said_to_run_and_draw_the_same(
+    load: Callable[[str], Family], tmp_path: Path, backend: Callable[..., Any]
+) -> None:
+    facts: dict[str, Any] = {}
+    sdxl = load("sdxl")
+    pair = {"content": lora(sdxl, 4, tmp_path), "style": lora(sdxl, 2, tmp_path, seed=1)}
+    exact = made(sdxl, **pair)
+    assert not is_compiled(sdxl.denoiser)
+    compile_blocks(sdxl, backend)
+    assert is_compiled(sdxl.denoiser)
+    assert np.abs(made(sdxl, facts, go_fast=True, **pair).astype(int) - exact).max() <= 1
+    assert facts["go_fast"] == "compiled blocks"
+
+
+def test_the_gated_engine_runs_without_compiled_code_and_waits_for_none(
+    load: Callable[[str], Family], tmp_path: Path, backend: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts: dict[str, Any] = {}
+    sdxl = load("sdxl")
+    pair = {"content": lora(sdxl, 4, tmp_path), "style": lora(sdxl, 2, tmp_path, seed=1)}
+    monkeypatch.setattr(engines, "free_bytes", lambda device: 0)
+    exact = made(sdxl, **pair)
+    compile_blocks(sdxl, backend)
+    graphs = counters["stats"]["unique_graphs"]
+    assert np.abs(made(sdxl, facts, go_fast=True, **pair).astype(int) - exact).max() <= 1
+    assert facts["engine"] == "gated"
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_the_stance_towards_compiling_is_given_back(flux: Family, backend: Callable[..., Any]) -> None:
+    compile_blocks(flux, backend)
+    graphs = counters["stats"]["unique_graphs"]
+    with pytest.raises(KeyboardInterrupt), paced(flux, Request("a dog", go_fast=False)):
+        raise KeyboardInterrupt
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(3))
+    assert counters["stats"]["unique_graphs"] == graphs + 1
