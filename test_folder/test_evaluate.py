@@ -8,6 +8,7 @@ import pytest
 from diffusers.image_processor import VaeImageProcessor
 from in_venv import program
 
+from examples.architectures import SIDES
 from examples.gallery import LORAS, PAIRS, scores
 
 
@@ -22,7 +23,8 @@ def test_a_drawing_that_went_through_the_vae_shows_subject_and_style(
 ) -> None:
     """It is the most that a fusion can reach; 1 is what an untouched drawing scores."""
     vae = diffusers.AutoencoderKL.from_pretrained(LORAS.parent / "flux-dev" / "vae")
-    model = SimpleNamespace(pipe=SimpleNamespace(vae=vae, image_processor=VaeImageProcessor()))
+    pipe = SimpleNamespace(vae=vae, image_processor=VaeImageProcessor())
+    model = SimpleNamespace(pipe=pipe, native_size=SIDES["flux-dev"])
     found = scores(script.drawn(model, subject, style, 4), subject, style)
     assert {name: len(values) for name, values in found.items()} == {"subject": 4, "style": 4, "both": 4}
     assert found["both"] == [min(pair) for pair in zip(found["subject"], found["style"], strict=True)]
