@@ -22,12 +22,12 @@ from klora.errors import LoRAError, RequestError
 from klora.files.lycoris import MAX_RANK
 from klora.form.fields import ask
 from klora.form.request import Request
-from klora.fusion import Fusion, Schedule, fuse
+from klora.fusion import Fusion, Schedule
 from klora.lora import LoRA, LowRank, save_lora
 from klora.models import FAMILIES
-from klora.report.pair import Pair, Question, read_pair
+from klora.report.pair import Pair, Question, fused, read_pair
 from klora.studio.provenance import canonical, versions
-from klora.studio.shelf import Shelf, keep_scores
+from klora.studio.shelf import Shelf
 from klora.training.kohya import save_kohya
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -106,12 +106,11 @@ def exported(
         raise RequestError(f"out is {out.name!r}. Expected a name that ends in .safetensors.")
     schedule = Schedule.from_pattern(wanted.pattern, wanted.alpha, wanted.beta)
     steps = wanted.span
-    pair = read_pair(files, bases, {name: loan.scores for name, loan in lent.items()})
+    scores = {name: loan.scores for name, loan in lent.items()}
+    pair = read_pair(files, bases, scores)
     if pair.base is None:  # and the file's own names would be no tool's, nor its text encoders known
         raise LoRAError(f"The LoRAs can only be exported by a base that reads both, but they were {pair}.")
-    fusion = fuse(pair.content, pair.style)
-    for name, loan in lent.items():
-        keep_scores(loan.scores, pair.content if name == "content_lora" else pair.style)
+    fusion = fused(pair, scores)
     wins = fusion.content_wins(schedule, wanted.num_inference_steps or pair.steps, wanted.style_bias)
     exact = baked(fusion, wins, wanted.content_scale, wanted.style_scale, steps)
     lora = rounded(reduced(exact, wanted.rank) if wanted.rank else exact, DTYPES[wanted.dtype])

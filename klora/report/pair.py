@@ -16,7 +16,7 @@ from klora.files.factors import modules, pairs
 from klora.files.names import Place, component
 from klora.form.fields import check
 from klora.form.request import Request
-from klora.fusion import Schedule, fuse
+from klora.fusion import Fusion, Schedule, fuse
 from klora.lora import LoRA, LowRank
 from klora.models import FAMILIES, load_shapes, origin_of
 from klora.report import Report, report_on
@@ -88,12 +88,18 @@ def answer(
     those of a file may be kept, by input. Raises KLoRAError."""
     schedule = Schedule.from_pattern(question.pattern, question.alpha, question.beta)
     pair = read_pair(files, bases, scores)
-    fusion = fuse(pair.content, pair.style)
-    for name, place in scores.items() if pair.base else ():  # their layers have a base's names
-        keep_scores(place, pair.content if name == "content_lora" else pair.style)
+    fusion = fused(pair, scores)
     alphas = {name.removesuffix("_lora"): stated_alphas(path) for name, path in files.items()}
     steps = question.num_inference_steps or pair.steps
     return report_on(fusion, schedule, steps, question.style_bias, order=pair.order, alphas=alphas), pair
+
+
+def fused(pair: Pair, scores: Mapping[str, Path]) -> Fusion:
+    """Both scored against each other; scores are kept where their layers have a base's names."""
+    fusion = fuse(pair.content, pair.style)
+    for name, place in scores.items() if pair.base else ():
+        keep_scores(place, pair.content if name == "content_lora" else pair.style)
+    return fusion
 
 
 def save_report(report: Report, folder: Path) -> list[Path]:
