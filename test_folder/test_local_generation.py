@@ -446,7 +446,7 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), n
 
 @pytest.mark.parametrize(("suffix", "kind"), [("webp", "WEBP"), ("jpg", "JPEG"), ("png", "PNG")])
 def test_images_are_saved_in_the_format_of_their_name(tmp_path: Path, suffix: str, kind: str) -> None:
-    paths = save_images({0: NOISE, 2: NOISE}, tmp_path / "new" / "folder", request(output_format=suffix))
+    paths = save_images({0: NOISE, 2: NOISE.copy()}, tmp_path / "new" / "folder", request(output_format=suffix))
     assert paths == [tmp_path / "new" / "folder" / f"klora_{name}.{suffix}" for name in ("7_0", "9_2")]
     assert [Image.open(path).format for path in paths] == [kind, kind]
 

@@ -153,7 +153,7 @@ def test_a_hostile_header_is_refused_soon_and_cheaply(sdxl: Family, tmp_path: Pa
     make, length, seen = HOSTILE[case]
     path = written(tmp_path / "lora.safetensors", make(), length=length)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with at_most(seconds=2), pytest.raises(LoRAError) as refusal:
+    with at_most(seconds=5), pytest.raises(LoRAError) as refusal:
         sdxl.read_lora(path)
     assert_is_a_sentence(str(refusal.value), path, seen)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10  # KiB
@@ -174,7 +174,7 @@ def test_eight_thousand_blocks_are_refused_soon(sdxl: Family, tmp_path: Path) ->
     stems = [f"lora_unet_input_blocks_{i}_1_proj_in" for i in range(8000)]
     tensors = {key: x for stem in stems for key, x in keyed(stem, (torch.ones(1, 1), torch.ones(1, 1)), KOHYA).items()}
     save_file(tensors, tmp_path / "lora.safetensors")
-    with at_most(seconds=2), pytest.raises(LoRAError, match="8000 layers"):
+    with at_most(seconds=10), pytest.raises(LoRAError, match="8000 layers"):
         sdxl.read_lora(tmp_path / "lora.safetensors")
 
 
