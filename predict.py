@@ -18,6 +18,7 @@ from klora.errors import RequestError
 from klora.form.inputs import filled, progress_line, uploaded
 from klora.form.request import Request, open_images
 from klora.models import silence_progress_bars
+from klora.report.pair import save_report
 from klora.studio import Studio, save_images
 
 ALIASES = {
@@ -193,6 +194,18 @@ class Predictor(BasePredictor):
         disable_safety_checker: bool = Input(
             description="Show the images without checking them for unsafe content.", default=False
         ),
+        report: bool = Input(
+            description="Add report.png and report.json to the outputs: which LoRA acts in which layer and step, and why.",
+            default=False,
+        ),
+        compare: bool = Input(
+            description="Make one sheet instead: content alone, style alone, their sum, K-LoRA with s and with s*. Costs five images.",
+            default=False,
+        ),
+        sweep: bool = Input(
+            description="Make one sheet instead: style_bias 0.5, 0.7, 1, 1.4 and 2. Costs up to five images.",
+            default=False,
+        ),
         hf_api_token: Optional[Secret] = Input(
             description="Hugging Face token for private or gated LoRAs. Used for this request alone.", default=None
         ),
@@ -228,7 +241,9 @@ class Predictor(BasePredictor):
         with self.loras.borrowed(request.loras, _tokens(given), bases) as (files, lent):
             _record("fetch_seconds", time.perf_counter() - started)
             images = self.studio.make(request, files, _record, _show_progress, lent)
-        return [Path(path) for path in save_images(images, self.outputs, request)]
+            report = self.studio.report(request, files, lent) if request.report else None
+        paths = save_images(images, self.outputs, request) + (save_report(report, self.outputs) if report else [])
+        return [Path(path) for path in paths]
 
 
 def _request(given: dict[str, Any]) -> Request:

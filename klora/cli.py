@@ -45,7 +45,8 @@ def fuse(
     bases = weights.runnable(request.model)
     with weights.LoRAFiles(anywhere=True).borrowed(request.loras, weights.own_tokens(), bases) as (files, lent):
         images = studio.make(request, files, facts.__setitem__, lent=lent)
-    for path in save_images(images, out, request):
+        told = studio.report(request, files, lent) if request.report else None
+    for path in [*save_images(images, out, request), *(save_report(told, out) if told else [])]:
         typer.echo(path)
     share = f", style acts in {facts['style_share']:.0%}" if "style_share" in facts else ""
     typer.echo(f"seed {request.seed}{share}, {time.perf_counter() - started:.1f} s")

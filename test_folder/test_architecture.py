@@ -225,7 +225,7 @@ def lines_of_code(path: Path) -> int:
     return sum(bool(text.strip()) and not text.strip().startswith("#") for n, text in lines if n not in texts)
 
 
-@pytest.mark.parametrize(("room", "most"), [("klora", 1000), ("models", 650), ("files", 600), ("report", 600)])
+@pytest.mark.parametrize(("room", "most"), [("klora", 1000), ("models", 650), ("files", 620), ("report", 600)])
 def test_a_room_has_no_more_lines_of_code_than_fit_in_a_head(room: str, most: int) -> None:
     assert sum(lines_of_code(path) for path in PACKAGE if path.parent.name == room) < most
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import klora.layers
-import klora.studio.studio
+import klora.studio.bases
 from klora.errors import BaseModelError
 from klora.studio import Studio
 from klora.training.config import TARGETS
@@ -101,7 +101,7 @@ class Card:
 @pytest.fixture
 def card(request: pytest.FixtureRequest, modules: Modules, monkeypatch: pytest.MonkeyPatch) -> Card:
     card = Card(request.param, modules)
-    monkeypatch.setattr(klora.studio.studio, "load_model", card.load)
+    monkeypatch.setattr(klora.studio.bases, "load_model", card.load)
     monkeypatch.setattr(klora.layers, "free_bytes", card.free)
     return card
 

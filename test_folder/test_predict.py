@@ -72,6 +72,18 @@ def test_four_outputs_are_four_seeds(server: Server, loras_of: dict[str, str]) -
     assert np.abs(batch[2].astype(int) - single).max() <= 1
 
 
+def test_a_server_gives_sheets_and_the_report_in_one_answer(server: Server) -> None:
+    given = {**QUICK, **SDXL, "num_inference_steps": 2, "output_format": "webp"}
+    answer = server.predict(**given, report=True, compare=True, sweep=True)
+    assert answer["status"] == "succeeded", answer["error"]
+    kinds = [uri.partition(";")[0] for uri in answer["output"]]
+    assert kinds == ["data:image/webp", "data:image/webp", "data:image/png", "data:application/json"]
+    assert answer["metrics"]["fusion"].startswith("klora s* alpha 1.5")
+    refused = server.predict(**given, sweep=True, style_bias=2)
+    assert refused["error"].endswith("RequestError: style_bias is 2.0 and sweep is asked for. Expected 1.0.")
+    assert len(server.predict(**given)["output"]) == 1
+
+
 @pytest.mark.parametrize("loras_of", [SDXL, FLUX], ids=["sdxl", "flux"])
 def test_image_to_image_keeps_more_at_lower_strength(server: Server, loras_of: dict[str, str]) -> None:
     request = QUICK | loras_of | {"image": PICTURE, "num_inference_steps": 10}

@@ -168,7 +168,7 @@ def test_what_depended_on_the_base_or_on_defaults_is_told_outright() -> None:
 
 
 def test_the_test_of_all_inputs_names_them_all() -> None:
-    apart = {"content_lora", "style_lora", "image", "mask"}
+    apart = {"content_lora", "style_lora", "image", "mask", "report", "compare", "sweep"}  # the last: test_sheets.py
     assert {item.name for item in fields(Request)} - apart == OTHERS.keys()
 
 

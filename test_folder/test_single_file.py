@@ -20,7 +20,8 @@ from klora.generate import generate
 from klora.inspection import inspect
 from klora.models import checkpoint_in, load_model
 from klora.models.family import EVERY_PART, Family, Part
-from klora.studio.studio import Studio, _bytes_of
+from klora.studio import Studio
+from klora.studio.bases import _bytes_of
 from test_folder import tiny
 from test_folder.checkpoint import build_single_file
 from test_folder.fakes.base_hub import Server, contents, serving

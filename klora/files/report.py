@@ -5,9 +5,11 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from klora.files.container import Contents
+from klora.files.container import Contents, opened
 from klora.files.factors import Module
+from klora.files.names import component
 from klora.lora import LoRA
 
 _FORMATS = {  # the first that some key has
@@ -16,6 +18,7 @@ _FORMATS = {  # the first that some key has
     r"double_blocks\.|single_blocks\.|input_blocks\.|output_blocks\.": "ComfyUI",
     r"processor\.|\.lora\.(down|up)": "diffusers, legacy", r"\.lora_[AB]\.": "diffusers",
 }  # fmt: skip
+ENCODERS = ("text_encoder", "text_encoder_2")
 _TAGS = 5  # of the most frequent ones in a file's training captions
 
 
@@ -65,6 +68,15 @@ def triggers(metadata: Mapping[str, str]) -> tuple[str, ...]:
     """Words that a file's metadata says call it, the surest first; from a trainer's captions the most frequent tags."""
     said = [metadata.get(key, "") for key in ("trigger", "modelspec.trigger_phrase", "ss_trigger", "instance_prompt")]
     return tuple(dict.fromkeys(word for word in (*said, *_tags(metadata.get("ss_tag_frequency", ""))) if word))
+
+
+def stated_alphas(path: Path) -> dict[float, int]:
+    """{alpha: layers of the denoiser}, as far as a file's tensors say; {} where metadata does, or nothing. Raises
+    LoRAError."""
+    with opened(path) as contents:
+        stems = [key.removesuffix(".alpha") for key in contents.specs if key.endswith(".alpha")]
+        told = [stem for stem in stems if component(stem, ["unet", *ENCODERS])[0] == "unet"]
+        return dict(sorted(Counter(float(contents.tensor(f"{stem}.alpha")) for stem in told).items()))
 
 
 def _tags(text: str) -> list[str]:

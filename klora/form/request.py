@@ -72,6 +72,11 @@ class Request:
         False, "Faster by a small difference: FLUX leaves out what hardly changes between steps, compiled blocks run."
     )
     disable_safety_checker: bool = ask(False, "Show images without checking them.")
+    report: bool = ask(
+        False, "Add report.png and report.json: which LoRA acts where and when, and what would change it."
+    )
+    compare: bool = ask(False, "One sheet instead: content alone, style alone, their sum, K-LoRA with s and with s*.")
+    sweep: bool = ask(False, "One sheet instead: style_bias 0.5, 0.7, 1, 1.4 and 2.")
 
     def __post_init__(self) -> None:
         check(self)
@@ -86,6 +91,24 @@ class Request:
             raise RequestError("aspect_ratio is match_input_image but image is not given. Give it, or a ratio.")
         if self.mask is not None and self.image is None:
             raise RequestError("mask is given without image. Expected the image to repaint, too.")
+        self._check_views()
+
+    def _check_views(self) -> None:
+        asked = [name for name in ("report", "compare", "sweep") if getattr(self, name)]
+        if not asked:
+            return
+        if len(self.loras) < 2 or self.fusion != "klora":
+            raise RequestError(f"{asked[0]} shows K-LoRA's choice. Expected content_lora, style_lora and fusion klora.")
+        set_here = {"compare": ("pattern",), "sweep": ("style_bias",)}
+        for sheet in self.sheets:
+            for name in (*set_here[sheet], "num_outputs"):
+                if (seen := getattr(self, name)) != (default := self.__dataclass_fields__[name].default):
+                    raise RequestError(f"{name} is {seen} and {sheet} is asked for. Expected {default}.")
+
+    @property
+    def sheets(self) -> tuple[str, ...]:
+        """The contact sheets that are asked for instead of single images."""
+        return tuple(name for name in ("compare", "sweep") if getattr(self, name))
 
     @property
     def loras(self) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,17 +13,17 @@ from klora.files.adapter import with_alphas
 from klora.files.container import opened
 from klora.files.factors import modules, pairs
 from klora.files.names import Place, component
+from klora.files.report import ENCODERS, stated_alphas
 from klora.form.fields import check
 from klora.form.request import Request
 from klora.fusion import Fusion, Schedule, fuse
 from klora.lora import LoRA, LowRank
 from klora.models import FAMILIES, load_shapes, origin_of
 from klora.report import Report, report_on
-from klora.report.numbers import Counts, Order
+from klora.report.numbers import Order
 from klora.studio.shelf import Shelf, keep_scores
 
 STEPS = 30  # where no base says what suits it
-_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 def _as_requested(name: str, **more: Any) -> Any:  # Any, as dataclasses.field itself is typed
@@ -140,22 +139,13 @@ def read_pair(
     return Pair(*_alike(*found), None, STEPS, refusals)
 
 
-def stated_alphas(path: Path) -> Counts:
-    """{alpha: layers of the denoiser}, as far as a file's tensors say; {} where metadata does, or nothing. Raises
-    LoRAError."""
-    with opened(path) as contents:
-        stems = [key.removesuffix(".alpha") for key in contents.specs if key.endswith(".alpha")]
-        told = [stem for stem in stems if component(stem, ["unet", *_ENCODERS])[0] == "unet"]
-        return dict(sorted(Counter(float(contents.tensor(f"{stem}.alpha")) for stem in told).items()))
-
-
 def _as_spelled(path: Path, denoiser: str) -> dict[str, LowRank]:
     """The denoiser's pairs by their names in the file, wrappers taken off, numbers in names counted as numbers."""
     with opened(path) as contents:
         factors, _ = pairs(contents, modules(contents.specs))
         found: dict[Place, LowRank] = {}
         for stem, pair in factors.items():
-            place = component(stem, [denoiser, *_ENCODERS])
+            place = component(stem, [denoiser, *ENCODERS])
             if place in found:
                 raise LoRAError(f"adapts {place[1]!r} twice, once as {stem!r}. Expected one pair of factors a layer.")
             found[place] = pair

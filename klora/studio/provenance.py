@@ -31,6 +31,9 @@ FORM = 1  # of the record; to be raised when it can no longer be read as before
 MAX_XMP_BYTES = 65_504  # of a JPEG, whose segments end there
 MAX_COMMENT_BYTES = 60_000  # of the parameters in EXIF, which is one segment of a JPEG, too
 
+Place = int | str
+"""An image's, in its batch, counted from 0; a contact sheet's is its name."""
+
 _LORAS = ("content_lora", "style_lora")
 _PICTURES = ("image", "mask")
 _INPUTS = {item.name for item in fields(Request)} - {*_LORAS, *_PICTURES}
@@ -64,7 +67,7 @@ class Provenance:
     """
 
     inputs: Mapping[str, Any]
-    place: int
+    place: Place
     loras: Mapping[str, UsedLoRA]
     pictures: Mapping[str, str]
     sources: Mapping[str, str]
@@ -91,7 +94,7 @@ class Provenance:
     @property
     def seed(self) -> int:
         """Of this image."""
-        return int(self.inputs["seed"]) + self.place
+        return int(self.inputs["seed"]) + (self.place if isinstance(self.place, int) else 0)
 
     def record(self) -> str:
         """JSON, in characters that every format holds."""
@@ -160,7 +163,7 @@ def settled(request: Request, model: str, steps: int, guidance_scale: float) -> 
     wanted: dict[str, Any] = {"model": model, "num_inference_steps": steps}
     if request.guidance_scale is None:
         wanted["guidance_scale"] = guidance_scale
-    if request.fusion == "klora" and len(request.loras) == len(_LORAS):
+    if request.fusion == "klora" and len(request.loras) == len(_LORAS) and not request.compare:  # which shows both
         schedule = Schedule.from_pattern(request.pattern, request.alpha, request.beta)
         wanted |= {"pattern": "s*" if schedule.wraps else "s", "alpha": schedule.alpha, "beta": schedule.beta}
     return replace(request, **wanted)
@@ -245,7 +248,8 @@ def _read(told: Mapping[str, Any]) -> Provenance:
         raise ValueError("other inputs than there are")
     used = {n: UsedLoRA(str(x["reference"]), tuple(map(str, x["sha256"])), str(x["trigger"])) for n, x in loras.items()}
     plain = [{name: str(value) for name, value in told[part].items()} for part in ("sources", "versions")]
-    return Provenance(inputs, int(told["place"]), used, pictures, plain[0], dict(told["measured"]), plain[1])
+    place = told["place"] if told["place"] in ("compare", "sweep") else int(told["place"])
+    return Provenance(inputs, place, used, pictures, plain[0], dict(told["measured"]), plain[1])
 
 
 def _quoted(value: str) -> str:

@@ -1,0 +1,108 @@
+"""Base models kept on an accelerator, as many as fit: the least recently used ones make room for the next."""
+
+import gc
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from klora.device import default_dtype
+from klora.errors import BaseModelError
+from klora.generate import Encode, plain_encoder
+from klora.layers import HEADROOM_BYTES
+from klora.models import files_read, load_model
+from klora.models.family import Family
+from klora.models.pace import compile_blocks
+
+logger = logging.getLogger(__name__)
+PROMPTS = 16  # remembered as a base's text encoders have read them: 4 MB each on FLUX.1
+
+
+class ResidentBases:
+    """Loaded bases, least recently used first. compiled: whether their blocks are compiled as they are loaded, which
+    takes minutes."""
+
+    def __init__(self, device: torch.device, free: Callable[[torch.device], int], *, compiled: bool) -> None:
+        self.device, self._free, self._compiled = device, free, compiled
+        self._bases: OrderedDict[str, Family] = OrderedDict()
+        self._encoders: dict[str, Encode] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Of the loaded ones, least recently used first."""
+        return list(self._bases)
+
+    def encoder(self, name: str) -> Encode:
+        """A loaded base's plain_encoder(), which remembers the last PROMPTS."""
+        return self._encoders[name]
+
+    def prepare(self, bases: Iterable[tuple[str, str, Path]]) -> None:
+        """Load, in their order, those that fit beside one another. (name, key of FAMILIES, folder) each. Raises
+        BaseModelError."""
+        # One after the other: while a model is made, its libraries change torch for all threads.
+        for name, family, path in bases:
+            if self._bases and not self._fits(_bytes_of(path, default_dtype(self.device))):
+                logger.info("%s will be loaded when it is asked for: memory is short", name)
+            else:
+                self.load(name, family, path)
+
+    def load(self, name: str, family: str, path: Path) -> Family:
+        """The base, loaded if need be; others leave the accelerator when its memory is short. Raises BaseModelError."""
+        if name not in self._bases:
+            dtype = default_dtype(self.device)
+            self._make_room(name, _bytes_of(path, dtype))
+            self._bases[name] = model = load_model(family, path, self.device, dtype)
+            self._encoders[name] = lru_cache(PROMPTS)(plain_encoder(model))
+            logger.info("loaded %s from %s", name, path)
+            if self._compiled:
+                compile_blocks(model)
+                logger.info("compiled %s's blocks", name)
+        self._bases.move_to_end(name)
+        return self._bases[name]
+
+    def _fits(self, needed: int) -> bool:
+        return self._free(self.device) >= needed + HEADROOM_BYTES
+
+    def _make_room(self, name: str, needed: int) -> None:
+        """Let bases go until another fits. Raises BaseModelError, and lets none go, where that could not help."""
+        within_reach = self._free(self.device) + sum(_held_by(model) for model in self._bases.values())
+        if needed > within_reach:
+            raise BaseModelError(
+                f"{name} needs {needed / 1e9:.1f} GB of memory on {self.device}, where {within_reach / 1e9:.1f} GB can "
+                "be had. Expected a larger device or a smaller base."
+            )
+        while self._bases and not self._fits(needed):
+            leaving = self._bases.popitem(last=False)[0]
+            del self._encoders[leaving]
+            logger.info("%s leaves %s: memory is short", leaving, self.device)
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _bytes_of(path: Path, dtype: torch.dtype) -> int:
+    """What a base takes when its parts are loaded in a dtype, whatever the one that their files are in."""
+    try:
+        return sum(file.stat().st_size + _growth(file, dtype) for file in files_read(path))
+    except (OSError, SafetensorError):
+        return 0  # load_model will say what is wrong with it
+
+
+def _growth(file: Path, dtype: torch.dtype) -> int:
+    """Bytes by which a file's tensors grow, or shrink, in a dtype."""
+    sizes, grown = {"F32": 4, "F16": 2, "BF16": 2}, 0
+    with safe_open(file, framework="pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118, it is no mapping
+            tensor = tensors.get_slice(key)
+            grown += prod(tensor.get_shape()) * (dtype.itemsize - sizes.get(tensor.get_dtype(), dtype.itemsize))
+    return grown
+
+
+def _held_by(model: Family) -> int:
+    modules = (part for part in model.pipe.components.values() if isinstance(part, torch.nn.Module))
+    return sum(parameter.nbytes for module in modules for parameter in module.parameters())

@@ -1,0 +1,94 @@
+"""Several ways to fuse one pair on one contact sheet, from one seed and the same latents: only the fusion differs."""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from klora.form.request import Request
+from klora.fusion import Fusion, Schedule
+
+SWEEP = (0.5, 0.7, 1.0, 1.4, 2.0)  # of style_bias
+LEGIBLE = 192  # pixels that a cell is wide at least; smaller images are enlarged by a whole number
+
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One cell of a sheet: what is written over it, and the request for it.  style_share: in [0, 1], where K-LoRA
+    chooses.  decision: equal where two ways come to the same image."""
+
+    label: str
+    request: Request
+    style_share: float | None
+    decision: Hashable
+
+    @property
+    def caption(self) -> str:
+        """What stands below the label."""
+        return "" if self.style_share is None else f"style acts in {self.style_share:.0%}"
+
+
+def ways_of(request: Request, fusion: Fusion, steps: int) -> dict[str, list[Way]]:
+    """{sheet: its cells}, of the sheets that a request asks for. fusion: its pair's; steps: of the full schedule."""
+    compared: dict[str, dict[str, Any]] = {
+        "content only": {"fusion": "content"},
+        "style only": {"fusion": "style"},
+        "sum of both": {"fusion": "sum"},
+        "K-LoRA s": {"pattern": "s"},
+        "K-LoRA s*": {"pattern": "s*"},
+    }
+    swept = {f"style_bias {bias:g}": {"style_bias": bias} for bias in SWEEP}
+    sheets = {"compare": compared, "sweep": swept}
+    bare = replace(request, report=False, compare=False, sweep=False)
+    return {
+        name: [_way(label, replace(bare, **changes), fusion, steps) for label, changes in sheets[name].items()]
+        for name in request.sheets
+    }
+
+
+def _way(label: str, request: Request, fusion: Fusion, steps: int) -> Way:
+    if request.fusion != "klora":
+        return Way(label, request, None, request.fusion)
+    schedule = Schedule.from_pattern(request.pattern, request.alpha, request.beta)
+    wins = fusion.content_wins(schedule, steps, request.style_bias)
+    return Way(label, request, 1 - wins.double().mean().item(), wins.numpy().tobytes())
+
+
+def draw_ways(
+    ways: Sequence[Way], draw: Callable[[Request, OnStep], Image.Image], on_step: OnStep
+) -> dict[Hashable, Image.Image]:
+    """{decision: its image}, each drawn once. on_step(i, steps) counts the steps of all."""
+    requests = {way.decision: way.request for way in ways}
+
+    def counted(done: int, step: int, steps: int) -> None:
+        on_step(done * steps + step, len(requests) * steps)
+
+    return {
+        decision: draw(request, partial(counted, done)) for done, (decision, request) in enumerate(requests.items())
+    }
+
+
+def contact_sheet(ways: Sequence[Way], images: Mapping[Hashable, Image.Image]) -> Image.Image:
+    """The images in a row, each with its label and caption above it. One that is not there leaves a blank, and says so.
+
+    Of one size, pixel for pixel, or enlarged by a whole number to LEGIBLE pixels.
+    """
+    width, height = next(iter(images.values())).size
+    zoom = -(-LEGIBLE // width)
+    width, height = width * zoom, height * zoom
+    letter = max(13, width // 18)
+    gap, top = letter // 2, 3 * letter + letter // 4
+    sheet = Image.new("RGB", (len(ways) * (width + gap) + gap, height + top + gap), "white")
+    drawn = ImageDraw.Draw(sheet)
+    for place, way in enumerate(ways):
+        left = gap + place * (width + gap)
+        drawn.text((left, gap), way.label, "black", ImageFont.load_default(letter))
+        caption = way.caption if way.decision in images else "withheld by the safety checker"
+        drawn.text((left, gap + 1.4 * letter), caption, "dimgray", ImageFont.load_default(letter * 0.8))
+        if image := images.get(way.decision):
+            sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, top))
+    return sheet

@@ -1,0 +1,209 @@
+"""Contact sheets and reports of a request: what they show is what its images would be, and no image is made twice."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import weights
+from klora import cli
+from klora.errors import RequestError, SafetyError
+from klora.form.request import Request
+from klora.fusion import Fusion, Schedule, fuse
+from klora.lora import LowRank
+from klora.studio import Studio, save_images
+from klora.studio.provenance import read_provenance
+from klora.studio.sheets import LEGIBLE, SWEEP, Way, contact_sheet, draw_ways, ways_of
+
+PAIR = {"content_lora": "sdxl_content.safetensors", "style_lora": "sdxl_style.safetensors"}
+SHEETS = {"compare": 5, "sweep": len(SWEEP)}
+GREY = Image.new("RGB", (8, 8), "gray")
+
+
+@pytest.fixture(scope="module")
+def models(bases: Path) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KLORA_MODELS", str(bases))
+        yield bases
+
+
+@pytest.fixture(scope="module")
+def studio(models: Path) -> Studio:
+    return Studio(weights.find_base, models / "safety-checker", torch.device("cpu"))
+
+
+def asked(**given: Any) -> Request:
+    quick = {"prompt": "a dog", "num_inference_steps": 3, "seed": 7, "width": 64, "height": 64, "output_format": "png"}
+    return Request(**{**quick, "disable_safety_checker": True, **PAIR, **given})
+
+
+def files(loras: Path) -> dict[str, Path]:
+    return {name: loras / file for name, file in PAIR.items()}
+
+
+def cells(sheet: Image.Image, count: int, height: int, width: int = 64) -> list[np.ndarray]:
+    """The pictures of a sheet, found by what stands around them: white."""
+    pixels, zoom = np.asarray(sheet), -(-LEGIBLE // width)
+    gap = (sheet.width - count * width * zoom) // (count + 1)
+    top = sheet.height - gap - height * zoom
+    lefts = [gap + place * (width * zoom + gap) for place in range(count)]
+    assert all((pixels[top:, left - gap : left] == 255).all() for left in lefts)
+    return [pixels[top : top + height * zoom : zoom, left : left + width * zoom : zoom] for left in lefts]
+
+
+COMPARED: list[Mapping[str, Any]] = [
+    {"fusion": "content"}, {"fusion": "style"}, {"fusion": "sum"}, {"pattern": "s"}, {"pattern": "s*"},
+]  # fmt: skip
+SWEPT: list[Mapping[str, Any]] = [{"style_bias": bias} for bias in (0.5, 0.7, 1, 1.4, 2)]
+
+
+@pytest.mark.parametrize(("sheet", "ways"), [("compare", COMPARED), ("sweep", SWEPT)])
+def test_a_sheet_shows_the_images_that_each_way_makes(
+    studio: Studio, loras: Path, sheet: str, ways: list[Mapping[str, Any]]
+) -> None:
+    before = studio.make(asked(), files(loras))[0]
+    (shown,) = studio.make(asked(**{sheet: True}), files(loras)).values()
+    for cell, way in zip(cells(shown, len(ways), 64), ways, strict=True):
+        assert np.array_equal(cell, studio.make(asked(**way), files(loras))[0])
+    assert np.array_equal(before, studio.make(asked(), files(loras))[0])
+
+
+def test_both_sheets_come_from_one_request(studio: Studio, loras: Path, tmp_path: Path) -> None:
+    request = asked(compare=True, sweep=True)
+    images = studio.make(request, files(loras))
+    paths = save_images(images, tmp_path, request)
+    assert [path.name for path in paths] == ["klora_7_compare.png", "klora_7_sweep.png"]
+    assert np.array_equal(cells(images["compare"], 5, 64)[4], cells(images["sweep"], 5, 64)[2])  # s*, style_bias 1
+
+
+def alone(score: float) -> dict[str, LowRank]:
+    return {"layer": LowRank(torch.full((1, 1), score), torch.ones(1, 1))}
+
+
+def test_what_comes_to_the_same_is_drawn_once_and_the_steps_of_all_are_counted() -> None:
+    drawn, told = [], []
+
+    def draw(request: Request, on_step: Any) -> Image.Image:
+        drawn.append(request.style_bias)
+        for step in range(3):
+            on_step(step, 2)
+        return GREY
+
+    ways = [Way(str(bias), asked(style_bias=bias), None, decision) for bias, decision in enumerate("abba")]
+    images = draw_ways(ways, draw, lambda step, steps: told.append((step, steps)))
+    assert (len(drawn), images.keys()) == (2, {"a", "b"})
+    assert told == [(0, 4), (1, 4), (2, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_ways_with_the_same_choice_have_one_decision() -> None:
+    fusion = fuse(alone(1.0), alone(1.0))  # R = 1: with gamma, whatever the magnitudes
+    ways = ways_of(asked(sweep=True), fusion, 2)["sweep"]  # S(tau) of s* at two steps: 0.15, 0.9
+    by_hand = [tuple(bias * scale < 1 for scale in (0.15, 0.9)) for bias in SWEEP]
+    same = [(a.decision == b.decision) for a in ways for b in ways]
+    assert same == [a == b for a in by_hand for b in by_hand]
+    assert [way.style_share for way in ways] == [1 - sum(wins) / 2 for wins in by_hand]
+    assert [way.caption for way in ways] == ["style acts in 0%"] * 3 + ["style acts in 50%"] * 2
+
+
+@pytest.mark.parametrize("sheet", SHEETS)
+def test_progress_reaches_all_steps_of_all_images(studio: Studio, loras: Path, sheet: str) -> None:
+    told: list[tuple[int, int]] = []
+    studio.make(asked(**{sheet: True}), files(loras), on_step=lambda *step: told.append(step))
+    assert told == sorted(told)
+    assert told[0][0] == 0
+    assert {steps for _, steps in told} == {told[-1][0]}
+    assert told[-1][0] % 3 == 0
+
+
+def test_an_image_that_is_withheld_leaves_a_blank() -> None:
+    ways = [Way(name, asked(), 0.25, name) for name in "ab"]
+    sheet = np.asarray(contact_sheet(ways, {"b": GREY}))
+    whole = np.asarray(contact_sheet(ways, {"a": GREY, "b": GREY}))
+    assert sheet.shape == whole.shape
+    left, right = (
+        sheet[len(sheet) // 2 :, half] for half in (slice(len(sheet[0]) // 2), slice(len(sheet[0]) // 2, None))
+    )
+    assert (right == 128).any()
+    assert (left == 255).all()
+
+
+def test_all_images_of_a_sheet_may_be_withheld(models: Path, loras: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Strict:
+        def flagged(self, images: list[Image.Image]) -> list[bool]:
+            return [True] * len(images)
+
+    studio = Studio(weights.find_base, models / "safety-checker", torch.device("cpu"))
+    monkeypatch.setattr(studio, "_safety", Strict)
+    with pytest.raises(SafetyError, match=r"withheld every image \(0, 1, 2, 3, 4\)"):
+        studio.make(asked(compare=True, disable_safety_checker=False), files(loras))
+
+
+@pytest.mark.parametrize("width", [40, 192, 400])
+def test_small_images_are_enlarged_by_a_whole_number_and_large_ones_are_not(width: int) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, width, 3), np.uint8))
+    ways = [Way("a", asked(), None, "a"), Way("b", asked(), None, "b")]
+    sheet = contact_sheet(ways, {"a": picture, "b": picture})
+    assert sheet.width >= 2 * LEGIBLE
+    assert all(np.array_equal(cell, picture) for cell in cells(sheet, 2, 24, width))
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"style_lora": None, "report": True}, "report shows K-LoRA's choice. Expected content_lora, style_lora and"),
+        ({"fusion": "sum", "compare": True}, "compare shows K-LoRA's choice. Expected .* fusion klora"),
+        ({"pattern": "s", "compare": True}, "pattern is s and compare is asked for. Expected auto."),
+        ({"style_bias": 2, "sweep": True}, r"style_bias is 2\.0 and sweep is asked for. Expected 1\.0."),
+        ({"num_outputs": 2, "sweep": True}, "num_outputs is 2 and sweep is asked for. Expected 1."),
+    ],
+)
+def test_what_a_sheet_cannot_show_is_refused(given: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(RequestError, match=sentence):
+        asked(**given)
+
+
+def test_a_pair_is_summed_up_in_the_log_and_the_metrics(
+    studio: Studio, loras: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    facts: dict[str, Any] = {}
+    with caplog.at_level(logging.INFO):
+        studio.make(asked(style_bias=1.4), files(loras), facts.__setitem__)
+    told = studio.report(asked(style_bias=1.4), files(loras)).summary()
+    assert facts["fusion"] == told
+    assert told in caplog.messages
+    assert f"style acts in {facts['style_share']:.0%}" in told
+
+
+def test_a_report_of_a_request_is_about_its_own_choice(studio: Studio, loras: Path) -> None:
+    report = studio.report(asked(style_bias=1.4, pattern="s"), files(loras))
+    content, style = (
+        studio.load(*weights.find_base("sdxl")).read_lora(loras / f"sdxl_{role}.safetensors")
+        for role in ("content", "style")
+    )
+    fusion: Fusion = fuse(content, style)
+    assert torch.equal(report.content_wins, fusion.content_wins(Schedule.from_pattern("s"), 3, 1.4))
+    assert report.order == "execution"
+
+
+def test_the_command_makes_a_sheet_and_makes_it_again(models: Path, loras: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        for name, path in files(loras).items():
+            Path(PAIR[name]).symlink_to(path)
+        given = [part for name, file in PAIR.items() for part in (f"--{name.replace('_', '-')}", file)]
+        given += ["--num-inference-steps", "2", "--seed", "7", "--disable-safety-checker", "--output-format", "png"]
+        made = CliRunner().invoke(cli.app, ["fuse", "a dog", *given, "--compare", "--report"])
+        assert made.exit_code == 0, made.stderr
+        names = ["klora_7_compare.png", "report.png", "report.json"]
+        assert made.stdout.splitlines()[:3] == [f"out/{name}" for name in names]
+        assert json.loads(Path("out/report.json").read_text())["steps"] == 2
+        assert read_provenance(Path("out/klora_7_compare.png")).place == "compare"
+        again = CliRunner().invoke(cli.app, ["reproduce", "out/klora_7_compare.png"])
+        assert again.stdout.splitlines() == ["reproduced/klora_7_compare.png", "the same pixels as klora_7_compare.png"]
