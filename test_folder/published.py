@@ -10,14 +10,15 @@ import transformers
 from torch import nn
 
 
-def unet() -> diffusers.UNet2DConditionModel:
-    """stabilityai/stable-diffusion-xl-base-1.0: 2.567 billion parameters, 560 attention linears."""
+def unet(depths: tuple[int, int] = (2, 10)) -> diffusers.UNet2DConditionModel:
+    """stabilityai/stable-diffusion-xl-base-1.0: 2.567 billion parameters, 560 attention linears. depths: transformer
+    blocks in each attention of the second and of the third level."""
     return diffusers.UNet2DConditionModel(
         sample_size=128,
         block_out_channels=(320, 640, 1280),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=[1, 2, 10],
+        transformer_layers_per_block=[1, *depths],
         attention_head_dim=[5, 10, 20],
         use_linear_projection=True,
         cross_attention_dim=2048,
@@ -27,12 +28,13 @@ def unet() -> diffusers.UNet2DConditionModel:
     )
 
 
-def flux() -> diffusers.FluxTransformer2DModel:
-    """black-forest-labs/FLUX.1-dev: 11.90 billion parameters, 494 linears in its blocks."""
+def flux(depths: tuple[int, int] = (19, 38)) -> diffusers.FluxTransformer2DModel:
+    """black-forest-labs/FLUX.1-dev: 11.90 billion parameters, 494 linears in its blocks. depths: double and single
+    blocks."""
     return diffusers.FluxTransformer2DModel(
         in_channels=64,
-        num_layers=19,
-        num_single_layers=38,
+        num_layers=depths[0],
+        num_single_layers=depths[1],
         attention_head_dim=128,
         num_attention_heads=24,
         joint_attention_dim=4096,

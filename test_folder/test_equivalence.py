@@ -75,8 +75,8 @@ class Naive:
 
 # Whole runs of the published models' topology, in a loop of our own
 
-UNET = (tiny.full_topology_unet, tiny.unet_inputs, "sample", r"\.attn[12]\.to_(q|k|v|out\.0)$", 560, 20)
-FLUX = (tiny.full_topology_flux, tiny.flux_inputs, "hidden_states", r"^(single_)?transformer_blocks\.", 494, 28)
+UNET = (tiny.full_topology_unet, tiny.unet_inputs, "sample", r"\.attn[12]\.to_(q|k|v|out\.0)$", 560, 8)
+FLUX = (tiny.full_topology_flux, tiny.flux_inputs, "hidden_states", r"^(single_)?transformer_blocks\.", 494, 10)
 
 
 def euler(model, inputs, latents_name, steps, on_step):
