@@ -134,15 +134,31 @@ def test_an_image_that_is_withheld_leaves_a_blank() -> None:
     assert (left == 255).all()
 
 
-def test_all_images_of_a_sheet_may_be_withheld(models: Path, loras: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Strict:
-        def flagged(self, images: list[Image.Image]) -> list[bool]:
-            return [True] * len(images)
+class Checker:
+    """Withholds these images of what it is shown."""
 
-    studio = Studio(weights.find_base, models / "safety-checker", torch.device("cpu"))
-    monkeypatch.setattr(studio, "_safety", Strict)
+    def __init__(self, *withheld: int) -> None:
+        self.withheld = withheld
+
+    def flagged(self, images: list[Image.Image]) -> list[bool]:
+        return [place in self.withheld for place in range(len(images))]
+
+
+@pytest.fixture
+def strict(models: Path) -> Studio:
+    """A studio whose checker a test gives it."""
+    return Studio(weights.find_base, models / "safety-checker", torch.device("cpu"))
+
+
+def test_only_what_is_withheld_is_blank(strict: Studio, loras: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = cells(strict.make(asked(compare=True), files(loras))["compare"], 5, 64)
+    monkeypatch.setattr(strict, "_safety", lambda: Checker(1))
+    shown = cells(strict.make(asked(compare=True, disable_safety_checker=False), files(loras))["compare"], 5, 64)
+    assert (shown[1] == 255).all()
+    assert all(np.array_equal(shown[place], whole[place]) for place in (0, 2, 3, 4))
+    monkeypatch.setattr(strict, "_safety", lambda: Checker(0, 1, 2, 3, 4))
     with pytest.raises(SafetyError, match=r"withheld every image \(0, 1, 2, 3, 4\)"):
-        studio.make(asked(compare=True, disable_safety_checker=False), files(loras))
+        strict.make(asked(compare=True, disable_safety_checker=False), files(loras))
 
 
 @pytest.mark.parametrize("width", [40, 192, 400])
