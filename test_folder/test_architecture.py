@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROGRAMS = [ROOT / name for name in ("predict.py", "train.py", "weights.py")]
 PACKAGE = sorted((ROOT / "klora").rglob("*.py"))
-FILES = [path for path in PROGRAMS if path.exists()] + PACKAGE
+PLAYGROUND = sorted((ROOT / "playground").glob("*.py"))
+FILES = [path for path in PROGRAMS if path.exists()] + PACKAGE + PLAYGROUND
 FAMILIES = [path for path in PACKAGE if path.parent.name == "models" and path.name not in ("__init__.py", "family.py")]
 
 # Library: the only files that may import it, by their beginning.
@@ -18,8 +19,9 @@ BORDERS = {
     "cog": ("predict.py", "train.py"),
     "diffusers": ("klora/models/", "klora/training/run.py"),
     "transformers": ("klora/models/", "klora/training/annotate.py"),
-    "requests": ("klora/sources/",),
-    "urllib": ("klora/sources/", "weights.py"),
+    "requests": ("klora/sources/", "playground/connection.py"),
+    "gradio": tuple(f"playground/{name}.py" for name in ("app", "controls", "fusion", "training")),
+    "urllib": ("klora/sources/", "weights.py", "playground/"),
     "urllib3": ("klora/sources/",),
     "http": ("klora/sources/",),
     "matplotlib": ("klora/report/picture.py",),
@@ -62,6 +64,7 @@ LAYERS = {
     "klora/report/picture.py": {"klora.report.numbers"},
     "klora/report/__init__.py": {"klora.fusion", "klora.report.advice", "klora.report.numbers"},
     "klora/models/pace.py": {"klora.layers", "klora.form.request", "klora.models.family"},
+    "playground/": {"playground", *(f"playground.{path.stem}" for path in PLAYGROUND)},  # and nothing of klora
     "weights.py": {"klora.errors", *ROOMS["bases"], *ROOMS["cache"], *ROOMS["sources"]},
 }
 

@@ -1,0 +1,60 @@
+"""The slider between subject and style, and the bar that shows what it did.
+
+It is counted in doublings of style_bias, so that the middle is 1 and both sides are as long.
+"""
+
+import math
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+from playground.form import Field
+
+RANGE = (0.25, 4.0)  # of style_bias; the form's own bounds are for experts
+STEP = 0.05  # doublings
+
+ENDS = (
+    '<div class="ends"><span class="subject">◀ more subject</span>'
+    '<span class="title">Style slider</span><span class="style">more style ▶</span></div>'
+)
+TICKS = '<div class="ticks"><span>¼</span><span>½</span><span>1</span><span>2</span><span>4</span></div>'
+
+
+def bounds(field: Field) -> tuple[float, float, float]:
+    """(least, most, at first), in doublings."""
+    low, high = (
+        (RANGE[0] if field.minimum is None else field.minimum),
+        (RANGE[1] if field.maximum is None else field.maximum),
+    )
+    return math.log2(max(low, RANGE[0])), math.log2(min(high, RANGE[1])), math.log2(field.default or 1)
+
+
+def bias(doublings: float) -> float:
+    """style_bias, to three digits: what is sent is what is shown."""
+    return float(f"{2**doublings:.3g}")
+
+
+def said(doublings: float) -> str:
+    """The slider's place in words."""
+    value = bias(doublings)
+    if value == 1:
+        return '<div class="said">In the middle: as the two LoRAs come. <code>style_bias 1</code></div>'
+    more, times = ("style", value) if value > 1 else ("subject", 1 / value)
+    return f'<div class="said">The {more} counts {times:.3g} times. <code>style_bias {value:g}</code></div>'
+
+
+def meter(metrics: Mapping[str, Any], value: Any) -> str:
+    """Who acted how often, as a bar in two colours, and what to ask for to have the image again. value: style_bias."""
+    share, seed = metrics.get("style_share"), metrics.get("seed")
+    facts = [f"style_bias {value:g}"] if isinstance(value, float) and share is not None else []
+    facts += [f"seed {escape(str(seed))}"] if seed is not None else []
+    return (_bar(float(share)) if share is not None else "") + f'<div class="facts">{" · ".join(facts)}</div>'
+
+
+def _bar(share: float) -> str:
+    style = round(100 * share)
+    return (
+        '<div title="Share of layers and steps in which each LoRA acts"><div class="ends">'
+        f'<span class="subject">subject {100 - style} %</span><span class="style">style {style} %</span></div>'
+        f'<div class="meter"><i style="width:{100 - style}%"></i></div></div>'
+    )

@@ -1,0 +1,74 @@
+"""How a request stands, to look at, and a tab's hold on the one that it has running. Knows no request's meaning."""
+
+import threading
+from collections.abc import Iterator, Mapping
+from html import escape
+from typing import Any, Protocol
+
+from playground.connection import Connection, Run
+
+BEGUN = {
+    "waiting": "The server is busy with another request: waiting for it",
+    "starting": "Starting",
+    "processing": "Reading the LoRAs",
+}
+
+
+class Server(Protocol):
+    """What takes requests."""
+
+    connection: Connection
+
+    def schemas(self) -> tuple[Mapping[str, Any], str]: ...
+
+    def run(self, inputs: Mapping[str, Any], stop: threading.Event) -> Iterator[Run]: ...
+
+
+class Ticket:
+    """A tab's hold on its running request. stop: set to cancel it.  replaced: whether that was for the next one."""
+
+    def __init__(self) -> None:
+        self.stop, self.replaced = threading.Event(), False
+
+    def replace(self) -> "Ticket":
+        """Cancel this request and say no more of it; the hold on the next one."""
+        self.replaced = True
+        self.stop.set()
+        return Ticket()
+
+
+def bar(run: Run) -> str:
+    """A bar and a line: step i of n."""
+    if not run.step:
+        return f'<div class="standing"><progress></progress><span>{BEGUN.get(run.status, run.status)} …</span></div>'
+    step, steps, said = run.step
+    text = f"Step {step} of {steps}" + (f", {escape(said)}" if said else "")
+    return f'<div class="standing"><progress value="{step}" max="{steps}"></progress><span>{text}</span></div>'
+
+
+def problem(sentence: str) -> str:
+    """What went wrong."""
+    return f'<div class="problem" role="alert">{escape(sentence)}</div>'
+
+
+def note(sentence: str) -> str:
+    """What there is to say beside it."""
+    return f'<div class="note">{escape(sentence)}</div>'
+
+
+def followed(server: Server, inputs: Mapping[str, Any], ticket: Ticket) -> Iterator[tuple[str, Run | None]]:
+    """(what to show, None) again and again, then (what to show, the request's end) where it succeeded.
+
+    Says nothing more once the ticket is replaced.  Raises PlaygroundError.
+    """
+    for run in server.run(inputs, ticket.stop):
+        if ticket.replaced:
+            continue
+        if run.status == "succeeded":
+            yield "", run
+        else:
+            yield _ending(run) if run.ended else bar(run), None
+
+
+def _ending(run: Run) -> str:
+    return note("Cancelled.") if run.status == "canceled" else problem(run.error or "The request failed.")
