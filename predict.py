@@ -8,19 +8,27 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path as LocalPath
 from typing import Any, Optional
 
 from cog import BasePredictor, Input, Path, Secret, current_scope
+from PIL.Image import Image
 
 import weights
+from klora.bulk import Bulk, run
+from klora.bulk.folder import packed
+from klora.bulk.lines import read_prompts
 from klora.errors import RequestError
+from klora.form.fields import random_seed
 from klora.form.inputs import filled, progress_line, uploaded
 from klora.form.request import Request, open_images
 from klora.models import silence_progress_bars
 from klora.report.pair import save_report
 from klora.studio import Studio, save_images
 
+MAX_LINES = 1000  # of prompts
 ALIASES = {
     "lora_weights": "content_lora",
     "replicate_weights": "content_lora",
@@ -206,6 +214,10 @@ class Predictor(BasePredictor):
             description="Make one sheet instead: style_bias 0.5, 0.7, 1, 1.4 and 2. Costs up to five images.",
             default=False,
         ),
+        prompts: Optional[Path] = Input(
+            description="File for many images in one tar, with captions: a prompt on each line, or as JSON lines the inputs by name. Each prompt takes the place of {} in the prompt above.",
+            default=None,
+        ),
         hf_api_token: Optional[Secret] = Input(
             description="Hugging Face token for private or gated LoRAs. Used for this request alone.", default=None
         ),
@@ -234,7 +246,9 @@ class Predictor(BasePredictor):
         given = {"prompt": prompt} | filled({name: value for name, value in locals().items() if name != "self"})
         shutil.rmtree(self.outputs, ignore_errors=True)  # Cog never deletes what it has sent
         started = time.perf_counter()
-        request = _request(given)
+        if "prompts" in given:
+            return [Path(self._make_lines(_inputs(given), _tokens(given)))]
+        request = Request(**_inputs(given))
         _record("seed", request.seed)
         print(f"seed {request.seed}")
         bases = weights.runnable(request.model)
@@ -245,17 +259,32 @@ class Predictor(BasePredictor):
         paths = save_images(images, self.outputs, request) + (save_report(report, self.outputs) if report else [])
         return [Path(path) for path in paths]
 
+    def _make_lines(self, inputs: dict[str, Any], tokens: dict[str, str]) -> LocalPath:
+        """The tar of an image for each line of the prompts, by the other inputs."""
+        lines, template, folder = inputs.pop("prompts"), inputs.pop("prompt"), self.outputs / "images"
+        _record("seed", seed := inputs.setdefault("seed", random_seed()))
+        print(f"seed {seed}")
 
-def _request(given: dict[str, Any]) -> Request:
-    """The request under the new names, its uploads opened."""
+        def draw(requests: Sequence[Request]) -> dict[int, Image]:
+            shared = requests[0]
+            with self.loras.borrowed(shared.loras, tokens, weights.runnable(shared.model)) as (files, lent):
+                return self.studio.draw(requests, files, lent)
+
+        prompts = read_prompts(lines, inputs, template=template, most=MAX_LINES)
+        made = run(prompts, Bulk(on_error="skip"), folder, lambda: draw, partial(print, flush=True))
+        return packed(folder, made.faults, self.outputs / "images.tar")
+
+
+def _inputs(given: dict[str, Any]) -> dict[str, Any]:
+    """A request's under their new names, its uploads opened, and "prompts" as it came."""
     inputs = {name: value for name, value in given.items() if name not in ALIASES and name not in TOKENS}
     for alias, name in ALIASES.items():
         if alias in given and given[alias] != inputs.setdefault(name, given[alias]):
             raise RequestError(
                 f"{alias} is {given[alias]!r} and {name} is {inputs[name]!r}. {alias} is {name}'s old name: give one."
             )
-    uploads = {name: uploaded(name, inputs[name]) for name in ("image", "mask") if name in inputs}
-    return Request(**open_images(inputs | uploads))
+    uploads = {name: uploaded(name, inputs[name]) for name in ("image", "mask", "prompts") if name in inputs}
+    return open_images(inputs | uploads)
 
 
 def _tokens(given: dict[str, Any]) -> dict[str, str]:

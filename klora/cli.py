@@ -4,19 +4,22 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import MISSING, Field, fields
-from inspect import Parameter, Signature, signature
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 import typer
 from PIL import Image, ImageChops
 
 import weights
+from klora.bulk import Bulk, Draw, run
+from klora.bulk.lines import ALONE, read_prompts
 from klora.errors import KLoRAError, RequestError, SafetyError
 from klora.export import Export, exported
+from klora.form.fields import MAX_SEED
 from klora.form.inputs import progress_line
+from klora.form.options import options_of
 from klora.form.request import Request, open_images
 from klora.inspection import inspect as inspected
 from klora.report.pair import Question, answer, save_report
@@ -115,6 +118,41 @@ def train(
     typer.echo(tar)
 
 
+def generate(
+    prompts: Annotated[
+        Path,
+        typer.Argument(help="A prompt on each line, or, in a .jsonl, the inputs by name.", exists=True, dir_okay=False),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the images; what is there already stays.", file_okay=False)
+    ] = Path("out"),
+    seed: Annotated[int, typer.Option(help="Of the first line; line i has seed + i.", min=0, max=MAX_SEED)] = 0,
+    output_format: Annotated[Literal["png", "jpg", "webp"], typer.Option(help="File format.")] = "png",
+    **given: Any,
+) -> None:
+    """Make an image for each line of a prompt file: 00000.png, with its caption in 00000.txt, and how it was made in
+    00000.json. The same command goes on where it was interrupted."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    bulk = Bulk(**{item.name: given.pop(item.name) for item in fields(Bulk) if item.name in given})
+    common = open_images({**given, "seed": seed, "output_format": output_format})
+    made = run(read_prompts(prompts, common), bulk, out, open_studio, typer.echo)
+    if made.faults:
+        raise typer.Exit(1)
+
+
+def open_studio() -> Draw:
+    """What makes the images of `klora generate`: here, or in a worker of a cluster."""
+    weights.use_toys_if_no_bases()
+    studio, loras = Studio(weights.find_base, weights.safety_checker_path()), weights.LoRAFiles(anywhere=True)
+
+    def draw(requests: Sequence[Request]) -> dict[int, Image.Image]:
+        shared = requests[0]
+        with loras.borrowed(shared.loras, weights.own_tokens(), weights.runnable(shared.model)) as (files, lent):
+            return studio.draw(requests, files, lent)
+
+    return draw
+
+
 def inspect(
     lora: Annotated[str, typer.Argument(help="A LoRA file, a tar that holds one, a PEFT repository, or a reference.")],
 ) -> None:
@@ -154,8 +192,8 @@ def _bases() -> dict[str, tuple[str, Path]]:
     return {name: (base.family, base.path) for name, base in bases.items()}
 
 
-def _command(verb: Callable[..., None], *forms: type) -> None:
-    """Add a verb to the command: its own options, and one for each field of dataclasses, handed over when given."""
+def _command(verb: Callable[..., None], *forms: type, without: Collection[str] = ()) -> None:
+    """Add a verb to the command, with its own options and those of forms, handed over when given. without: fields."""
 
     def run(**given: Any) -> None:
         try:
@@ -165,34 +203,14 @@ def _command(verb: Callable[..., None], *forms: type) -> None:
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(1) from error
 
-    own = [part for part in signature(verb).parameters.values() if part.kind is not part.VAR_KEYWORD]
-    kind = Parameter.KEYWORD_ONLY
-    hints = {name: hint for form in forms for name, hint in get_type_hints(form).items()}
-    items = [item for form in forms for item in fields(form)]
-    options = [Parameter(item.name, kind, **_option(item, hints[item.name])) for item in items]
-    parameters = [part.replace(kind=kind) for part in (*options, *own)]
-    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    run.__signature__ = options_of(verb, *forms, without=without)  # type: ignore[attr-defined]
     app.command(verb.__name__, help=verb.__doc__)(run)
-
-
-def _option(item: "Field[Any]", hint: Any) -> dict[str, Any]:
-    text = item.metadata["help"]
-    if item.default is MISSING and item.default_factory is MISSING:
-        return {"annotation": Annotated[str, typer.Argument(help=text)]}
-    bounds = {"min": item.metadata["ge"], "max": item.metadata["le"]} if "ge" in item.metadata else {}
-    default = None if item.default is MISSING else item.default
-    if "choices" in item.metadata:
-        hint = Literal[item.metadata["choices"]]
-    elif hint == Image.Image | None:
-        hint = Path
-    hint = hint | None if default is None else hint
-    flags = item.metadata.get("flags", ())
-    return {"annotation": Annotated[hint, typer.Option(*flags, help=text, **bounds)], "default": default}
 
 
 _command(fuse, Request)
 _command(reproduce)
 _command(train, TrainConfig, Publishing)
+_command(generate, Bulk, Request, without=("prompt", *ALONE))
 _command(inspect)
 _command(report, Question)
 _command(export, Export)

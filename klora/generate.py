@@ -2,9 +2,9 @@
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -27,6 +27,13 @@ Encode = Callable[[str, str], Conditioning]
 """(prompt, negative prompt, "" for none) -> what the denoiser reads."""
 
 
+class Draw(NamedTuple):
+    """What sets an image apart from the others of its batch. prompt: with the trigger words."""
+
+    prompt: str
+    seed: int
+
+
 @torch.no_grad()
 def generate(
     model: Family,
@@ -37,8 +44,10 @@ def generate(
     encode: Encode | None = None,
     record: Record = lambda name, value: None,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
+    draws: Sequence[Draw] | None = None,
 ) -> list[Image.Image]:
-    """Make request.num_outputs images in one batch; image i uses seed + i.
+    """Make request.num_outputs images in one batch; image i uses seed + i. draws: these instead, of which each has a
+    prompt and a seed of its own.
 
     K-LoRA needs both LoRAs; one alone acts everywhere, none leaves the base as it is. encode: plain_encoder(model), or
     what remembers its results. on_step(i, steps) is called as denoising reaches step i, and with i = steps at its end.
@@ -48,11 +57,11 @@ def generate(
     lap = _stopwatch(model, record)
     plan = combine(request, steps, content, style, record, next(model.denoiser.parameters()).device)
     lap("fuse_seconds")
-    prompt = _prompt(request, content, style, record)
+    draws = draws or draws_of(request, content, style, record)
     if any(lora.text_encoders or lora.words for _, lora, _ in _acting(request, content, style)):
-        conditioning = _encoded_with_loras(model, request, prompt, content, style)
+        conditioning = _encoded_with_loras(model, request, draws, content, style)
     else:
-        conditioning = (encode or plain_encoder(model))(prompt, request.negative_prompt)
+        conditioning = _encoded(encode or plain_encoder(model), draws, request.negative_prompt)
     lap("encode_seconds")
     with attached(model.denoiser, plan) as gate, paced(model, request) as (in_full, means):
 
@@ -64,7 +73,7 @@ def generate(
                 lap("denoise_seconds")
             on_step(step, steps)
 
-        images = model.sample(conditioning, request, reached)
+        images = model.sample(conditioning, request, reached, [draw.seed for draw in draws])
     lap("decode_seconds")
     record("engine", gate.engine)
     record("flips", gate.flips)
@@ -78,14 +87,23 @@ def plain_encoder(model: Family) -> Encode:
     return lambda prompt, negative: model.encode_prompt([prompt], [negative] if negative else None)
 
 
+def _encoded(encode: Encode, draws: Sequence[Draw], negative: str) -> Conditioning:
+    """A row for each draw, or one for all where they share a prompt. Each prompt is read once, and by itself, so that
+    it is read as it would be alone."""
+    read = {prompt: encode(prompt, negative) for prompt in dict.fromkeys(draw.prompt for draw in draws)}
+    first = read[draws[0].prompt]
+    return first if len(read) == 1 else {name: torch.cat([read[draw.prompt][name] for draw in draws]) for name in first}
+
+
 def _encoded_with_loras(
-    model: Family, request: Request, prompt: str, content: LoRA | None, style: LoRA | None
+    model: Family, request: Request, draws: Sequence[Draw], content: LoRA | None, style: LoRA | None
 ) -> Conditioning:
     with ExitStack() as loans:
         for component, encoder in model.text_encoders.items():
             loans.enter_context(attached(encoder, _constant(request, content, style, component)))
-        spoken = loans.enter_context(taught(model.pipe, _words(request, content, style)))
-        return plain_encoder(model)(spoken(prompt), spoken(request.negative_prompt))
+        spoken = loans.enter_context(taught(model.pipe, _words(request, draws, content, style)))
+        said = [Draw(spoken(draw.prompt), draw.seed) for draw in draws]
+        return _encoded(plain_encoder(model), said, spoken(request.negative_prompt))
 
 
 def combine(
@@ -127,9 +145,11 @@ def _acting(request: Request, content: LoRA | None, style: LoRA | None) -> list[
     return acting
 
 
-def _prompt(request: Request, content: LoRA | None, style: LoRA | None, record: Record) -> str:
-    """The prompt, and the trigger words that the LoRAs' files name where it lacks them: the subject's in front, the
-    style's behind."""
+def draws_of(
+    request: Request, content: LoRA | None, style: LoRA | None, record: Record = lambda name, value: None
+) -> list[Draw]:
+    """As many seeds as there are outputs, and the prompt with the trigger words that the LoRAs' files name where it
+    lacks them: the subject's in front, the style's behind."""
     prompt, added = request.prompt, []
     for _, lora, _ in _acting(request, content, style) if request.add_triggers else ():
         trigger = lora.metadata.get("trigger", "")
@@ -139,17 +159,18 @@ def _prompt(request: Request, content: LoRA | None, style: LoRA | None, record: 
             prompt = f"{prompt}, {trigger} style" if styled else f"{trigger}, {prompt}"
     if added:
         record("triggers_added", ", ".join(added))
-    return prompt
+    return [Draw(prompt, request.seed + i) for i in range(request.num_outputs)]
 
 
-def _words(request: Request, content: LoRA | None, style: LoRA | None) -> Words:
+def _words(request: Request, draws: Sequence[Draw], content: LoRA | None, style: LoRA | None) -> Words:
     """The words that the acting LoRAs teach the text encoders, also as content:WORD and style:WORD. Raises RequestError
     where a prompt has a word that both teach."""
     bare: dict[str, Mapping[str, Tensor]] = {}
     qualified: dict[str, Mapping[str, Tensor]] = {}
     for role, lora, _ in _acting(request, content, style):
         for word, parts in lora.words.items():
-            if word in bare and re.search(rf"(?<![\w:]){re.escape(word)}(?!\w)", request.prompt):
+            alone = re.compile(rf"(?<![\w:]){re.escape(word)}(?!\w)")
+            if word in bare and any(alone.search(draw.prompt) for draw in draws):
                 raise RequestError(
                     f"Both LoRAs teach the word {word!r}. Write content:{word} or style:{word} in the prompt."
                 )

@@ -3,9 +3,13 @@
 What holds of every model is in conformance/.
 """
 
+import base64
+import io
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,6 +138,54 @@ def test_an_alias_means_its_new_name(server: Server) -> None:
     old = {"lora_weights": SDXL["content_lora"], "lora_scale": 0.5, "guidance": 4}
     new = {"content_lora": SDXL["content_lora"], "content_scale": 0.5, "guidance_scale": 4}
     assert np.array_equal(server.images(**QUICK, **old)[0], server.images(**QUICK, **new)[0])
+
+
+def tar_of(answer: dict[str, Any]) -> dict[str, bytes]:
+    """The files of the one output, by name."""
+    (uri,) = answer["output"]
+    with tarfile.open(fileobj=io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def test_a_file_of_prompts_gives_one_tar_of_images_with_captions(server: Server) -> None:
+    answer = server.predict(
+        **QUICK | SDXL | {"prompt": "{}, by night", "prompts": data_uri(b"a dog\n\na cat\n", "text/plain")}
+    )
+    assert answer["status"] == "succeeded", answer["error"]
+    files = tar_of(answer)
+    assert sorted(files) == [f"0000{i}.{suffix}" for i in (0, 1) for suffix in ("json", "png", "txt")]
+    assert files["00001.txt"] == b"a cat, by night"
+    alone = server.images(**QUICK | SDXL | {"prompt": "a cat, by night", "seed": 8})[0]
+    assert np.abs(np.asarray(Image.open(io.BytesIO(files["00001.png"])), int) - alone).max() <= 1
+    assert answer["metrics"]["seed"] == 7
+    assert "2 of 2, " in answer["logs"]
+
+
+def test_of_a_file_of_prompts_what_fails_is_listed_and_the_rest_is_made(server: Server) -> None:
+    lines = b'{"prompt": "a dog", "style_lora": "none.safetensors"}\n{"prompt": "a cat", "seed": 3}\n{"prompt": 1}\n'
+    files = tar_of(server.predict(**QUICK | {"prompt": "{}", "prompts": data_uri(lines, "text/plain")}))
+    assert sorted(files) == ["00001.json", "00001.png", "00001.txt", "failures.txt"]
+    assert [line.partition(" is ")[0] for line in files["failures.txt"].decode().splitlines()] == [
+        "line 1: style_lora", "line 3: prompt",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"prompt": "a dog"}, "prompt is 'a dog', with no place for the lines. Expected {} in it, or {} alone."),
+        ({"num_outputs": 2}, "num_outputs is 2, but each line is one image. Leave it out."),
+        ({"prompts": data_uri(b"a\n" * 1001, "text/plain")}, " has 1001 lines. Expected at most 1000."),
+        ({"model": "flux-dev", "negative_prompt": "x"}, "No image was made. line 1: negative_prompt is given, but"),
+        ({"prompts": "/etc/passwd"}, ""),
+    ],
+)
+def test_a_file_of_prompts_that_cannot_be_worked_through_is_refused(
+    server: Server, given: dict[str, Any], said: str
+) -> None:
+    answer = server.predict(**QUICK | {"prompt": "{}", "prompts": data_uri(b"a dog", "text/plain")} | given)
+    assert answer["status"] == "failed"
+    assert said in answer["error"] and "root:" not in answer["error"]
 
 
 REFUSED = {

@@ -3,7 +3,7 @@ pipeline stands in its schedule, and which linear layers a denoiser runs in whic
 """
 
 import importlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -103,8 +103,11 @@ class Family(Protocol):
     def predict(self, latents: Tensor, noise: Tensor, times: Tensor, conditioning: Conditioning) -> Prediction:
         """One call of the denoiser on latents mixed with noise, as in training. times [N] in [0, 1): 1 is all noise."""
 
-    def sample(self, conditioning: Conditioning, request: Request, on_step: Callable[[int], None]) -> list[Image.Image]:
-        """Image i by seed + i. on_step(i) is called before the denoiser runs step i of the full schedule, 0-based, and
+    def sample(
+        self, conditioning: Conditioning, request: Request, on_step: Callable[[int], None], seeds: Sequence[int] = ()
+    ) -> list[Image.Image]:
+        """An image for each seed; without seeds, image i by request.seed + i. conditioning: of one prompt for all of
+        them, or of as many. on_step(i) is called before the denoiser runs step i of the full schedule, 0-based, and
         with i = steps when denoising is over and decoding begins."""
 
 
@@ -239,19 +242,22 @@ def denoise(
     conditioning: Conditioning,
     request: Request,
     on_step: Callable[[int], None],
+    seeds: Sequence[int],
     **options: Any,
 ) -> Tensor:
-    """A diffusers pipeline's final latents, the seeds in one batch. options: what this pipeline alone takes."""
+    """A diffusers pipeline's final latents, the seeds in one batch; what is left out is as of Family.sample. options:
+    what this pipeline alone takes."""
     pipe.set_progress_bar_config(disable=True)
     steps = request.num_inference_steps or model.steps
+    seeds = seeds or range(request.seed, request.seed + request.num_outputs)
     with following(pipe, on_step) as on_step_end:
         latents: Tensor = pipe(
             **conditioning,
             **options,
             num_inference_steps=steps,
             guidance_scale=model.guidance_scale if request.guidance_scale is None else request.guidance_scale,
-            num_images_per_prompt=request.num_outputs,
-            generator=[torch.Generator().manual_seed(request.seed + i) for i in range(request.num_outputs)],
+            num_images_per_prompt=len(seeds) // len(conditioning["prompt_embeds"]),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             callback_on_step_end=on_step_end,
             output_type="latent",
         ).images

@@ -1,7 +1,7 @@
 """FLUX.1: dev and schnell, on diffusers' own pipelines. Knows nothing of fusion."""
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -108,7 +108,9 @@ class Flux:
         cells = FluxPipeline._unpack_latents(predicted.float(), 2 * height * factor, 2 * width * factor, factor)
         return Prediction(cells, noise - latents, (1 / times - 1).square(), times**-2)
 
-    def sample(self, conditioning: Conditioning, request: Request, on_step: Callable[[int], None]) -> list[Image.Image]:
+    def sample(
+        self, conditioning: Conditioning, request: Request, on_step: Callable[[int], None], seeds: Sequence[int] = ()
+    ) -> list[Image.Image]:
         vae, processor, scheduler = self.pipe.vae, self.pipe.image_processor, self.pipe.scheduler
         scheduler = type(scheduler).from_config(scheduler.config)  # of the request's own: it keeps state between steps
         width, height = request.size(self.native_size, self.size_multiple)
@@ -120,7 +122,7 @@ class Flux:
             pipeline = FluxInpaintPipeline
             options |= {"mask_image": request.mask, "masked_image_latents": options["image"]}
         pipe = pipeline(**self.pipe.components | {"scheduler": scheduler})
-        packed = denoise(pipe, self, conditioning, request, on_step, **options)
+        packed = denoise(pipe, self, conditioning, request, on_step, seeds, **options)
         latents = FluxPipeline._unpack_latents(packed, height, width, self.pipe.vae_scale_factor)
         return processor.postprocess(vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample)
 

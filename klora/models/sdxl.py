@@ -1,7 +1,7 @@
 """SDXL: Stable Diffusion XL and its fine-tunes, on diffusers' own pipelines. Knows nothing of fusion."""
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -128,7 +128,9 @@ class SDXL:
             return Prediction(predicted.float(), ddpm.get_velocity(latents, noise, timesteps), snr, snr + 1)
         return Prediction(predicted.float(), noise, snr, snr)
 
-    def sample(self, conditioning: Conditioning, request: Request, on_step: Callable[[int], None]) -> list[Image.Image]:
+    def sample(
+        self, conditioning: Conditioning, request: Request, on_step: Callable[[int], None], seeds: Sequence[int] = ()
+    ) -> list[Image.Image]:
         vae, processor = self.pipe.vae, self.pipe.image_processor
         # A scheduler of the request's own: one that keeps state between steps must not outlive it.
         scheduler, options = self.schedulers[request.scheduler or "K_EULER"]
@@ -143,7 +145,7 @@ class SDXL:
             else:
                 pipeline, options = StableDiffusionXLInpaintPipeline, options | image | {"mask_image": request.mask}
         pipe = pipeline(**self.pipe.components | {"scheduler": scheduler}, add_watermarker=False)
-        latents = denoise(pipe, self, conditioning, request, on_step, **options)
+        latents = denoise(pipe, self, conditioning, request, on_step, seeds, **options)
         return processor.postprocess(vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample)
 
     @cached_property

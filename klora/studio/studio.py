@@ -21,7 +21,7 @@ from klora.errors import LoRAError, SafetyError
 from klora.files.report import stated_alphas
 from klora.form.request import Request
 from klora.fusion import Fusion, Schedule, fuse
-from klora.generate import Record, generate
+from klora.generate import Draw, Record, draws_of, generate
 from klora.lora import LoRA
 from klora.models import FAMILIES, origin_of
 from klora.models.family import Family
@@ -95,8 +95,8 @@ class Studio:
         computed anew of others, and its triggers.  again: of an image to be made again, by LoRAs with these sha256 and
         triggers.
         """
-        ready = self._ready(request, loras, lent, again)
         checker = None if request.disable_safety_checker else self._safety()
+        ready = self._ready(request, loras, lent, again)
         measured = dict[str, Any]()
 
         def measure(name: str, value: Any) -> None:
@@ -104,9 +104,10 @@ class Studio:
             record(name, value)
 
         def drawn(asked: Request, reached: OnStep) -> list[Image.Image]:
-            encode = self._bases.encoder(ready.base)
-            return generate(ready.model, asked, **ready.loras, encode=encode, record=measure, on_step=reached)
+            return self._drawn(asked, ready, ready.draws(asked, measure), measure, reached)
 
+        for name, lora in ready.loras.items():
+            logger.info("%s_lora: %s", name, lora.report)
         if len(ready.loras) == 2 and request.fusion == "klora":
             told = ready.report(request).summary()
             logger.info(told)
@@ -121,6 +122,36 @@ class Studio:
         for place, image in shown.items():
             image.info["provenance"] = replace(made, place=place)
         return shown
+
+    def draw(
+        self, requests: Sequence[Request], loras: Mapping[str, Path], lent: Mapping[str, Borrowed]
+    ) -> dict[int, Image.Image]:
+        """{place: image} of requests for one image each, which agree in all but prompt and seed and are drawn together;
+        without the images that the safety checker withholds. Arguments and errors as make().
+
+        Each has its Provenance in info["provenance"], as if it were drawn alone, and its prompt with the trigger words
+        in info["caption"].
+        """
+        checker = None if requests[0].disable_safety_checker else self._safety()
+        first = self._ready(requests[0], loras, lent)
+        worded = any(facts.triggers for facts in lent.values())  # of which it depends on the prompt which one calls
+        ready = [first, *(self._ready(asked, loras, lent) if worded else first for asked in requests[1:])]
+        draws = [own.draws(asked)[0] for asked, own in zip(requests, ready, strict=True)]
+        measured = dict[str, Any]()
+        images = self._drawn(requests[0], first, draws, measured.__setitem__, lambda step, steps: None)
+        for name, facts in lent.items():
+            keep_scores(facts.scores, first.loras[name.removesuffix("_lora")])
+        made = Provenance.of(first.settled(requests[0]), first.path, first.used, measured)
+        for asked, own, draw, image in zip(requests, ready, draws, images, strict=True):
+            inputs = {**made.inputs, "prompt": asked.prompt, "seed": asked.seed}
+            image.info |= {"provenance": replace(made, inputs=inputs, loras=own.used), "caption": draw.prompt}
+        return _passed(images, checker)
+
+    def _drawn(
+        self, request: Request, ready: "_Ready", draws: Sequence[Draw], record: Record, on_step: OnStep
+    ) -> list[Image.Image]:
+        encode = self._bases.encoder(ready.base)
+        return generate(ready.model, request, **ready.loras, encode=encode, record=record, on_step=on_step, draws=draws)
 
     def report(
         self, request: Request, loras: Mapping[str, Path], lent: Mapping[str, Borrowed] = MappingProxyType({})
@@ -143,7 +174,6 @@ class Studio:
             facts = lent.get(name)
             read_lora = partial(_said_of, name, lambda path: model.read_lora(path).to(self.device))
             lora = self._shelf.take(base, file, read_lora, facts.scores if facts else None)
-            logger.info("%s: %s", name, lora.report)
             triggers = again.triggers(name) if again else facts.triggers if facts else ()
             read[name.removesuffix("_lora")] = lora = _called(lora, triggers, request.prompt)
             reference = canonical(request.loras.get(name, file.name), fetched=facts is not None)
@@ -191,6 +221,10 @@ class _Ready:
         """With what depended on the base said outright."""
         return settled(request, self.base, self.steps(request), self.model.guidance_scale)
 
+    def draws(self, request: Request, record: Record = lambda name, value: None) -> list[Draw]:
+        """What sets the images of a batch apart."""
+        return draws_of(request, self.loras.get("content"), self.loras.get("style"), record)
+
     def fusion(self) -> Fusion:
         """Of both LoRAs, which remember their scores."""
         return fuse(self.loras["content"], self.loras["style"])
@@ -236,17 +270,22 @@ def _said_of(name: str, read: Callable[[Path], T], path: Path) -> T:
         raise LoRAError(f"{name}: {error}") from error
 
 
-def _shown(images: Sequence[Image.Image], checker: SafetyChecker | None) -> dict[Place, Image.Image]:
+def _passed(images: Sequence[Image.Image], checker: SafetyChecker | None) -> dict[int, Image.Image]:
     flags = checker.flagged(list(images)) if checker else [False] * len(images)
-    withheld = ", ".join(str(index) for index, flag in enumerate(flags) if flag)
-    if all(flags):
+    return {index: image for index, (image, flag) in enumerate(zip(images, flags, strict=True)) if not flag}
+
+
+def _shown(images: Sequence[Image.Image], checker: SafetyChecker | None) -> dict[Place, Image.Image]:
+    passed = _passed(images, checker)
+    withheld = ", ".join(str(index) for index in range(len(images)) if index not in passed)
+    if not passed:
         raise SafetyError(
             f"The safety checker withheld every image ({withheld}). "
             "Try another prompt or seed, or set disable_safety_checker=true."
         )
     if withheld:
         logger.warning("The safety checker withheld these images of the batch: %s.", withheld)
-    return {index: image for index, (image, flag) in enumerate(zip(images, flags, strict=True)) if not flag}
+    return {place: image for place, image in passed.items()}  # noqa: C416, of the places' wider type
 
 
 def _sheets(

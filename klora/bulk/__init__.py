@@ -1,0 +1,11 @@
+"""A file of prompts turned into a folder of images, in batches, on one machine or on many.
+
+lines   a prompt file -> jobs     batches   who makes which, with whom     folder   a job's files, and what is done
+run     batches -> files          cluster   the same, by Ray's workers
+"""
+
+from klora.bulk.batch import Draw
+from klora.bulk.batches import Bulk
+from klora.bulk.run import run
+
+__all__ = ["Bulk", "Draw", "run"]

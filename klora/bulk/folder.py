@@ -1,0 +1,117 @@
+"""The files of an image: 00007.png, 00007.txt, its caption, and 00007.json, how it was made. Knows no model.
+
+The .json is written last, and says that the image is done. With .txt beside .png the folder is a training set.
+"""
+
+import json
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from klora.bulk.lines import Fault, Job, by_line, named
+from klora.errors import RequestError, SourceError
+from klora.form.request import Request
+from klora.sources.kinds import Local
+from klora.sources.reference import parse
+from klora.studio.provenance import FORM, canonical, picture_sha256, stamp
+
+_KINDS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
+_LONGEST = 80  # characters of a value that are shown
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where the images of a prompt file go. Several may write to it at once, each its own images."""
+
+    path: Path
+
+    def done(self, job: Job) -> bool:
+        """Whether its image is there, or was withheld. Raises RequestError where it is another request's."""
+        record = self._place(job, "json")
+        try:
+            told = json.loads(record.read_bytes())
+            asked, withheld = told["asked"], told.get("withheld", False)
+        except FileNotFoundError:
+            return False
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise RequestError(f"{record} is no record of klora generate. Expected an empty folder.") from error
+        if asked != (wanted := asked_of(job.request)):
+            raise RequestError(f"{record} is another request's: {_difference(asked, wanted, job.line)}")
+        return withheld or self.shows(job)
+
+    def shows(self, job: Job) -> bool:
+        """Whether its image is there, and done."""
+        return self._place(job, job.request.output_format).is_file() and self._place(job, "json").is_file()
+
+    def keep(self, job: Job, image: Image.Image) -> None:
+        """Write a job's files. image: with its provenance and its caption in its info."""
+        provenance, caption, kind = image.info["provenance"], image.info["caption"], job.request.output_format
+        buffer = BytesIO()
+        quality = {} if kind == "png" else {"quality": job.request.output_quality}
+        image.save(buffer, _KINDS[kind], **quality, **stamp(provenance, image.size, kind))
+        self._write(job, kind, buffer.getvalue())
+        self._write(job, "txt", caption.encode())
+        self._mark(job, {**json.loads(provenance.record()), "caption": caption})
+
+    def withhold(self, job: Job) -> None:
+        """Write that the safety checker has withheld a job's image, so that it is not made again."""
+        self._mark(job, {"klora": FORM, "seed": job.request.seed, "withheld": True})
+
+    def _mark(self, job: Job, told: dict[str, Any]) -> None:
+        record = {**told, "line": job.line, "asked": asked_of(job.request)}
+        self._write(job, "json", json.dumps(record, indent=1).encode())
+
+    def _write(self, job: Job, suffix: str, content: bytes) -> None:
+        """As a whole, or not at all."""
+        path = self._place(job, suffix)
+        part = path.with_name(f".{path.name}.part")
+        part.write_bytes(content)
+        part.replace(path)
+
+    def _place(self, job: Job, suffix: str) -> Path:
+        return self.path / f"{job.index:05}.{suffix}"
+
+
+def packed(folder: Path, faults: Sequence[Fault], tar: Path) -> Path:
+    """All its files in one tar, and failures.txt, a line for each fault, where there is any. Raises RequestError where
+    there is no image."""
+    files = sorted(folder.iterdir())
+    if not any(file.suffix[1:] in _KINDS for file in files):
+        raise RequestError(f"No image was made. {named(faults)}" if faults else "Every image was withheld.")
+    with tarfile.open(tar, "w") as packing:
+        for file in files:
+            packing.add(file, file.name)
+        if faults:
+            (folder / "failures.txt").write_text("".join(f"{fault}\n" for fault in by_line(faults)))
+            packing.add(folder / "failures.txt", "failures.txt")
+    return tar
+
+
+def asked_of(request: Request) -> dict[str, Any]:
+    """A request as JSON has it, without secrets: its inputs that differ from their defaults, LoRAs by their canonical
+    references, pictures by the sha256 of their pixels."""
+    given = {item.name: getattr(request, item.name) for item in fields(request)}
+    told = {item.name: given[item.name] for item in fields(request) if given[item.name] != item.default}
+    told |= {name: _canonical(reference) for name, reference in request.loras.items()}
+    return {name: picture_sha256(value) if isinstance(value, Image.Image) else value for name, value in told.items()}
+
+
+def _canonical(reference: str) -> str:
+    try:
+        return canonical(reference, fetched=not isinstance(parse(reference), Local))
+    except SourceError:  # an odd name of a file that is there; or anything, be it a token in the wrong place
+        return f"sha256 {sha256(reference.encode()).hexdigest()}"
+
+
+def _difference(asked: Any, wanted: dict[str, Any], line: int) -> str:
+    """The first input in which they differ."""
+    then = asked if isinstance(asked, dict) else {}
+    name = next(name for name in (*wanted, *then) if then.get(name) != wanted.get(name))
+    seen, now = (f"{told.get(name)!r:.{_LONGEST}}" for told in (then, wanted))
+    return f"its {name} is {seen}, and that of line {line} is {now}. Expected the same, or another folder."

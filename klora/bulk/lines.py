@@ -1,0 +1,172 @@
+"""From a prompt file to requests for one image each. Knows no model, and no folder for the images.
+
+A plain file has a prompt on each line. A .jsonl file, or any whose first line is such, has an object on each line: the
+request's inputs by name, of which the prompt is needed. What a line does not say is the same for all lines.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from klora.errors import RequestError
+from klora.form.fields import MAX_SEED
+from klora.form.request import Request
+
+MAX_LINE_BYTES = 8192
+SHOWN = 10  # faults that are named at most
+MAX_SENTENCE = 300  # characters that are shown of what is wrong with a line
+ALONE = ("num_outputs", "report", "compare", "sweep")  # inputs that have no meaning where each line is one image
+LINE_INPUTS = tuple(item.name for item in fields(Request) if item.name not in (*ALONE, "image", "mask"))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to be made. index: its place in the order of the file, which is its name; line: of the file, from 1."""
+
+    index: int
+    line: int
+    request: Request
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why the image of a line is not made. line: from 1."""
+
+    line: int
+    sentence: str
+
+    def __str__(self) -> str:
+        text = self.sentence
+        return f"line {self.line}: {text if len(text) <= MAX_SENTENCE else f'{text[:200]} ... {text[-80:]}'}"
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """requests: by place, line and request, in the order of the file; a place whose line has a fault is left free.
+    empty: the numbers of the lines without anything, which have no place.  places: all of them."""
+
+    requests: tuple[Job, ...]
+    faults: tuple[Fault, ...]
+    empty: tuple[int, ...]
+    places: int
+
+    def jobs(self, count: int | None = None) -> list[Job]:
+        """One for each line, or so many: the lines come again, in turns, with seeds that no turn before had."""
+        count = self.places if count is None else count
+        turns = range(-(-count // self.places))
+        jobs = (self._again(job, turn) for turn in turns for job in self.requests)
+        return [job for job in jobs if job.index < count]
+
+    def _again(self, job: Job, turn: int) -> Job:
+        if not turn:
+            return job
+        moved = turn * self.places
+        seed = (job.request.seed + moved) % (MAX_SEED + 1)
+        return Job(job.index + moved, job.line, replace(job.request, seed=seed))
+
+
+def by_line(faults: Iterable[Fault]) -> list[Fault]:
+    """In the order of the file."""
+    return sorted(faults, key=lambda fault: fault.line)
+
+
+def named(faults: Sequence[Fault]) -> str:
+    """The first of them, a sentence each."""
+    told = [str(fault) for fault in by_line(faults)[:SHOWN]]
+    more = len(faults) - len(told)
+    return " ".join([*told, *([f"{more} more."] if more else [])])
+
+
+def read_prompts(path: Path, common: Mapping[str, Any], *, template: str = "{}", most: int | None = None) -> PromptFile:
+    """Of a prompt file. Image i, counted from 0 without empty lines, has the seed common["seed"] + i where its line
+    names none.
+
+    common: a request's inputs for all lines.  template: the prompt, in which {} is the line's.  most: lines.
+    Raises RequestError for a file without a prompt, with too many lines, or in another encoding than UTF-8, and for
+    what cannot be common.
+    """
+    _check_common(common, template)
+    if most is not None and path.stat().st_size > most * MAX_LINE_BYTES:
+        raise RequestError(f"{path.name} is too large. Expected at most {most} lines of {MAX_LINE_BYTES} bytes.")
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise RequestError(f"{path.name} is UTF-16. Expected UTF-8.")
+    lines = [(number, line.strip()) for number, line in enumerate(content.split(b"\n"), 1)]
+    if not lines[-1][1]:  # what follows the last line's end
+        lines.pop()
+    filled = [(number, line) for number, line in lines if line]
+    if not filled:
+        raise RequestError(f"{path.name} has no prompt. Expected one on each line.")
+    if most is not None and len(filled) > most:
+        raise RequestError(f"{path.name} has {len(filled)} lines. Expected at most {most}.")
+    read = _read_object if path.suffix.lower() == ".jsonl" or _is_object(filled[0][1]) else _read_text
+    jobs, faults = [], []
+    for index, (number, line) in enumerate(filled):
+        seed = (common.get("seed", 0) + index) % (MAX_SEED + 1)
+        try:
+            given = {**common, "seed": seed, **read(line)}
+            if isinstance(given["prompt"], str):
+                given["prompt"] = template.replace("{}", given["prompt"])
+            jobs.append(Job(index, number, Request(**given)))
+        except RequestError as error:
+            faults.append(Fault(number, str(error)))
+        except OverflowError:  # a whole number that no float can hold
+            faults.append(Fault(number, "It has a number that is too large. Expected an object of inputs."))
+    empty = tuple(number for number, line in lines if not line)
+    return PromptFile(tuple(jobs), tuple(faults), empty, len(filled))
+
+
+def _check_common(common: Mapping[str, Any], template: str) -> None:
+    """Raise RequestError for inputs that say nothing of an image in a file of many."""
+    for item in fields(Request):
+        if item.name in ALONE and common.get(item.name, item.default) != item.default:
+            raise RequestError(f"{item.name} is {common[item.name]!r}, but each line is one image. Leave it out.")
+    if "{}" not in template:
+        raise RequestError(
+            f"prompt is {template!r:.80}, with no place for the lines. Expected {{}} in it, or {{}} alone."
+        )
+
+
+def _is_object(line: bytes) -> bool:
+    """Whether it is JSON that names a prompt: an upload may come without the name of its file."""
+    try:
+        return "prompt" in _read_object(line)
+    except RequestError:
+        return False
+
+
+def _read_text(line: bytes) -> dict[str, Any]:
+    """{"prompt": the line}. Raises RequestError."""
+    if len(line) > MAX_LINE_BYTES:
+        raise RequestError(f"It has {len(line)} bytes. Expected at most {MAX_LINE_BYTES}.")
+    try:
+        return {"prompt": line.decode()}
+    except UnicodeDecodeError as error:
+        raise RequestError("It is no UTF-8 text. Expected UTF-8.") from error
+
+
+def _read_object(line: bytes) -> dict[str, Any]:
+    """What a line of JSON names. Raises RequestError."""
+    try:
+        told = json.loads(_read_text(line)["prompt"])
+    except RecursionError as error:
+        raise RequestError("It is JSON in too many levels. Expected an object of inputs.") from error
+    except json.JSONDecodeError as error:
+        raise RequestError(f"It is no JSON: {error.msg} at character {error.pos + 1}. Expected an object.") from error
+    except RequestError:
+        raise
+    except ValueError as error:  # a number of thousands of digits
+        raise RequestError("It has a number that is too large. Expected an object of inputs.") from error
+    if not isinstance(told, dict):
+        raise RequestError("It is JSON, but no object. Expected an object of inputs, by name.")
+    if unknown := [name for name in told if name not in LINE_INPUTS]:
+        raise RequestError(f"{unknown[0]!r} is no input of a line. Expected {', '.join(LINE_INPUTS)}.")
+    if "prompt" not in told:
+        raise RequestError("It has no prompt. Expected one.")
+    try:
+        json.dumps(told, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # JSON can write it, UTF-8 cannot
+        raise RequestError("It has half a character, as in \\ud800. Expected whole ones.") from error
+    return told
