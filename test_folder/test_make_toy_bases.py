@@ -28,6 +28,8 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTy
         "STATE": tmp_path / "state",
         "TOYS": tmp_path / "toys",
         "SCENES": 32,
+        "MEASURED": 16,
+        "BATCH": 4,
         "WORD_STEPS": {"sdxl": 2, "flux-dev": 2},
         "REPORT_STEPS": 1,
     }
@@ -43,8 +45,8 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTy
 
 @each_base
 def test_the_stages_leave_a_base_that_serves_every_way_to_make_an_image(script: ModuleType, base: str) -> None:
-    script.train_vae(base, 10, False)
-    script.train_decoder(base, 10, False)
+    script.train_vae(base, 3, False)
+    script.train_decoder(base, 3, False)
     script.save_latents(base, False)
     script.train_denoiser(base, 10, False)
     assert not any(str(script.TOYS) in path.read_text() for path in script.TOYS.rglob("*.json"))
