@@ -20,6 +20,7 @@ from klora import __version__
 from klora.cache import Borrowed
 from klora.errors import LoRAError, RequestError
 from klora.files.lycoris import MAX_RANK
+from klora.files.shelf import Shelf
 from klora.form.fields import ask
 from klora.form.request import Request
 from klora.fusion import Fusion, Schedule
@@ -27,7 +28,6 @@ from klora.lora import LoRA, LowRank, save_lora
 from klora.models import FAMILIES
 from klora.report.pair import Pair, Question, fused, read_pair
 from klora.studio.provenance import canonical, versions
-from klora.studio.shelf import Shelf
 from klora.training.kohya import save_kohya
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

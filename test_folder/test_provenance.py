@@ -25,6 +25,7 @@ from klora.bases.install import ensure_base
 from klora.bases.table import BASES
 from klora.cache import Borrowed
 from klora.errors import RequestError
+from klora.files.shelf import Shelf
 from klora.form.request import Request
 from klora.studio import Studio, save_images
 from klora.studio.provenance import (
@@ -36,7 +37,6 @@ from klora.studio.provenance import (
     settled,
     sources_of,
 )
-from klora.studio.shelf import Shelf
 from test_folder.conformance.local import running
 from test_folder.fakes import Storage
 from test_folder.fakes.base_hub import serving

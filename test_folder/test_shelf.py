@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from klora.files.shelf import FORM, Shelf, keep_scores
 from klora.fusion import fuse, importance
 from klora.lora import LoRA, LowRank
-from klora.studio.shelf import FORM, Shelf, keep_scores
 
 
 def lora(seed: int = 0, rank: int = 2) -> LoRA:

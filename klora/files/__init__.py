@@ -4,6 +4,7 @@ container   one safetensors file, alone, in a tar or in a repository; its header
 factors     its tensors -> a pair for each module      lycoris   the pairs of LoHa, LoKr and weight differences
 names       modules as spelled -> layers of the base   adapter   alphas that are stated beside the tensors
 origin      which base a file was made for             report    what there is to say of a file
+embeddings  words that a file teaches                  shelf     the LoRAs read last, and what they scored
 """
 
 from collections.abc import Mapping

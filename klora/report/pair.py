@@ -14,6 +14,7 @@ from klora.files.container import opened
 from klora.files.factors import modules, pairs
 from klora.files.names import Place, component
 from klora.files.report import ENCODERS, stated_alphas
+from klora.files.shelf import Shelf, keep_scores
 from klora.form.fields import check
 from klora.form.request import Request
 from klora.fusion import Fusion, Schedule, fuse
@@ -21,7 +22,6 @@ from klora.lora import LoRA, LowRank
 from klora.models import FAMILIES, load_shapes, origin_of
 from klora.report import Report, report_on
 from klora.report.numbers import Order
-from klora.studio.shelf import Shelf, keep_scores
 
 STEPS = 30  # where no base says what suits it
 

@@ -1,6 +1,7 @@
 """Bases kept ready, and requests turned into images that say how they were made.
 
-studio  loaded bases, from a request to its images     shelf  the LoRAs used last     provenance  how an image was made
+studio  from a request to its images     bases       those that are loaded
+sheets  several ways on one sheet        provenance  how an image was made
 """
 
 from klora.studio.studio import Studio, save_images

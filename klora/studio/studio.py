@@ -19,6 +19,7 @@ from klora.cache import Borrowed
 from klora.device import default_device, free_bytes
 from klora.errors import LoRAError, SafetyError
 from klora.files.report import stated_alphas
+from klora.files.shelf import Shelf, keep_scores
 from klora.form.request import Request
 from klora.fusion import Fusion, Schedule, fuse
 from klora.generate import Draw, Record, draws_of, generate
@@ -31,7 +32,6 @@ from klora.report.numbers import Counts
 from klora.studio.bases import ResidentBases
 from klora.studio.provenance import Place, Provenance, UsedLoRA, canonical, settled, stamp
 from klora.studio.sheets import OnStep, contact_sheet, draw_ways, ways_of
-from klora.studio.shelf import Shelf, keep_scores
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
