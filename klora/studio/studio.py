@@ -95,7 +95,6 @@ class Studio:
         computed anew of others, and its triggers.  again: of an image to be made again, by LoRAs with these sha256 and
         triggers.
         """
-        checker = None if request.disable_safety_checker else self._safety()
         ready = self._ready(request, loras, lent, again)
         measured = dict[str, Any]()
 
@@ -113,9 +112,9 @@ class Studio:
             logger.info(told)
             measure("fusion", told)
         if request.sheets:
-            shown = _sheets(request, ready, lambda asked, reached: drawn(asked, reached)[0], on_step, checker)
+            shown = _sheets(request, ready, lambda asked, reached: drawn(asked, reached)[0], on_step)
         else:
-            shown = _shown(drawn(request, on_step), checker)
+            shown = _shown(drawn(request, on_step), ready.checker)
         for name, facts in lent.items():
             keep_scores(facts.scores, ready.loras[name.removesuffix("_lora")])
         made = Provenance.of(ready.settled(request), ready.path, ready.used, measured)
@@ -132,7 +131,6 @@ class Studio:
         Each has its Provenance in info["provenance"], as if it were drawn alone, and its prompt with the trigger words
         in info["caption"].
         """
-        checker = None if requests[0].disable_safety_checker else self._safety()
         first = self._ready(requests[0], loras, lent)
         worded = any(facts.triggers for facts in lent.values())  # of which it depends on the prompt which one calls
         ready = [first, *(self._ready(asked, loras, lent) if worded else first for asked in requests[1:])]
@@ -145,7 +143,7 @@ class Studio:
         for asked, own, draw, image in zip(requests, ready, draws, images, strict=True):
             inputs = {**made.inputs, "prompt": asked.prompt, "seed": asked.seed}
             image.info |= {"provenance": replace(made, inputs=inputs, loras=own.used), "caption": draw.prompt}
-        return _passed(images, checker)
+        return _passed(images, first.checker)
 
     def _drawn(
         self, request: Request, ready: "_Ready", draws: Sequence[Draw], record: Record, on_step: OnStep
@@ -168,6 +166,7 @@ class Studio:
         sha256 = {name: self._sha256(name, path, lent.get(name)) for name, path in loras.items()}
         if again:
             again.check(sha256)
+        checker = None if request.disable_safety_checker else self._safety()
         model = self.load(base, family, path)
         read, used = {}, {}
         for name, file in loras.items():
@@ -178,7 +177,7 @@ class Studio:
             read[name.removesuffix("_lora")] = lora = _called(lora, triggers, request.prompt)
             reference = canonical(request.loras.get(name, file.name), fetched=facts is not None)
             used[name] = UsedLoRA(reference, sha256[name], lora.metadata.get("trigger", ""))
-        return _Ready(base, path, model, read, used)
+        return _Ready(base, path, model, read, used, checker)
 
     def _base_for(self, request: Request, loras: Mapping[str, Path]) -> tuple[str, str, Path]:
         """What FindBase gives, once it is sure that no LoRA was made for another family."""
@@ -205,13 +204,15 @@ class Studio:
 
 @dataclass(frozen=True)
 class _Ready:
-    """What a request runs on.  path: the base's folder; loras: {"content" or "style": as read}; used: by input."""
+    """What a request runs on.  path: the base's folder; loras: {"content" or "style": as read}; used: by input;
+    checker: None where the request does without."""
 
     base: str
     path: Path
     model: Family
     loras: Mapping[str, LoRA]
     used: Mapping[str, UsedLoRA]
+    checker: SafetyChecker | None
 
     def steps(self, request: Request) -> int:
         """Of the full schedule."""
@@ -289,12 +290,11 @@ def _shown(images: Sequence[Image.Image], checker: SafetyChecker | None) -> dict
 
 
 def _sheets(
-    request: Request, ready: _Ready, draw: Callable[[Request, OnStep], Image.Image], on_step: OnStep,
-    checker: SafetyChecker | None,
-) -> dict[Place, Image.Image]:  # fmt: skip
+    request: Request, ready: _Ready, draw: Callable[[Request, OnStep], Image.Image], on_step: OnStep
+) -> dict[Place, Image.Image]:
     """{name: contact sheet}, blank where the safety checker withholds an image. Raises SafetyError if it does all."""
     ways = ways_of(request, ready.fusion(), ready.steps(request))
     images = draw_ways([way for cells in ways.values() for way in cells], draw, on_step)
-    shown = _shown(list(images.values()), checker)
+    shown = _shown(list(images.values()), ready.checker)
     passed = {decision: image for place, (decision, image) in enumerate(images.items()) if place in shown}
     return {name: contact_sheet(cells, passed) for name, cells in ways.items()}
