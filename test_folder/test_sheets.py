@@ -20,7 +20,7 @@ from klora.fusion import Fusion, Schedule, fuse
 from klora.lora import LowRank
 from klora.studio import Studio, save_images
 from klora.studio.provenance import read_provenance
-from klora.studio.sheets import LEGIBLE, SWEEP, Way, contact_sheet, draw_ways, ways_of
+from klora.studio.sheets import LEGIBLE, SWEEP, Way, contact_sheet, draw_ways, tallied, ways_of
 
 PAIR = {"content_lora": "sdxl_content.safetensors", "style_lora": "sdxl_style.safetensors"}
 SHEETS = {"compare": 5, "sweep": len(SWEEP)}
@@ -195,6 +195,18 @@ def test_a_pair_is_summed_up_in_the_log_and_the_metrics(
     assert facts["fusion"] == told
     assert told in caplog.messages
     assert f"style acts in {facts['style_share']:.0%}" in told
+
+
+def test_a_sheet_tells_the_seconds_of_all_its_images_and_no_share_of_one(studio: Studio, loras: Path) -> None:
+    told: list[tuple[str, float]] = []
+    facts = dict[str, float]()
+    tell = tallied(lambda name, value: told.append((name, value)))
+    for value in (1.0, 2.0):
+        for name in ("decode_seconds", "style_share", "gamma"):
+            tell(name, value)
+    assert told == [("decode_seconds", 1.0), ("gamma", 1.0), ("decode_seconds", 3.0), ("gamma", 2.0)]
+    studio.make(asked(sweep=True), files(loras), facts.__setitem__)
+    assert "style_share" not in facts and {"fusion", "gamma", "denoise_seconds"} <= facts.keys()
 
 
 def test_a_report_of_a_request_is_about_its_own_choice(studio: Studio, loras: Path) -> None:

@@ -1,5 +1,6 @@
 """Several ways to fuse one pair on one contact sheet, from one seed and the same latents: only the fusion differs."""
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from klora.form.request import Request
 from klora.fusion import Fusion, Schedule
+from klora.generate import Record
 
 SWEEP = (0.5, 0.7, 1.0, 1.4, 2.0)  # of style_bias
 LEGIBLE = 192  # pixels that a cell is wide at least; smaller images are enlarged by a whole number
@@ -70,6 +72,20 @@ def draw_ways(
     return {
         decision: draw(request, partial(counted, done)) for done, (decision, request) in enumerate(requests.items())
     }
+
+
+def tallied(record: Record) -> Record:
+    """What a sheet's images tell, to be told of the sheet: their seconds in all, and nothing that is each one's own."""
+    seconds = defaultdict[str, float](float)
+
+    def tell(name: str, value: Any) -> None:
+        if name.endswith("_seconds"):
+            seconds[name] += value
+            value = seconds[name]
+        if name not in ("style_share", "flips"):
+            record(name, value)
+
+    return tell
 
 
 def contact_sheet(ways: Sequence[Way], images: Mapping[Hashable, Image.Image]) -> Image.Image:

@@ -31,7 +31,7 @@ from klora.report import Report, report_on
 from klora.report.numbers import Counts
 from klora.studio.bases import ResidentBases
 from klora.studio.provenance import Place, Provenance, UsedLoRA, canonical, settled, stamp
-from klora.studio.sheets import OnStep, contact_sheet, draw_ways, ways_of
+from klora.studio.sheets import OnStep, contact_sheet, draw_ways, tallied, ways_of
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -65,8 +65,8 @@ class Studio:
         return self._bases.names
 
     def prepare(self, bases: Iterable[tuple[str, str, Path]]) -> None:
-        """Load the safety checker, where it is installed, and of the bases, in their order, those that fit beside one
-        another; the others come when they are asked for. Raises BaseModelError and SafetyError."""
+        """Load the safety checker, if it is installed, and of the bases, in their order, those that fit together. The
+        others come when they are asked for. Raises BaseModelError and SafetyError."""
         if self._safety_checker.is_dir():
             self._safety()
         else:
@@ -102,8 +102,10 @@ class Studio:
             measured[name] = value
             record(name, value)
 
+        tell = tallied(measure) if request.sheets else measure
+
         def drawn(asked: Request, reached: OnStep) -> list[Image.Image]:
-            return self._drawn(asked, ready, ready.draws(asked, measure), measure, reached)
+            return self._drawn(asked, ready, ready.draws(asked, tell), tell, reached)
 
         for name, lora in ready.loras.items():
             logger.info("%s_lora: %s", name, lora.report)
@@ -204,15 +206,14 @@ class Studio:
 
 @dataclass(frozen=True)
 class _Ready:
-    """What a request runs on.  path: the base's folder; loras: {"content" or "style": as read}; used: by input;
-    checker: None where the request does without."""
+    """What a request runs on.  path: the base's folder; loras: {"content" or "style": as read}; used: by input."""
 
     base: str
     path: Path
     model: Family
     loras: Mapping[str, LoRA]
     used: Mapping[str, UsedLoRA]
-    checker: SafetyChecker | None
+    checker: SafetyChecker | None  # where the request wants one
 
     def steps(self, request: Request) -> int:
         """Of the full schedule."""
@@ -255,8 +256,7 @@ def save_images(images: Mapping[Place, Image.Image], folder: Path, request: Requ
 
 
 def _called(lora: LoRA, triggers: Sequence[str], prompt: str) -> LoRA:
-    """With one of the words that its authority names, where its file names none: they stand for one another, so one
-    that the prompt has, else the first."""
+    """With one of its authority's words, where its file names none: one that the prompt has, else the first."""
     if not triggers or lora.metadata.get("trigger"):
         return lora
     word = next((word for word in triggers if word.lower() in prompt.lower()), triggers[0])
