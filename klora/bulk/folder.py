@@ -6,7 +6,7 @@ The .json is written last, and says that the image is done. With .txt beside .pn
 import json
 import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -96,9 +96,7 @@ def packed(folder: Path, faults: Sequence[Fault], tar: Path) -> Path:
 def asked_of(request: Request) -> dict[str, Any]:
     """A request as JSON has it, without secrets: its inputs that differ from their defaults, LoRAs by their canonical
     references, pictures by the sha256 of their pixels."""
-    given = {item.name: getattr(request, item.name) for item in fields(request)}
-    told = {item.name: given[item.name] for item in fields(request) if given[item.name] != item.default}
-    told |= {name: _canonical(reference) for name, reference in request.loras.items()}
+    told = request.changed | {name: _canonical(reference) for name, reference in request.loras.items()}
     return {name: picture_sha256(value) if isinstance(value, Image.Image) else value for name, value in told.items()}
 
 

@@ -5,7 +5,7 @@ predict.py repeats the names and bounds, because Cog reads its form from source 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,12 @@ class Request:
     def sheets(self) -> tuple[str, ...]:
         """The contact sheets that are asked for instead of single images."""
         return tuple(name for name in ("compare", "sweep") if getattr(self, name))
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The inputs that differ from their defaults, by name; the seed, which has none, is one of them."""
+        given = {item.name: (getattr(self, item.name), item.default) for item in fields(self)}
+        return {name: value for name, (value, default) in given.items() if value != default}
 
     @property
     def loras(self) -> dict[str, str]:

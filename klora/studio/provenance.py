@@ -79,13 +79,12 @@ class Provenance:
         cls, request: Request, folder: Path, loras: Mapping[str, UsedLoRA], measured: Mapping[str, Any]
     ) -> "Provenance":
         """Of the first image of a batch. request: settled; folder: its base's."""
-        given = {item.name: getattr(request, item.name) for item in fields(request)}
-        changed = {item.name for item in fields(request) if given[item.name] != item.default}
+        given = request.changed
         return cls(
-            {name: value for name, value in given.items() if name in changed & _INPUTS},
+            {name: value for name, value in given.items() if name in _INPUTS},
             0,
             loras,
-            {name: picture_sha256(given[name]) for name in _PICTURES if given[name] is not None},
+            {name: picture_sha256(given[name]) for name in _PICTURES if name in given},
             sources_of(str(request.model), folder),
             {name: measured[name] for name in ("gamma", "style_share") if name in measured},
             versions(),
