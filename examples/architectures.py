@@ -1,31 +1,13 @@
-"""The toy bases' parts: the published architectures, tiny, and the pictures that they learn from as tensors."""
+"""The toy bases' parts: the published architectures, tiny."""
 
-import random
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 import transformers
-from PIL import Image
-from torch import Tensor
 
-from examples.drawing import (
-    COLOURS,
-    GROUNDS,
-    NOUNS,
-    PHRASES,
-    PLACES,
-    SHAPES,
-    SIDE,
-    SIZES,
-    STYLES,
-    TEMPLATES,
-    Scene,
-    random_scene,
-)  # fmt: skip
+from examples.drawing import COLOURS, GROUNDS, NOUNS, PHRASES, PLACES, SHAPES, SIDE, SIZES, STYLES, TEMPLATES
 from examples.tokenizers import clip_tokenizer, t5_tokenizer
 
 LATENT_CHANNELS = {"sdxl": 4, "flux-dev": 16}  # as published; diffusers' SDXL inpainting takes no others
@@ -74,7 +56,7 @@ def toy_sdxl(autoencoder: diffusers.AutoencoderKL) -> diffusers.StableDiffusionX
         sample_size=SIDES["sdxl"] // CELL["sdxl"],
         in_channels=LATENT_CHANNELS["sdxl"],
         out_channels=LATENT_CHANNELS["sdxl"],
-        block_out_channels=(32, 96, 160),
+        block_out_channels=(64, 128, 192),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
@@ -134,24 +116,6 @@ def toy_flux(autoencoder: diffusers.AutoencoderKL) -> diffusers.FluxPipeline:
         transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     )
-
-
-def any_picture(chance: random.Random) -> Image.Image:
-    """A random scene in any style, also those that the bases are not taught: the VAE must be able to show them."""
-    scene, _ = random_scene(chance)
-    style = scene.style if chance.random() < 0.5 else chance.choice(list(STYLES))
-    return Scene(scene.parts, scene.ground, style).draw(chance.randrange(1 << 30))
-
-
-def labels(caption: str) -> list[bool]:
-    """What a caption names: coloured shapes, ground, size, places, style."""
-    things = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-    return [name in caption for name in (*things, *GROUNDS, *SIZES, *PLACES, *STYLES)]
-
-
-def pixels_of(images: Iterable[Image.Image]) -> Tensor:
-    """Float32 [N, 3, H, W] in [-1, 1]."""
-    return torch.stack([torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) for image in images]) / 127.5 - 1
 
 
 def _clip(tokenizer: Any, width: int, activation: str) -> transformers.CLIPTextConfig:

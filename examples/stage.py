@@ -71,7 +71,7 @@ class Stage:
         self._saved = time.monotonic()
 
     def _load(self) -> None:
-        state = torch.load(self._path, weights_only=True)
+        state = torch.load(self._path, map_location=self.parameters[0].device, weights_only=True)
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
         self.optimizer.load_state_dict(state["optimizer"])

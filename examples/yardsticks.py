@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from klora.device import synchronize
+from klora.device import forget_peak, peak_bytes, synchronize
 from klora.errors import LoRAError
 from klora.form.request import Request
 from klora.fusion import Clock, Schedule, fuse
@@ -73,10 +73,9 @@ def drawn(way: Way, subject: Subject) -> tuple[list[Image.Image], dict[str, floa
     run, from its first step to its last), "image_seconds" (denoising and decoding), on CUDA "peak_bytes" (all that was
     allocated at a time, the base included)."""
     device, figures = subject.device, dict[str, float]()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    forget_peak(device)
     lap = _stopwatch(device, figures)
-    with paced(subject.model, subject.request), way(subject, lap) as on_step:
+    with torch.compiler.set_stance("force_eager"), way(subject, lap) as on_step:
 
         def reached(step: int) -> None:
             if step == 0:
@@ -91,8 +90,8 @@ def drawn(way: Way, subject: Subject) -> tuple[list[Image.Image], dict[str, floa
     del figures["enter"]
     parts = {name: figures.pop(name) for name in ("prepare", "denoise", "decode")}
     figures |= {"step_seconds": parts["denoise"] / subject.steps, "image_seconds": sum(parts.values())}
-    if device.type == "cuda":
-        figures["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    if peak := peak_bytes(device):
+        figures["peak_bytes"] = peak
     return images, figures
 
 
@@ -115,7 +114,14 @@ def _stopwatch(device: torch.device, figures: dict[str, float]) -> Lap:
 
 @contextmanager
 def bare(subject: Subject, lap: Lap) -> Iterator[OnStep]:
-    """The base without any LoRA."""
+    """The base without any LoRA, as klora runs it."""
+    with paced(subject.model, subject.request):
+        yield lambda step: None
+
+
+@contextmanager
+def stock(subject: Subject, lap: Lap) -> Iterator[OnStep]:
+    """The base without any LoRA, as diffusers runs it."""
     yield lambda step: None
 
 
@@ -145,12 +151,14 @@ def constant(subject: Subject, lap: Lap, *, roles: tuple[str, ...], engine: Engi
     def lent(scale: float) -> AbstractContextManager[Gate]:
         return attached(subject.model.denoiser, Plan.constant(loras, (scale,) * len(loras)), engine=engine)
 
-    with _through_phases(lent, lap) as gate:
+    with _through_phases(lent, lap) as gate, paced(subject.model, subject.request):
         yield gate.set_step
 
 
 @contextmanager
-def klora(subject: Subject, lap: Lap, *, engine: Engine, clock: Clock = "step") -> Iterator[OnStep]:
+def klora(
+    subject: Subject, lap: Lap, *, engine: Engine, clock: Clock = "step", go_fast: bool = False
+) -> Iterator[OnStep]:
     """K-LoRA by klora. Another scale is a request of its own, as for a server: all but the scores is done again."""
     content, style = subject.read("content", "style")
     lap("load_seconds")
@@ -160,21 +168,13 @@ def klora(subject: Subject, lap: Lap, *, engine: Engine, clock: Clock = "step") 
         plan = fusion.plan(subject.schedule, steps=subject.steps, content_scale=scale, style_scale=scale, clock=clock)
         return attached(subject.model.denoiser, plan, engine=engine)
 
-    with _through_phases(lent, lap) as gate:
-        yield gate.set_step
-
-
-@contextmanager
-def go_fast(subject: Subject, lap: Lap) -> Iterator[OnStep]:
-    """K-LoRA by klora, where the request asks for go_fast."""
-    request, flips = replace(subject.request, go_fast=True), 0
-    with klora(subject, lap, engine="merged") as set_step, paced(subject.model, request) as (in_full, _):
+    request = replace(subject.request, go_fast=go_fast)
+    with _through_phases(lent, lap) as gate, paced(subject.model, request) as (in_full, _):
 
         def on_step(step: int) -> None:
-            nonlocal flips
-            gate = set_step(step)
-            in_full(gate.flips != flips)
-            flips = gate.flips
+            before = gate.flips
+            gate.set_step(step)
+            in_full(gate.flips != before)
 
         yield on_step
 
@@ -252,13 +252,14 @@ def _trimmed_mean_ratio(pairs: Any) -> float:
 ONE, BOTH = ("content",), ("content", "style")
 WAYS: dict[str, Way] = {
     "bare base": bare,
+    "bare base, diffusers": stock,
     "one LoRA, PEFT": partial(peft, roles=ONE),
     "sum, PEFT": partial(peft, roles=BOTH),
     "one LoRA": partial(constant, roles=ONE, engine="merged"),
     "sum": partial(constant, roles=BOTH, engine="merged"),
     "K-LoRA, gated": partial(klora, engine="gated"),
     "K-LoRA, merged": partial(klora, engine="merged"),
-    "K-LoRA, go_fast": go_fast,
+    "K-LoRA, go_fast": partial(klora, engine="merged", go_fast=True),
     "K-LoRA, naive": naive,
 }
 """By what a row is called. The first is what the others are compared with; a line more is a row more."""

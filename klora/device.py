@@ -30,3 +30,15 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let peak_bytes() begin here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most that tensors took at a time since forget_peak(), all that was there before included; None where it is
+    not counted, which is anywhere but on CUDA."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

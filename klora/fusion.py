@@ -21,6 +21,7 @@ from klora.errors import RequestError
 from klora.lora import LoRA, LowRank, Plan
 
 BLOCK_ELEMENTS = 1 << 20  # of dW at a time: 4 MB in fp32, a dozen with its working copies, whatever the layer's size
+CUDA_BLOCK_ELEMENTS = 1 << 26  # there a block costs some thirty launches, and a layer as a whole is one
 RANKS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128)  # of partners, as people train them; of another a LoRA is scored when met
 
 Gamma = Literal["reference", "paper"]
@@ -152,7 +153,7 @@ def importance(pair: LowRank, ks: Sequence[int], device: torch.device | None = N
     A, B = (factor.to(device, torch.float32, non_blocking=factor.is_cpu) for factor in (pair.A, pair.B))
     most = max((k for k in ks if k < pair.numel), default=0)
     top, l1 = A.new_empty(0), A.new_zeros((), dtype=torch.float64)
-    for rows in B.split(max(1, BLOCK_ELEMENTS // A.shape[1])):
+    for rows in B.split(max(1, (CUDA_BLOCK_ELEMENTS if A.is_cuda else BLOCK_ELEMENTS) // A.shape[1])):
         magnitudes = (rows @ A).abs_()
         l1 += magnitudes.sum(1, dtype=torch.float64).sum()
         top = _largest(magnitudes.flatten(), top, most)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from klora.device import synchronize
+from klora.device import forget_peak, peak_bytes, synchronize
 from klora.errors import RequestError
 from klora.form.request import Request
 from klora.fusion import Schedule, fuse
@@ -54,8 +54,10 @@ def generate(
     Raises RequestError for what this base cannot do.
     """
     steps = _checked_steps(model, request)
-    lap = _stopwatch(model, record)
-    plan = combine(request, steps, content, style, record, next(model.denoiser.parameters()).device)
+    device = next(model.denoiser.parameters()).device
+    forget_peak(device)
+    lap = _stopwatch(device, record)
+    plan = combine(request, steps, content, style, record, device)
     lap("fuse_seconds")
     draws = draws or draws_of(request, content, style, record)
     if any(lora.text_encoders or lora.words for _, lora, _ in _acting(request, content, style)):
@@ -77,6 +79,9 @@ def generate(
     lap("decode_seconds")
     record("engine", gate.engine)
     record("flips", gate.flips)
+    record("flips_per_step", round(gate.flips / steps, 2))
+    if peak := peak_bytes(device):
+        record("peak_bytes", peak)
     if request.go_fast:
         record("go_fast", " and ".join(means) or f"nothing makes this faster on {model.name}")
     return images
@@ -195,9 +200,9 @@ def _checked_steps(model: Family, request: Request) -> int:
     return steps
 
 
-def _stopwatch(model: Family, record: Record) -> Callable[[str], None]:
+def _stopwatch(device: torch.device, record: Record) -> Callable[[str], None]:
     """lap(name) records the seconds since the last lap, once the device has caught up."""
-    device, last = next(model.denoiser.parameters()).device, time.perf_counter()
+    last = time.perf_counter()
 
     def lap(name: str) -> None:
         nonlocal last

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from klora.device import free_bytes
 from klora.errors import LoRAError
-from klora.lora import LowRank, Plan
+from klora.lora import LoRA, LowRank, Plan
 
 Engine = Literal["gated", "merged"]
 HEADROOM_BYTES = 6 << 30  # left free by the merged engine: activations of a batch of four at 1024 px, and the VAE
@@ -107,11 +107,14 @@ def attached(
     """
     plan = lora if isinstance(lora, Plan) else lora.plan(schedule, **options)
     linears = [_linear(denoiser, name) for name in plan.layers]
-    pairs = [_pairs(plan, name, linear) for name, linear in zip(plan.layers, linears, strict=True)]
+    loras = [_placed(lora, linears) for lora in plan.loras]
+    pairs = [_pairs(loras, name, linear) for name, linear in zip(plan.layers, linears, strict=True)]
     engine = engine or ("merged" if _fits(linears) else "gated")
     with lending() as loans:
-        lend = _lend_merged if engine == "merged" else _lend_gated
-        yield Gate(plan, engine, lend(denoiser, plan, pairs, loans))
+        if engine == "merged":
+            yield Gate(plan, engine, _lend_merged(linears, plan, pairs, loans))
+        else:
+            yield Gate(plan, engine, _lend_gated(denoiser, plan, pairs, loans))
 
 
 @contextmanager
@@ -151,8 +154,7 @@ def lending() -> Iterator[list[Loan]]:
             raise interruption
 
 
-def _lend_merged(denoiser: nn.Module, plan: Plan, pairs: list[Pairs], loans: list[Loan]) -> Apply:
-    linears = [_linear(denoiser, name) for name in plan.layers]
+def _lend_merged(linears: list[nn.Linear], plan: Plan, pairs: list[Pairs], loans: list[Loan]) -> Apply:
     pristine = [linear.weight.detach() for linear in linears]
     active = [torch.empty_like(weight) for weight in pristine]
     for linear, weight in zip(linears, active, strict=True):
@@ -205,17 +207,26 @@ def _lend_linears(loans: list[Loan], denoiser: nn.Module, layers: Mapping[str, L
     return everywhere
 
 
-def _pairs(plan: Plan, name: str, linear: nn.Linear) -> Pairs:
-    """The layer's pair of each LoRA, None where it has none, on the base weight's device and in its dtype."""
+def _placed(lora: Mapping[str, LowRank], linears: list[nn.Linear]) -> Mapping[str, LowRank]:
+    """A LoRA as it remembers itself where the first of these linears is, and so most often all of them."""
+    return lora.placed(linears[0].weight.device, _dtype(linears[0])) if isinstance(lora, LoRA) and linears else lora
+
+
+def _dtype(linear: nn.Linear) -> torch.dtype:
+    """What a LoRA is computed in beside this layer."""
     weight = linear.weight
-    dtype = weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else torch.bfloat16  # quantised bases
-    found: Pairs = []
-    for pair in (lora.get(name) for lora in plan.loras):
+    return weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else torch.bfloat16  # quantised bases
+
+
+def _pairs(loras: list[Mapping[str, LowRank]], name: str, linear: nn.Linear) -> Pairs:
+    """The layer's pair of each LoRA, None where it has none, on the base weight's device and in its dtype."""
+    device, dtype, found = linear.weight.device, _dtype(linear), Pairs()
+    for pair in (lora.get(name) for lora in loras):
         if pair is not None:
-            seen, expected = (len(pair.B), pair.A.shape[1]), (linear.out_features, linear.in_features)
+            seen, expected = (pair.B.shape[0], pair.A.shape[1]), (linear.out_features, linear.in_features)
             if seen != expected:
                 raise LoRAError(f"{name!r} is {seen} in the LoRA. Expected {expected}: one made for this base.")
-            pair = LowRank(pair.A.to(weight.device, dtype), pair.B.to(weight.device, dtype))
+            pair = LowRank(pair.A.to(device, dtype), pair.B.to(device, dtype))
         found.append(pair)
     return found
 
@@ -226,10 +237,11 @@ def _stacked(pairs: list[LowRank]) -> LowRank:
 
 
 def _linear(denoiser: nn.Module, name: str) -> nn.Linear:
-    try:
-        module = denoiser.get_submodule(name)
-    except AttributeError:
-        module = None
+    module: nn.Module | None = denoiser
+    for part in name.split(
+        "."
+    ):  # get_submodule() asks each model on the way for what it may have elsewhere, and is slow
+        module = module._modules.get(part) if module is not None else None
     if not isinstance(module, nn.Linear):
         raise LoRAError(
             f"{name!r} is no linear layer of {type(denoiser).__name__}. Expected a LoRA read for this base."

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+PLACED_BYTES = 1 << 29  # of a LoRA where it is lent: rank 48 on all of FLUX.1
 Words = Mapping[str, Mapping[str, Tensor]]
 """{word of a prompt: {text encoder's component: its vectors [N, D]}}"""
 
@@ -37,7 +38,8 @@ class LoRA(Mapping[str, LowRank]):
     """A LoRA file as data: a mapping of the denoiser's layers, in execution order, and what else came with them.
     text_encoders: {component: {module name: LowRank}}; words: that it teaches the text encoders;
     metadata: the file's own strings, never executed; report: of the file that was read, a klora.files.report.Report.
-    scores: {layer: {K: sum of its K largest |dW|}}, as far as fusions needed them; the sum of all at K = O * I."""
+    scores: {layer: {K: sum of its K largest |dW|}}, as far as fusions needed them; the sum of all at K = O * I.
+    Its factors are not to be written to: where it is lent, copies are remembered."""
 
     layers: Mapping[str, LowRank]
     text_encoders: Mapping[str, Mapping[str, LowRank]] = field(default_factory=dict)
@@ -45,6 +47,9 @@ class LoRA(Mapping[str, LowRank]):
     words: Words = field(default_factory=dict)
     report: Any = None
     scores: dict[str, dict[int, float]] = field(default_factory=dict, compare=False, repr=False)
+    _placed: dict[tuple[torch.device, torch.dtype], Mapping[str, LowRank]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def __getitem__(self, name: str) -> LowRank:
         return self.layers[name]
@@ -55,14 +60,25 @@ class LoRA(Mapping[str, LowRank]):
     def __len__(self) -> int:
         return len(self.layers)
 
+    def placed(self, device: torch.device, dtype: torch.dtype) -> Mapping[str, LowRank]:
+        """Its layers on a device, in a dtype. The last place's are remembered, unless they are large, so that a request
+        which only changes a scale moves nothing."""
+        if (device, dtype) not in self._placed:
+            self._placed.clear()
+            layers = _moved(self.layers, device, dtype)
+            if sum((pair.A.nbytes + pair.B.nbytes) for pair in layers.values()) > PLACED_BYTES:
+                return layers
+            self._placed[device, dtype] = layers
+        return self._placed[device, dtype]
+
     def to(self, device: torch.device) -> "LoRA":
         """With its factors on a device; it shares the scores, which are about the same numbers."""
         encoders = {name: _moved(layers, device) for name, layers in self.text_encoders.items()}
         return replace(self, layers=_moved(self.layers, device), text_encoders=encoders)
 
 
-def _moved(layers: Mapping[str, LowRank], device: torch.device) -> dict[str, LowRank]:
-    return {name: LowRank(pair.A.to(device), pair.B.to(device)) for name, pair in layers.items()}
+def _moved(layers: Mapping[str, LowRank], device: torch.device, dtype: torch.dtype | None = None) -> dict[str, LowRank]:
+    return {name: LowRank(pair.A.to(device, dtype), pair.B.to(device, dtype)) for name, pair in layers.items()}
 
 
 @dataclass(frozen=True)

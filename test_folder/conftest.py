@@ -1,5 +1,6 @@
 """What tests stand on: one thread, no network, tiny bases built once a session, and authorities on loopback."""
 
+import gc
 import os
 import signal
 import time
@@ -23,6 +24,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # models this small are fastest so, and tests of two processes do not fight over cores
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays, and the collector, which every training calls, need not look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

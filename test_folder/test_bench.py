@@ -140,7 +140,7 @@ def test_naive_refuses_a_layer_that_one_lora_has_alone(subject: Subject) -> None
 def test_every_way_yields_finite_figures(runs: dict[str, Drawn], way: str) -> None:
     [image], figures = runs[way].images, runs[way].figures
     expected = {"step_seconds", "image_seconds"}
-    if way != BARE:
+    if not way.startswith(BARE):
         expected |= {"load_seconds", *(["cold_pair_seconds"] if way == "K-LoRA, naive" else PHASES)}
     assert image.size == (64, 64)
     assert figures.keys() == expected
@@ -169,13 +169,19 @@ def test_rounds_take_the_ways_in_turn_and_the_warm_up_is_not_counted(script: Mod
     assert {name: len(rounds) for name, rounds in found.items()} == {"a": 2, "b": 2}
 
 
-def test_report_of_a_base_is_json_and_its_table_has_a_row_for_each_way(script: ModuleType) -> None:
-    options = SimpleNamespace(steps=1, rounds=1, warm_up=0, threads=1, full=False)
+@pytest.mark.parametrize("chosen", [None, ["sum", "K-LoRA, merged"]])
+def test_report_of_a_base_is_json_and_its_table_has_a_row_for_each_way(
+    script: ModuleType, chosen: list[str] | None
+) -> None:
+    """Of those asked for, and the bare base, with which they are compared."""
+    options = SimpleNamespace(steps=1, rounds=1, warm_up=0, threads=1, full=False, ways=chosen, compile=False)
     report = script.machine(options) | {"bases": {"tiny-flux-dev": script.report_of("tiny-flux-dev", options)}}
     lines = script.table(json.loads(json.dumps(report))).splitlines()
     assert {"torch", "diffusers", "peft"} == report["versions"].keys()
     assert "tiny-flux-dev: 64x64, 1 steps, float32, LoRAs of rank 8 and 16 on 40 layers." in lines
-    assert [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")] == ["way", *WAYS]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")] == [
+        "way", *([BARE, *chosen] if chosen else WAYS)
+    ]  # fmt: skip
 
 
 def test_the_table_shows_medians_with_their_spread_and_ratios_of_each_round(script: ModuleType) -> None:

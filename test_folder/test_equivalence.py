@@ -24,6 +24,7 @@ from test_folder import tiny
 ENGINES = {"gated": 0, "merged": 1 << 60}  # bytes of memory that make attached() choose it
 BASES = {"sdxl": "sdxl", "flux": "flux-dev"}
 SENTENCE = "a photo of a sks dog in watercolor style"
+STEPS = 4
 
 
 def random_lora(model, rank, seed, pattern=""):
@@ -75,8 +76,8 @@ class Naive:
 
 # Whole runs of the published models' topology, in a loop of our own
 
-UNET = (tiny.full_topology_unet, tiny.unet_inputs, "sample", r"\.attn[12]\.to_(q|k|v|out\.0)$", 560, 8)
-FLUX = (tiny.full_topology_flux, tiny.flux_inputs, "hidden_states", r"^(single_)?transformer_blocks\.", 494, 10)
+UNET = (tiny.full_topology_unet, tiny.unet_inputs, "sample", r"\.attn[12]\.to_(q|k|v|out\.0)$", 560)
+FLUX = (tiny.full_topology_flux, tiny.flux_inputs, "hidden_states", r"^(single_)?transformer_blocks\.", 494)
 
 
 def euler(model, inputs, latents_name, steps, on_step):
@@ -90,12 +91,12 @@ def euler(model, inputs, latents_name, steps, on_step):
 
 
 @pytest.mark.parametrize("pattern", ["s", "s*"])
-@pytest.mark.parametrize(("build", "inputs", "latents", "layers", "count", "steps"), [UNET, FLUX], ids=["sdxl", "flux"])
+@pytest.mark.parametrize(("build", "inputs", "latents", "layers", "count"), [UNET, FLUX], ids=["sdxl", "flux"])
 @torch.no_grad()
 def test_whole_run_in_both_engines_equals_dense_weights_chosen_at_every_layer_call(
-    build, inputs, latents, layers, count, steps, pattern
+    build, inputs, latents, layers, count, pattern
 ):
-    model = build()
+    model, steps = build(), 6
     content, style = random_lora(model, 4, seed=1, pattern=layers), random_lora(model, 8, seed=2, pattern=layers)
 
     def denoise(on_step):
@@ -160,7 +161,7 @@ def engine(request, monkeypatch):
 
 
 def asked(**options):
-    return Request(**{"prompt": SENTENCE, "seed": 7, "num_inference_steps": 6} | options)
+    return Request(**{"prompt": SENTENCE, "seed": 7, "num_inference_steps": STEPS} | options)
 
 
 def pixels(images):
@@ -207,9 +208,10 @@ def stock_image(pipeline, steps, **options):
     return pipeline(SENTENCE, height=64, width=64, num_inference_steps=steps, generator=generator, **options).images
 
 
-@pytest.mark.parametrize("pattern", ["s", "s*"])
-def test_image_equals_that_of_dense_weights_chosen_at_every_layer_call(bases, family, model, files, engine, pattern):
-    steps, pipeline = 12, stock_pipeline(bases, family)
+@pytest.fixture(scope="module")
+def dense(bases, family, model, files):
+    """By pattern: the image of 8 steps, with dense weights chosen at every layer call."""
+    steps, pipeline = 8, stock_pipeline(bases, family)
     content, style = (model.read_lora(path) for path in files.values())
 
     def denoise(on_step):
@@ -222,20 +224,34 @@ def test_image_equals_that_of_dense_weights_chosen_at_every_layer_call(bases, fa
         return stock_image(pipeline, steps, callback_on_step_end=callback, guidance_scale=guidance_scale)
 
     with torch.no_grad():
-        expected = Naive(content, style, pattern, steps).run(getattr(pipeline, model.component), denoise)
-    images = generate(model, asked(pattern=pattern, num_inference_steps=steps), content=content, style=style)
-    np.testing.assert_allclose(pixels(images), pixels(expected), rtol=0, atol=1)  # a level of 255, for rounding
+        denoiser = getattr(pipeline, model.component)
+        return {pattern: Naive(content, style, pattern, steps).run(denoiser, denoise) for pattern in ("s", "s*")}
+
+
+@pytest.mark.parametrize("pattern", ["s", "s*"])
+def test_image_equals_that_of_dense_weights_chosen_at_every_layer_call(model, files, engine, dense, pattern):
+    content, style = (model.read_lora(path) for path in files.values())
+    images = generate(model, asked(pattern=pattern, num_inference_steps=8), content=content, style=style)
+    np.testing.assert_allclose(pixels(images), pixels(dense[pattern]), rtol=0, atol=1)  # a level of 255, for rounding
+
+
+@pytest.fixture(scope="module")
+def stock(bases, family, model, files):
+    """By role: the image of that LoRA alone, as diffusers' own loader applies it."""
+    images, pipeline = {}, stock_pipeline(bases, family)
+    for role, path in files.items():
+        pipeline.load_lora_weights(path)
+        images[role] = stock_image(pipeline, STEPS, guidance_scale=model.guidance_scale)
+        pipeline.unload_lora_weights()
+    return images
 
 
 @pytest.mark.parametrize("role", ["content", "style"])
-def test_image_of_one_lora_equals_that_of_diffusers_own_loader(bases, family, model, files, engine, role):
-    pipeline = stock_pipeline(bases, family)
-    pipeline.load_lora_weights(files[role])
-    expected = stock_image(pipeline, 6, guidance_scale=model.guidance_scale)
+def test_image_of_one_lora_equals_that_of_diffusers_own_loader(model, files, engine, stock, role):
     read = {name: model.read_lora(path) for name, path in files.items()}
     for request, given in ((asked(fusion=role), read), (asked(), {role: read[role]})):
         images = generate(model, request, **given)
-        np.testing.assert_allclose(pixels(images), pixels(expected), rtol=0, atol=1)  # a level of 255, for rounding
+        np.testing.assert_allclose(pixels(images), pixels(stock[role]), rtol=0, atol=1)  # a level, for rounding
 
 
 def test_fusions_make_different_images(model, both):
@@ -245,10 +261,10 @@ def test_fusions_make_different_images(model, both):
         assert all(abs(image - other).max() > 8 for other in images[:index])
 
 
-def test_run_of_30_steps_leaves_nothing_that_a_run_of_50_would_notice(load, family, model, both):
-    alone = generate(load(family), asked(num_inference_steps=50), **both)
-    generate(model, asked(num_inference_steps=30), **both)
-    after = generate(model, asked(num_inference_steps=50), **both)
+def test_run_of_6_steps_leaves_nothing_that_a_run_of_10_would_notice(load, family, model, both):
+    alone = generate(load(family), asked(num_inference_steps=10), **both)
+    generate(model, asked(num_inference_steps=6), **both)
+    after = generate(model, asked(num_inference_steps=10), **both)
     assert np.array_equal(pixels(after), pixels(alone))
 
 
@@ -295,14 +311,14 @@ def test_interruption_at_any_step_leaves_every_tensor_and_the_next_image_as_they
 )
 def test_steps_are_told_in_order_to_the_last_and_from_where_the_image_enters(model, both, scheduler, path):
     told, strength = [], PATHS[path].get("prompt_strength", 1.0)
-    request = asked(scheduler=scheduler, num_inference_steps=10, **PATHS[path])
+    request = asked(scheduler=scheduler, num_inference_steps=5, **PATHS[path])
     generate(model, request, **both, on_step=lambda step, steps: told.append((step, steps)))
     steps = [step for step, _ in told]
-    assert {total for _, total in told} == {10}
+    assert {total for _, total in told} == {5}
     assert steps == sorted(steps)
-    assert list(dict.fromkeys(steps)) == list(range(steps[0], 11))
-    assert steps.count(10) == 1
-    redrawn = round(10 * strength)  # Heun calls the denoiser twice a step but for the last
+    assert list(dict.fromkeys(steps)) == list(range(steps[0], 6))
+    assert steps.count(5) == 1
+    redrawn = round(5 * strength)  # Heun calls the denoiser twice a step but for the last
     assert len(steps) - 1 == {"HeunDiscrete": 2 * redrawn - 1, "PNDM": redrawn + 1}.get(scheduler, redrawn)
-    entry = round(10 * (1 - strength))
+    entry = round(5 * (1 - strength))
     assert steps[0] == entry - (scheduler == "PNDM" and entry > 0)  # PNDM repeats its second timestep

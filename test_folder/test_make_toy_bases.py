@@ -1,5 +1,6 @@
 """The training of toy bases: every stage runs and goes on, and what it leaves serves every way to make an image."""
 
+import json
 import random
 import re
 from collections.abc import Iterator
@@ -13,10 +14,12 @@ from in_venv import program
 from PIL import Image
 
 from examples import stage
-from examples.architectures import SIDES, any_picture, labels, pixels_of, toy_flux, toy_vae
+from examples.architectures import SIDES, toy_vae
+from examples.lessons import any_picture, labels, pictures, pixels_of, scenes
 from klora import Request, generate, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
 each_base = pytest.mark.parametrize("base", ["sdxl", "flux-dev"])
 
 
@@ -27,11 +30,9 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTy
     small = {
         "STATE": tmp_path / "state",
         "TOYS": tmp_path / "toys",
-        "SCENES": 32,
+        "SCENES": {"sdxl": 32, "flux-dev": 32},
         "MEASURED": 16,
-        "BATCH": 4,
-        "WORD_STEPS": {"sdxl": 2, "flux-dev": 2},
-        "REPORT_STEPS": 1,
+        "BATCH": {"cpu": 4},
     }
     monkeypatch.setattr(stage, "REPORT_STEPS", 1)
     for name, value in small.items():
@@ -45,10 +46,11 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTy
 
 @each_base
 def test_the_stages_leave_a_base_that_serves_every_way_to_make_an_image(script: ModuleType, base: str) -> None:
-    script.train_vae(base, 3, False)
-    script.train_decoder(base, 3, False)
-    script.save_latents(base, False)
-    script.train_denoiser(base, 10, False)
+    script.train_vae(base, 3, CPU)
+    script.train_decoder(base, 3, CPU)
+    script.save_latents(base, CPU)
+    script.train_words(base, 2, CPU)
+    script.train_denoiser(base, 10, CPU)
     assert not any(str(script.TOYS) in path.read_text() for path in script.TOYS.rglob("*.json"))
     assert len((script.TOYS / f"{base}.jsonl").read_text().splitlines()) == 1
     model = load_model(base.split("-")[0], script.TOYS / base, torch.device("cpu"))
@@ -64,7 +66,7 @@ def test_the_decoder_learns_alone(script: ModuleType) -> None:
     """So that latents, and a denoiser that knows them, stay right."""
     vaes = []
     for part in ("vae", "decoder"):
-        getattr(script, f"train_{part}")("sdxl", 2, False)
+        getattr(script, f"train_{part}")("sdxl", 2, CPU)
         vaes.append(diffusers.AutoencoderKL.from_pretrained(script.TOYS / "sdxl" / "vae").state_dict())
     changed = {name.split(".")[0] for name, tensor in vaes[0].items() if not torch.equal(tensor, vaes[1][name])}
     assert changed == {"decoder"}
@@ -72,13 +74,13 @@ def test_the_decoder_learns_alone(script: ModuleType) -> None:
 
 def test_a_denoiser_begins_with_what_is_there(script: ModuleType) -> None:
     """And the first with nothing: how far it has come is not lost, nor the words its encoders know."""
-    script.train_vae("sdxl", 1, False)
-    script.save_latents("sdxl", False)
-    script.train_denoiser("sdxl", 1, False)
+    script.train_vae("sdxl", 1, CPU)
+    script.save_latents("sdxl", CPU)
+    script.train_denoiser("sdxl", 1, CPU)
     left = script.pipeline("sdxl").unet.state_dict()
     again = script.pipeline("sdxl").unet.state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in left.items())
-    script.train_vae("sdxl", 1, False)
+    script.train_vae("sdxl", 1, CPU)
     assert not torch.equal(script.pipeline("sdxl").unet.state_dict()["conv_in.weight"], left["conv_in.weight"])
 
 
@@ -126,8 +128,7 @@ def encoded(vae: torch.nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def test_a_figure_comes_eight_times_by_one_name_in_other_styles_and_places() -> None:
-    script = program("make-toy-bases")
-    same = [script.scenes(number, number + 1)[0] for number in range(1, script.SCENES, script.SCENES // 8)]
+    same = [scenes(number, number + 1, 1024)[0] for number in range(1, 1024, 128)]
     assert len(same) == 8
     assert len({re.search(r"(\w+ \w+)( on a| in front|,)", caption)[1] for _, caption in same}) == 1
     assert len({tuple(part.colour for part in scene.parts) for scene, _ in same}) == 1
@@ -135,15 +136,35 @@ def test_a_figure_comes_eight_times_by_one_name_in_other_styles_and_places() -> 
     assert len({scene.style for scene, _ in same}) > 1 and len({scene.ground for scene, _ in same}) > 1
 
 
-def test_text_encoders_learn_what_captions_name(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    from klora import Flux
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pictures_are_the_scenes_in_their_order_whoever_draws_them(workers: int) -> None:
+    some = scenes(0, 5, 800)
+    drawn = pixels_of(scene.draw(seed) for seed, (scene, _) in enumerate(some))
+    assert torch.equal(torch.cat(list(pictures(some, 2, workers))), drawn)
 
-    torch.manual_seed(0)
-    model = Flux(toy_flux(toy_vae("flux-dev")))
-    captions, losses = ["a red circle", "a blue star on a white background"], []
-    monkeypatch.setattr("builtins.print", lambda line, **_: losses.append(float(line.split()[-1])))
-    script.teach_words(model, captions, 20, False)
-    assert losses[-1] < losses[0] / 3
+
+@each_base
+def test_text_encoders_learn_what_captions_name_and_a_new_denoiser_finds_them(script: ModuleType, base: str) -> None:
+    script.train_vae(base, 1, CPU)
+    before = script.pipeline(base)
+    script.train_words(base, 100, CPU)
+    losses = [json.loads(line)["loss"] for line in (script.STATE / f"{base}-words.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0] / 2
+    left = script.pipeline(base)
+    assert not (script.TOYS / base / "model_index.json").exists()  # no base yet
+    for part in ("text_encoder", "text_encoder_2"):
+        old, new = (pipe.components[part].state_dict() for pipe in (before, left))
+        assert any(not torch.equal(tensor, new[name]) for name, tensor in old.items())
+
+
+def test_prompts_that_were_encoded_once_are_those_that_are_encoded_anew(script: ModuleType) -> None:
+    script.train_vae("sdxl", 1, CPU)
+    model, captions = script.family("sdxl", CPU), [caption for _, caption in scenes(0, 6, 800)]
+    chosen = torch.tensor([4, 1, 4])
+    once, anew = (script.conditionings(model, captions, learning)(chosen) for learning in (False, True))
+    assert once.keys() == anew.keys() and not any(name.startswith("negative") for name in once)
+    for name, part in once.items():
+        torch.testing.assert_close(part, anew[name])
 
 
 def test_labels_are_what_a_caption_says() -> None:

@@ -5,6 +5,7 @@ What holds of every model is in conformance/.
 
 import base64
 import io
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -14,8 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from klora import cli
 from klora.errors import BaseModelError
+from klora.studio.provenance import read_provenance
 from predict import Predictor
 from test_folder.conformance.client import PREDICT
 from test_folder.conformance.client import Client as Server
@@ -186,6 +190,25 @@ def test_a_file_of_prompts_that_cannot_be_worked_through_is_refused(
     answer = server.predict(**QUICK | {"prompt": "{}", "prompts": data_uri(b"a dog", "text/plain")} | given)
     assert answer["status"] == "failed"
     assert said in answer["error"] and "root:" not in answer["error"]
+
+
+def test_an_image_is_made_again_by_the_command_from_what_it_tells(
+    server: Server, bases: Path, loras: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = QUICK | SDXL | {"num_outputs": 2, "output_format": "webp", "disable_safety_checker": True}
+    del asked["seed"]
+    answer = server.predict(**asked, hf_api_token="hf_CANARYtoken")
+    body = base64.b64decode(answer["output"][1].partition(",")[2])
+    assert b"CANARY" not in body and str(loras).encode() not in body
+    (tmp_path / "it.webp").write_bytes(body)
+    assert read_provenance(tmp_path / "it.webp").seed == answer["metrics"]["seed"] + 1
+    for file in SDXL.values():
+        shutil.copy(loras / file, tmp_path)
+    monkeypatch.setenv("KLORA_MODELS", str(bases))
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli.app, ["reproduce", "it.webp"])
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.endswith("\nthe same pixels as it.webp\n")
 
 
 REFUSED = {

@@ -1,4 +1,5 @@
-"""The trainer: what it learns, what it leaves alone, and that a run taken up again is the same run."""
+"""The trainer: what it learns, what it leaves alone, and that a run taken up again is the same run. What it is shown
+is in test_draws.py."""
 
 import dataclasses
 import io
@@ -11,18 +12,15 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
 
 from klora import FAMILIES, LoRA, Request, generate, load_model, save_lora
 from klora.errors import RequestError
-from klora.layers import trainable
 from klora.models.family import Family, linear_shapes
 from klora.training.config import TARGETS, TrainConfig
 from klora.training.dataset import Picture
 from klora.training.loop import Load, Progress, new_layers, train_lora
-from klora.training.objective import Batch, Objective
 from test_folder import tiny
 
 BASES = {"sdxl": "sdxl", "flux": "flux-dev"}
@@ -42,8 +40,19 @@ def sdxl(bases: Path) -> Load:
     return partial(load_model, "sdxl", bases / "sdxl")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pictures() -> list[Picture]:
+    return four_pictures()
+
+
+@pytest.fixture(scope="module")
+def finished(bases: Path, pictures: list[Picture], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LoRA]:
+    """The folder and the LoRA of a run of SDXL by QUICK alone."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, train_lora(partial(load_model, "sdxl", bases / "sdxl"), pictures, QUICK, folder)
+
+
+def four_pictures() -> list[Picture]:
     """Four colours in three shapes, two of them captioned."""
     colours = [("red", (64, 64)), ("green", (96, 64)), ("blue", (64, 96)), ("white", (80, 80))]
     return [
@@ -82,32 +91,6 @@ def recording(load: Load, seen: list[Family]) -> Load:
     return recorded
 
 
-def spied(load: Load, predicted: list[dict[str, Any]]) -> Load:
-    """The same, whose models tell what they are asked to predict."""
-
-    def loaded(**options: Any) -> Family:
-        model = load(**options)
-        predict = model.predict
-
-        def listening(latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, conditioning: Any) -> Any:
-            if latents.device == CPU:
-                predicted.append(
-                    {
-                        "latents": latents,
-                        "noise": noise,
-                        "times": times,
-                        "grad": torch.is_grad_enabled(),
-                        **conditioning,
-                    }
-                )
-            return predict(latents, noise, times, conditioning)
-
-        model.predict = listening  # type: ignore[method-assign]
-        return model
-
-    return loaded
-
-
 # What is learnt
 
 
@@ -138,22 +121,22 @@ def test_encoders_are_gone_before_the_denoiser_comes(load: Load, pictures: list[
             assert model.pipe.vae.dtype == torch.float32
         return model
 
-    train_lora(watched, pictures, QUICK, tmp_path)
+    train_lora(watched, pictures, config(steps=1), tmp_path)
     assert [name for name, _ in alive] == ["text_encoder", "text_encoder_2", "vae"]
 
 
 def test_training_lowers_the_loss_on_fixed_draws(load: Load, pictures: list[Picture], tmp_path: Path) -> None:
     heard: list[Progress] = []
-    train_lora(load, pictures, config(steps=150), tmp_path, on_progress=heard.append)
+    train_lora(load, pictures, config(steps=100, learning_rate=3e-3), tmp_path, on_progress=heard.append)
     measured = [progress.fixed_loss for progress in heard if progress.fixed_loss is not None]
-    assert heard[0].step == 0 and heard[-1].step == 150
+    assert heard[0].step == 0 and heard[-1].step == 100
     assert len(measured) == 11
     assert measured[-1] < 0.95 * measured[0]
 
 
 def test_a_bf16_base_does_not_hold_small_steps_back(bases: Path, pictures: list[Picture], tmp_path: Path) -> None:
     load = partial(load_model, "flux", bases / "flux-dev")
-    settings = config(steps=50, learning_rate=5e-5, precision="bf16")
+    settings = config(steps=10, learning_rate=5e-5, precision="bf16")
     shapes = linear_shapes(load(device=CPU, parts=()).denoiser)
     start = new_layers({name: shapes[name] for name in settings.targets(shapes)}, 4, settings.seed, CPU)
     lora = train_lora(load, pictures, settings, tmp_path)
@@ -171,132 +154,6 @@ def test_stock_diffusers_applies_the_file_as_we_do(load: Load, pictures: list[Pi
     [theirs] = generate(type(model)(pipe), request)
     # One level of 255: peft adds its product after the base's, we merge it into the weight.
     assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
-
-
-# What is drawn
-
-
-def test_pictures_keep_their_captions_whatever_the_order(load: Load, pictures: list[Picture], tmp_path: Path) -> None:
-    heard: list[dict[str, Any]] = []
-    train_lora(spied(load, heard), pictures, config(steps=12), tmp_path)
-    pairs = {(round(float(h["latents"].mean()), 1), round(float(h["prompt_embeds"].sum()), 1)) for h in heard}
-    assert len(pairs) == len(pictures)
-
-
-def test_caption_dropout_takes_about_its_share(sdxl: Load, pictures: list[Picture], tmp_path: Path) -> None:
-    heard: list[dict[str, Any]] = []
-    train_lora(spied(sdxl, heard), pictures, config(steps=60, caption_dropout_rate=0.5), tmp_path)
-    with torch.no_grad():
-        blank = sdxl(device=CPU).encode_prompt([""])["prompt_embeds"]
-    dropped = [torch.equal(h["prompt_embeds"], blank) for h in heard if h["grad"]]
-    assert len(dropped) == 60 and 18 <= sum(dropped) <= 42  # three standard deviations
-
-
-def test_a_flip_shows_both_sides(sdxl: Load, tmp_path: Path) -> None:
-    image = Image.new("RGB", (64, 64), "black")
-    image.paste("white", (0, 0, 32, 64))
-    heard: list[dict[str, Any]] = []
-    train_lora(
-        spied(sdxl, heard), [Picture("0.png", png(image), None, None)], config(steps=20, horizontal_flip=True), tmp_path
-    )
-    assert len({round(float(h["latents"][..., :4].mean()), 2) for h in heard}) == 2
-
-
-def test_a_batch_of_two_is_two_batches_of_one(load: Load, tmp_path: Path) -> None:
-    """In the gradient; not in the draws, which are keyed by the batch."""
-    model = load(device=CPU)
-    with torch.no_grad():
-        latents = model.encode_images(torch.rand(2, 3, 64, 64) * 2 - 1).mean
-        texts = {n: t for n, t in model.encode_prompt(["a dog", "a cat"]).items() if not n.startswith("negative")}
-    noise, times = torch.randn_like(latents), torch.tensor([0.3, 0.7])
-    shapes = linear_shapes(model.denoiser)
-    layers = new_layers({n: shapes[n] for n in QUICK.targets(shapes)}, 4, 0, CPU)
-    for pair in layers.values():
-        torch.nn.init.normal_(pair.B, std=0.1)
-
-    def part(rows: slice) -> Batch:
-        return Batch(latents[rows], noise[rows], times[rows], {name: text[rows] for name, text in texts.items()})
-
-    whole, parts = part(slice(2)), [part(slice(0, 1)), part(slice(1, 2))]
-    gradients = []
-    with trainable(model.denoiser.requires_grad_(False), layers) as gate:
-        objective = Objective(model, gate)
-        for batches in ([whole], parts):
-            for batch in batches:
-                (objective(batch) / len(batches)).backward()
-            gradients.append([pair.A.grad.clone() for pair in layers.values()])
-            for pair in layers.values():
-                pair.A.grad = pair.B.grad = None
-    for one, two in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-7)
-
-
-def test_the_loop_is_the_textbooks(load: Load, pictures: list[Picture], tmp_path: Path) -> None:
-    """peft's layers, torch's AdamW and clipping, the formulas written out; only what was drawn is taken over."""
-    heard: list[dict[str, Any]] = []
-    settings = config(steps=5, gradient_accumulation_steps=2, max_grad_norm=0.5, weight_decay=0.01)
-    lora = train_lora(spied(load, heard), pictures, settings, tmp_path)
-    model = load(device=CPU)
-    denoiser = model.denoiser.requires_grad_(False)
-    shapes = {name: shape for name, shape in linear_shapes(denoiser).items() if name in lora}
-    denoiser.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=list(shapes)))
-    adapted = {name: denoiser.get_submodule(name) for name in shapes}
-    with torch.no_grad():
-        for name, pair in new_layers(shapes, 4, settings.seed, CPU).items():
-            adapted[name].lora_A["default"].weight.copy_(pair.A)
-    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.01)
-    draws = [draw for draw in heard if draw["grad"]]
-    for number, draw in enumerate(draws):
-        (NAIVE[model.name](denoiser, draw) / 2).backward()
-        if number % 2:
-            torch.nn.utils.clip_grad_norm_(trained, 0.5)
-            optimizer.step()
-            optimizer.zero_grad()
-    assert len(draws) == 10
-    trained_pairs = [
-        (ours, layer.weight)
-        for name, pair in lora.items()
-        for ours, layer in ((pair.A, adapted[name].lora_A["default"]), (pair.B, adapted[name].lora_B["default"]))
-    ]
-    # Adam makes whole steps of gradients that are rounding alone: on some processors one in thousands of elements.
-    alike = torch.cat([torch.isclose(a, b, rtol=1e-3, atol=1e-5).flatten() for a, b in trained_pairs])
-    assert alike.float().mean() > 0.999
-    assert all((a - b).abs().max() < 5e-4 for a, b in trained_pairs)
-
-
-def naive_sdxl(unet: Any, draw: dict[str, Any]) -> torch.Tensor:
-    """Squared error of the noise; SDXL's betas."""
-    steps = (draw["times"] * 1000).long()
-    kept = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)[steps][:, None, None, None]
-    noised = kept.sqrt() * draw["latents"] + (1 - kept).sqrt() * draw["noise"]
-    added = {"text_embeds": draw["pooled_prompt_embeds"], "time_ids": draw["time_ids"]}
-    predicted = unet(noised, steps, draw["prompt_embeds"], added_cond_kwargs=added).sample
-    return (predicted - draw["noise"]).square().mean()
-
-
-def naive_flux(transformer: Any, draw: dict[str, Any]) -> torch.Tensor:
-    """Squared error of noise - latents; a token is 2 x 2 cells."""
-
-    def tokens(cells: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.unfold(cells, 2, stride=2).mT
-
-    height, width = (side // 2 for side in draw["latents"].shape[-2:])
-    sigma = draw["times"][:, None, None]
-    latents, noise = tokens(draw["latents"]), tokens(draw["noise"])
-    predicted = transformer(
-        hidden_states=(1 - sigma) * latents + sigma * noise,
-        timestep=draw["times"],
-        guidance=torch.ones(len(latents)),
-        encoder_hidden_states=draw["prompt_embeds"],
-        pooled_projections=draw["pooled_prompt_embeds"],
-        img_ids=torch.cartesian_prod(torch.zeros(1), torch.arange(float(height)), torch.arange(float(width))),
-        txt_ids=torch.zeros(draw["prompt_embeds"].shape[1], 3),
-    ).sample
-    return (predicted - (noise - latents)).square().mean()
-
-
-NAIVE = {"SDXL": naive_sdxl, "FLUX.1": naive_flux}
 
 
 def test_a_loss_that_is_no_number_ends_the_training(sdxl: Load, pictures: list[Picture], tmp_path: Path) -> None:
@@ -321,44 +178,39 @@ def overflowing(load: Load) -> Load:
 
 # Interruption and resumption
 
-RESUMED = {
-    "plain": {"lr_scheduler": "cosine", "caption_dropout_rate": 0.5},
-    "ema": {"ema_decay": 0.9, "horizontal_flip": True, "batch_size": 2},
-    "adafactor": {"optimizer": "adafactor", "lr_warmup_steps": 5, "gradient_accumulation_steps": 2},
+RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("flux", {"lr_scheduler": "cosine", "caption_dropout_rate": 0.5}),
+    "ema": ("sdxl", {"ema_decay": 0.9, "horizontal_flip": True, "batch_size": 2}),
+    "adafactor": ("sdxl", {"optimizer": "adafactor", "lr_warmup_steps": 6, "gradient_accumulation_steps": 2}),
 }
 
 
-@pytest.mark.parametrize("settings", RESUMED.values(), ids=RESUMED)
-def test_a_run_taken_up_again_is_the_same_run(
-    load: Load, pictures: list[Picture], tmp_path: Path, settings: dict[str, Any]
-) -> None:
-    settings = config(steps=20, **settings)
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_run_taken_up_again_is_the_same_run(bases: Path, pictures: list[Picture], tmp_path: Path, case: str) -> None:
+    family, given = RESUMED[case]
+    load, settings = partial(load_model, family, bases / BASES[family]), config(steps=8, **given)
     (tmp_path / "whole").mkdir()
     whole = train_lora(load, pictures, settings, tmp_path / "whole")
 
-    def stop_at_13(progress: Progress) -> None:
-        if progress.step == 13:
+    def stop_at_5(progress: Progress) -> None:
+        if progress.step == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_lora(load, pictures, settings, tmp_path, on_progress=stop_at_13)
+        train_lora(load, pictures, settings, tmp_path, on_progress=stop_at_5)
     steps: list[int] = []
+    state = tmp_path / "run.safetensors"
     resumed = train_lora(
-        load,
-        pictures,
-        settings,
-        tmp_path,
-        resume=tmp_path / "run.safetensors",
-        on_progress=lambda p: steps.append(p.step),
+        load, pictures, settings, tmp_path, resume=state, on_progress=lambda progress: steps.append(progress.step)
     )
-    assert steps == list(range(14, 21))
+    assert steps == [6, 7, 8]
     assert bits(resumed) == bits(whole)
     ours, theirs = (load_file(folder / "run.safetensors") for folder in (tmp_path, tmp_path / "whole"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_an_interruption_inside_a_step_leaves_the_last_checkpoint(
-    sdxl: Load, pictures: list[Picture], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sdxl: Load, pictures: list[Picture], finished: tuple[Path, LoRA], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half-updated parameters belong to no step."""
     step, calls = torch.optim.AdamW.step, []
@@ -373,15 +225,15 @@ def test_an_interruption_inside_a_step_leaves_the_last_checkpoint(
     with pytest.raises(KeyboardInterrupt):
         train_lora(sdxl, pictures, config(checkpoint_interval=3), tmp_path)
     monkeypatch.undo()
-    (tmp_path / "whole").mkdir()
     resumed = train_lora(sdxl, pictures, QUICK, tmp_path, resume=tmp_path / "run.safetensors")
-    assert bits(resumed) == bits(train_lora(sdxl, pictures, QUICK, tmp_path / "whole"))
+    assert bits(resumed) == bits(finished[1])
 
 
-def test_a_finished_run_has_nothing_to_take_up(sdxl: Load, pictures: list[Picture], tmp_path: Path) -> None:
-    train_lora(sdxl, pictures, QUICK, tmp_path)
+def test_a_finished_run_has_nothing_to_take_up(
+    sdxl: Load, pictures: list[Picture], finished: tuple[Path, LoRA], tmp_path: Path
+) -> None:
     with pytest.raises(RequestError, match=r"^steps is 6, and resume_from has done 6\. Expected more\.$"):
-        train_lora(sdxl, pictures, QUICK, tmp_path, resume=tmp_path / "run.safetensors")
+        train_lora(sdxl, pictures, QUICK, tmp_path, resume=finished[0] / "run.safetensors")
 
 
 def test_only_the_latest_checkpoints_are_kept(sdxl: Load, pictures: list[Picture], tmp_path: Path) -> None:
@@ -395,18 +247,17 @@ def test_only_the_latest_checkpoints_are_kept(sdxl: Load, pictures: list[Picture
 
 def test_samples_show_the_lora_and_disturb_nothing(load: Load, pictures: list[Picture], tmp_path: Path) -> None:
     """Whose alpha is not its rank, so that what is trained with and what is written could differ."""
-    plain = train_lora(load, pictures, config(lora_alpha=10.0, ema_decay=0.5), tmp_path)
+    settings = config(steps=4, lora_alpha=10.0, ema_decay=0.5)
+    plain = train_lora(load, pictures, settings, tmp_path)
     (tmp_path / "sampled").mkdir()
-    settings = config(
-        sample_steps=2, sample_interval=3, sample_prompts="a sbu toy\n\n a dog ", lora_alpha=10.0, ema_decay=0.5
-    )
-    sampled = train_lora(load, pictures, settings, tmp_path / "sampled")
+    sampling = {"sample_steps": 2, "sample_interval": 2, "sample_prompts": "a sbu toy\n\n a dog "}
+    sampled = train_lora(load, pictures, dataclasses.replace(settings, **sampling), tmp_path / "sampled")
     files = sorted(path.name for path in (tmp_path / "sampled" / "samples").iterdir())
-    assert files == ["step_000003_0.png", "step_000003_1.png", "step_000006_0.png", "step_000006_1.png"]
+    assert files == ["step_000002_0.png", "step_000002_1.png", "step_000004_0.png", "step_000004_1.png"]
     assert bits(plain) == bits(sampled)
     request = Request("a sbu toy", num_inference_steps=2, seed=QUICK.seed)
     [shown] = generate(load(device=CPU), request, content=sampled)
-    with Image.open(tmp_path / "sampled" / "samples" / "step_000006_0.png") as image:
+    with Image.open(tmp_path / "sampled" / "samples" / "step_000004_0.png") as image:
         assert np.abs(np.asarray(image, int) - np.asarray(shown, int)).max() <= 1
 
 
@@ -449,18 +300,8 @@ def test_a_missing_optimizer_is_refused_before_anything_is_loaded(pictures: list
         train_lora(never, pictures, config(optimizer="lion"), tmp_path)
 
 
-def test_center_cuts_squares(sdxl: Load, pictures: list[Picture], tmp_path: Path) -> None:
-    shapes: dict[str, set[Any]] = {}
-    for crop in ("bucket", "center"):
-        heard: list[dict[str, Any]] = []
-        train_lora(spied(sdxl, heard), pictures, config(crop=crop), tmp_path)
-        shapes[crop] = {tuple(h["latents"].shape[-2:]) for h in heard}
-    assert shapes["center"] == {(8, 8)}
-    assert len(shapes["bucket"]) > 1
-
-
 def test_two_trained_loras_fuse(load: Load, pictures: list[Picture], tmp_path: Path) -> None:
-    content, style = (train_lora(load, pictures, config(seed=seed), tmp_path) for seed in (1, 2))
+    content, style = (train_lora(load, pictures, config(steps=3, seed=seed), tmp_path) for seed in (1, 2))
     facts: dict[str, float] = {}
     request = Request("a sbu toy", num_inference_steps=4)
     generate(load(device=CPU), request, content=content, style=style, record=facts.__setitem__)

@@ -67,6 +67,7 @@ class Family(Protocol):
     schedulers: ClassVar[Mapping[str, Any]]  # Any: diffusers' scheduler classes share no typed base
     size_multiple: ClassVar[int]
     negative_prompts: ClassVar[bool]
+    host_bound: ClassVar[bool]  # at 1024 px a GPU has run its kernels before the host has launched the next
     pipe: Any  # the diffusers pipeline that holds its parts
     denoiser: nn.Module
     text_encoders: dict[str, nn.Module]  # by component, in the order of kohya's lora_te1_, lora_te2_

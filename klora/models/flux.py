@@ -39,6 +39,7 @@ class Flux:
     component: ClassVar[str] = "transformer"
     size_multiple: ClassVar[int] = 16
     negative_prompts: ClassVar[bool] = False
+    host_bound: ClassVar[bool] = False
     recipe: ClassVar[Recipe] = Recipe(1e-4, rank=16, times="logit_normal", resolutions=(0.5, 0.75, 1.0))
     schedulers: ClassVar[Mapping[str, Any]] = {}
 

@@ -1,5 +1,6 @@
-"""go_fast: a denoiser whose repeated blocks are compiled, and whose blocks after the first are left out in steps where
-the first says that they would add what they added before. Knows no LoRA.
+"""How a denoiser is run: with a CUDA graph in the place of many small launches, and for go_fast with repeated blocks
+compiled, and with the blocks after the first left out in steps where the first says that they would add what they added
+before. Knows no LoRA.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,11 +12,13 @@ from diffusers import FirstBlockCacheConfig
 from diffusers.hooks import HookRegistry
 from diffusers.hooks.first_block_cache import _FBC_LEADER_BLOCK_HOOK
 from diffusers.models.cache_utils import CacheMixin
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
+from klora.device import free_bytes
 from klora.form.request import Request
-from klora.layers import clear, lending
-from klora.models.family import Family
+from klora.layers import HEADROOM_BYTES, clear, lending
+from klora.models.family import Conditioning, Family
 
 THRESHOLD = 0.1  # relative change of what the first block adds, below which the others' addition is taken over
 
@@ -23,14 +26,16 @@ InFull = Callable[[bool], None]
 """Told before each step whether all blocks have to run in it, whatever the first one says."""
 
 
-def compile_blocks(model: Family, backend: str | Callable[..., Any] = "inductor") -> None:
+def compile_blocks(
+    model: Family, backend: str | Callable[..., Any] = "inductor", conditioning: Conditioning | None = None
+) -> None:
     """Compile a base's repeated blocks, of which each kind is compiled once (torch's "regional compilation"), and run
     them until that is done for every size and number of images, so that no request waits for it. backend: of
-    torch.compile."""
+    torch.compile; conditioning: of some prompt, where the base has no text encoders to encode one."""
     denoiser: Any = model.denoiser
     denoiser.compile_repeated_blocks(dynamic=True, backend=backend)
     with torch.no_grad(), torch.compiler.set_stance("default"):
-        conditioning = model.encode_prompt(["a picture"])
+        conditioning = conditioning or model.encode_prompt(["a picture"])
         for images in (1, 2):  # torch compiles a batch of one apart from others
             request = Request("a picture", num_outputs=images, num_inference_steps=2, megapixels="0.25", seed=0)
             model.sample(conditioning, request, lambda step: None)
@@ -41,7 +46,8 @@ def paced(model: Family, request: Request) -> Iterator[tuple[InFull, list[str]]]
     """Run a denoiser as request.go_fast asks, for the length of the block. Yields what is to be told before each step,
     and what makes it fast: nothing where it is not asked for or this base has nothing to offer.
 
-    A request that does not ask runs the blocks as they are, compiled or not.
+    A request that does not ask runs the blocks as they are, compiled or not. Either way a CUDA graph is recorded where
+    the host would be what a denoiser waits for, and there is memory for it: the same kernels, and so the same image.
     """
     compiled = is_compiled(model.denoiser)
     with ExitStack() as stack:
@@ -55,6 +61,9 @@ def paced(model: Family, request: Request) -> Iterator[tuple[InFull, list[str]]]
         if request.go_fast and isinstance(model.denoiser, CacheMixin) and request.image is None:
             in_full = stack.enter_context(_first_block_cache(model.denoiser))
             means.append("first-block cache")
+        device = next(model.denoiser.parameters()).device
+        if model.host_bound and device.type == "cuda" and free_bytes(device) >= HEADROOM_BYTES:
+            stack.enter_context(_recorded(model.denoiser))
         yield in_full, means
 
 
@@ -78,6 +87,47 @@ def _first_block_cache(denoiser: Any) -> Iterator[InFull]:
             hook.threshold = -1.0 if wanted else THRESHOLD  # no change is less than none
 
         yield in_full
+
+
+@contextmanager
+def _recorded(denoiser: Any) -> Iterator[None]:
+    """With a Recording in the place of its forward."""
+    with lending() as loans:
+        clear(loans, denoiser.__dict__, "forward")
+        denoiser.forward = Recording(denoiser.forward)
+        yield
+
+
+class Recording:
+    """A forward whose second call is recorded as a CUDA graph, and launched as a whole from then on; a graph for each
+    kind of call, by its shapes, dtypes and what is no tensor. What it reads beside its arguments, as weights and gates,
+    has to keep its address, and may change its values."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self._forward = forward
+        self._graphs: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, list[Any], Any] | None] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        facts = ((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        kind = (str(spec), *facts)
+        if kind not in self._graphs:  # libraries choose their kernels at a first call, which cannot be recorded
+            self._graphs[kind] = None
+            return self._forward(*args, **kwargs)
+        graph, held, output = self._graphs[kind] = self._graphs[kind] or self._record(leaves, spec)
+        for mine, leaf in zip(held, leaves, strict=True):
+            if isinstance(mine, Tensor):
+                mine.copy_(leaf, non_blocking=True)
+        graph.replay()
+        return tree_map_only(Tensor, torch.clone, output)  # schedulers keep what the next call would overwrite
+
+    def _record(self, leaves: list[Any], spec: TreeSpec) -> tuple[torch.cuda.CUDAGraph, list[Any], Any]:
+        held = [leaf.to("cuda", copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args, kwargs = tree_unflatten(held, spec)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = self._forward(*args, **kwargs)
+        return graph, held, output
 
 
 def _ignore(wanted: bool) -> None:

@@ -42,6 +42,7 @@ class SDXL:
     component: ClassVar[str] = "unet"
     size_multiple: ClassVar[int] = 8
     negative_prompts: ClassVar[bool] = True
+    host_bound: ClassVar[bool] = True
     recipe: ClassVar[Recipe] = Recipe(5e-5, rank=8, times="uniform", resolutions=(1.0,))
     schedulers: ClassVar[Mapping[str, Any]] = {
         "DDIM": (diffusers.DDIMScheduler, {"clip_sample": False}),  # latents go beyond [-1, 1]

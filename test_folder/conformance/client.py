@@ -49,7 +49,7 @@ PREDICT = Mode(
     _IMAGE | {"prompt": " "}, "prompt is empty. Expected what the image shows.",
 )  # fmt: skip
 TRAIN = Mode(
-    "trainings", "TrainingInput", "input_images", _LORA, _LORA | {"steps": 5000},
+    "trainings", "TrainingInput", "input_images", _LORA, _LORA | {"steps": 1000},
     _LORA | {"resolution": "big"}, "resolution is 'big'.",
 )  # fmt: skip
 

@@ -1,0 +1,109 @@
+"""What fails stops a run or is passed over, and what is said of it and on the way."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from klora.bulk import Draw
+from klora.bulk.lines import PromptFile
+from klora.bulk.run import progress
+from klora.errors import KLoRAError, LoRAError, RequestError
+from klora.form.request import Request
+from klora.studio import Studio
+from klora.training.dataset import read_upload
+from test_folder import tiny
+from test_folder.bulk.prompting import CPU, PROMPTS, Runs, pictures, read, written
+
+
+def test_bad_lines_stop_before_anything_is_made_unless_they_are_to_be_skipped(runs: Runs, tmp_path: Path) -> None:
+    prompts = read(written(tmp_path / "p.jsonl", {"prompt": "a dog"}, "{", "", *(["[]"] * 11)))
+    with pytest.raises(RequestError) as error:
+        runs(prompts)
+    assert str(error.value).startswith("Some lines cannot be used: line 2: It is no JSON: ")
+    assert "line 12: " in str(error.value) and "line 13: " not in str(error.value)
+    assert str(error.value).endswith(" 2 more. Mend them, or skip them by on_error.")
+    assert not (tmp_path / "out").exists()
+    said = runs(prompts, on_error="skip")
+    assert said[:2] == ["Skipped empty lines: 3.", said[1]] and said[1].startswith("1 of 1, ")
+    assert sum(line.startswith("Not made: line ") for line in said) == 12
+
+
+def test_empty_lines_stop_where_that_is_asked_for(runs: Runs, tmp_path: Path) -> None:
+    prompts = read(written(tmp_path / "p.txt", "a dog", "", "a cat", " "))
+    assert runs(prompts, count=1)[0] == "Skipped empty lines: 2, 4."
+    with pytest.raises(RequestError, match=r"line 2: It is empty\. Expected a prompt\. line 4: It is empty"):
+        runs(prompts, on_error="stop")
+
+
+def failing(draw: Draw, error: KLoRAError, *prompts: str) -> Draw:
+    """Fails where a batch has one of these."""
+
+    def draw_(asked: Sequence[Request]) -> Mapping[int, Image.Image]:
+        if {request.prompt for request in asked} & {*prompts}:
+            raise error
+        return draw(asked)
+
+    return draw_
+
+
+def test_one_prompt_that_cannot_be_read_spoils_no_other(
+    runs: Runs, draw: Draw, prompts: PromptFile, tmp_path: Path
+) -> None:
+    error = RequestError("Both LoRAs teach the word 'red'. Write content:red or style:red in the prompt.")
+    said = runs(prompts, drawing=failing(draw, error, PROMPTS[1]), on_error="skip")
+    assert said[-1] == f"Not made: line 2: {error}"
+    assert sorted(pictures(tmp_path / "out")) == ["00000.png", "00002.png", "00003.png", "00004.png"]
+
+
+def test_a_lora_that_fails_stops_unless_the_rest_is_to_be_done(
+    runs: Runs, draw: Draw, prompts: PromptFile, tmp_path: Path
+) -> None:
+    drawing = failing(draw, LoRAError("style_lora is no LoRA."), PROMPTS[1])
+    said = runs(prompts, drawing=drawing)
+    assert said[1] == "Stopped at a line that failed. The same command goes on; on_error skip passes over it."
+    assert said[-2:] == [f"Not made: line {line}: style_lora is no LoRA." for line in (1, 2)]
+    assert pictures(tmp_path / "out") == {}
+    said = runs(prompts, drawing=drawing, on_error="skip")
+    assert said[-2:] == [f"Not made: line {line}: style_lora is no LoRA." for line in (1, 2)]
+    assert sorted(pictures(tmp_path / "out")) == ["00002.png", "00003.png", "00004.png"]
+    assert runs(prompts)[-1] == f"2 images made in {tmp_path / 'out'}, 3 were there before."
+
+
+def test_withheld_images_are_named_and_not_made_again(
+    bases: Path, pair: dict[str, Path], runs: Runs, tmp_path: Path
+) -> None:
+    checker = tiny.build_safety_checker(tmp_path / "checker", flags=True)
+    flagging = Studio(lambda name, family: ("sdxl", "sdxl", bases / "sdxl"), checker, CPU)
+    asked: list[int] = []
+
+    def drawing(requests: Sequence[Request]) -> Mapping[int, Image.Image]:
+        asked.append(len(requests))
+        return flagging.draw(requests, pair, {})
+
+    lines = ({"prompt": prompt, "disable_safety_checker": prompt == "a dog"} for prompt in ("a dog", "a cat", "x"))
+    prompts = read(written(tmp_path / "p.jsonl", *lines))
+    said = runs(prompts, drawing=drawing)
+    assert said[-2:] == [f"1 images made in {tmp_path / 'out'}.", "The safety checker withheld those of lines 2, 3."]
+    assert [*pictures(tmp_path / "out")] == ["00000.png"]
+    assert json.loads((tmp_path / "out" / "00001.json").read_text())["withheld"] is True
+    assert asked == [1, 2]
+    runs(prompts, drawing=drawing)
+    assert asked == [1, 2]
+    assert [picture.name for picture in read_upload(tmp_path / "out")[0]] == ["00000.png"]
+
+
+@pytest.mark.parametrize(
+    ("told", "line"),
+    [
+        ((12, 100, 12, 15.0), "12 of 100, 0.8 images/s, 1 min 50 s left"),
+        ((60, 100, 10, 1.0), "60 of 100, 10 images/s, 4 s left"),
+        ((1, 1000, 1, 40.0), "1 of 1000, 0.025 images/s, 11 h 6 min left"),
+        ((10, 10, 4, 3.0), "10 of 10, 1.3 images/s, 0 s left"),
+        ((3, 10, 0, 3.0), "3 of 10"),
+    ],
+)
+def test_progress_says_how_far_how_fast_and_how_long_still(told: tuple[int, int, int, float], line: str) -> None:
+    assert progress(*told) == line
