@@ -56,7 +56,7 @@ def toy_sdxl(autoencoder: diffusers.AutoencoderKL) -> diffusers.StableDiffusionX
         sample_size=SIDES["sdxl"] // CELL["sdxl"],
         in_channels=LATENT_CHANNELS["sdxl"],
         out_channels=LATENT_CHANNELS["sdxl"],
-        block_out_channels=(64, 128, 192),
+        block_out_channels=(32, 96, 160),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,

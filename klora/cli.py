@@ -21,7 +21,7 @@ from klora.form.fields import MAX_SEED
 from klora.form.inputs import progress_line
 from klora.form.options import options_of
 from klora.form.request import Request, open_images
-from klora.inspection import inspect as inspected
+from klora.report.inspection import inspect as inspected
 from klora.report.pair import Question, answer, save_report
 from klora.studio import Studio, save_images
 from klora.studio.provenance import read_provenance

@@ -69,7 +69,7 @@ LAYERS = {
     "klora/report/advice.py": {"klora.fusion", "klora.report.numbers"},
     "klora/report/picture.py": {"klora.report.numbers"},
     "klora/report/__init__.py": {"klora.fusion", "klora.report.advice", "klora.report.numbers"},
-    "klora/models/pace.py": {"klora.layers", "klora.form.request", "klora.models.family"},
+    "klora/models/pace.py": {"klora.device", "klora.layers", "klora.form.request", "klora.models.family"},
     "playground/": {"playground", *(f"playground.{path.stem}" for path in PLAYGROUND)},  # and nothing of klora
     "weights.py": {"klora.errors", *ROOMS["bases"], *ROOMS["cache"], *ROOMS["sources"]},
 }
@@ -235,7 +235,7 @@ def lines_of_code(path: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("room", "most"), [("klora", 1000), ("models", 650), ("files", 680), ("report", 600), ("bulk", 480)]
+    ("room", "most"), [("klora", 1000), ("models", 650), ("files", 680), ("report", 620), ("bulk", 480)]
 )
 def test_a_room_has_no_more_lines_of_code_than_fit_in_a_head(room: str, most: int) -> None:
     assert sum(lines_of_code(path) for path in PACKAGE if path.parent.name == room) < most

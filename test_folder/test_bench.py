@@ -17,6 +17,7 @@ import torch
 from in_venv import program
 from torch import Tensor
 
+from examples import subjects
 from examples.yardsticks import PHASES, WAYS, Subject, Way, drawn, klora, recomputing
 from klora.errors import BaseModelError, LoRAError
 from klora.fusion import Schedule, fuse
@@ -35,7 +36,7 @@ def script() -> ModuleType:
 @pytest.fixture(scope="module", params=["sdxl", "flux-dev"])
 def subject(script: ModuleType, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
     """One for all tests, so that they notice what a way leaves behind."""
-    found: Subject = script.tiny_subject(request.param, tmp_path_factory.mktemp("bench"), STEPS)
+    found: Subject = subjects.tiny_subject(request.param, tmp_path_factory.mktemp("bench"), STEPS)
     return found
 
 
@@ -222,15 +223,15 @@ def test_full_has_the_published_sizes_and_its_prompt_fits_the_denoiser(
 ) -> None:
     parts = {name: build for name, (_, build) in published.modules(COMPONENTS[base]).items()}
     meta = torch.device("meta")
-    model = script.assembled(COMPONENTS[base], parts[COMPONENTS[base]], parts["vae"], meta, torch.bfloat16)
-    assert script.FULL == COMPONENTS
+    model = subjects.assembled(COMPONENTS[base], parts[COMPONENTS[base]], parts["vae"], meta, torch.bfloat16)
+    assert subjects.FULL == COMPONENTS
     assert model.denoiser.num_parameters() / 1e9 == pytest.approx(billions, abs=5e-4)
-    assert len(script.adapted(model.denoiser)) == layers
+    assert len(subjects.adapted(model.denoiser)) == layers
     assert model.native_size == 1024
     assert {weight.dtype for weight in model.denoiser.parameters()} == {torch.bfloat16}
     assert model.pipe.vae.dtype == {"SDXL": torch.float32, "FLUX.1-dev": torch.bfloat16}[base]
 
-    prompt = script.random_conditioning(model)
+    prompt = subjects.random_conditioning(model)
     call = tiny.unet_inputs if base == "SDXL" else tiny.flux_inputs
     inputs = {name: part for name, part in call(model.denoiser, device="meta").items() if part is not None}
     noisy = torch.empty(latents, device=meta, dtype=torch.bfloat16)
@@ -258,8 +259,8 @@ def test_every_way_runs_on_what_full_assembles(
         return lambda: type(part).from_config(part.config)
 
     cpu = torch.device("cpu")
-    model = script.assembled(component, like(getattr(small, component)), like(small.vae), cpu, torch.bfloat16)
-    subject = script.random_subject(model, script.random_conditioning(model), tmp_path, 1, std=0.01)
+    model = subjects.assembled(component, like(getattr(small, component)), like(small.vae), cpu, torch.bfloat16)
+    subject = subjects.random_subject(model, subjects.random_conditioning(model), tmp_path, 1, std=0.01)
     assert {pair.A.dtype for pair in subject.read("style")[0].values()} == {torch.bfloat16}
     for way in WAYS.values():
         [image], figures = drawn(way, subject)
@@ -272,13 +273,13 @@ def test_full_is_refused_without_a_gpu_or_with_too_little_memory(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BaseModelError, match="no CUDA device"):
-        script.check_gpu(["SDXL"])
+        subjects.check_gpu(["SDXL"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (24 * 10**9, 24 * 10**9))
     with pytest.raises(BaseModelError, match=r"FLUX.1-dev takes 54\.\d GB of the GPU, and 24\.0 GB are free"):
-        script.check_gpu(["SDXL", "FLUX.1-dev"])
+        subjects.check_gpu(["SDXL", "FLUX.1-dev"])
 
 
 def test_memory_that_full_takes_is_what_its_first_lines_say(script: ModuleType) -> None:
-    needed = [math.ceil(script.needed_bytes(component) / 1e9) for component in COMPONENTS.values()]
+    needed = [math.ceil(subjects.needed_bytes(component) / 1e9) for component in COMPONENTS.values()]
     assert "with {} or {} GB free".format(*needed) in script.__doc__

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from klora import cli
 from klora.files.report import triggers
 from klora.form.request import Request
-from klora.inspection import inspect
 from klora.models import load_shapes
 from klora.models.family import Family
+from klora.report.inspection import inspect
 from klora.studio import Studio
 from test_folder.test_lora import GOOD, models
 from test_folder.variants import VARIANTS, Variant

@@ -17,9 +17,9 @@ from klora.bases.table import BASES
 from klora.errors import BaseModelError
 from klora.form.request import Request
 from klora.generate import generate
-from klora.inspection import inspect
 from klora.models import checkpoint_in, load_model
 from klora.models.family import EVERY_PART, Family, Part
+from klora.report.inspection import inspect
 from klora.studio import Studio
 from klora.studio.bases import _bytes_of
 from test_folder import tiny

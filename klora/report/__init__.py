@@ -2,6 +2,7 @@
 
 numbers   what there is to say, as data      advice   warnings, in plain words
 picture   the same to look at                pair     two files -> a report, with a base or without one
+inspection   what one file is, and which bases read it
 """
 
 from collections.abc import Mapping
