@@ -74,6 +74,7 @@ def test_a_seed_means_the_same_image_and_both_engines_draw_it(
         return seen[0]
 
     merged = drawn(REQUEST)
+    assert facts["peak_bytes"] > sum(weight.nbytes for weight in model.denoiser.parameters())
     assert torch.equal(drawn(REQUEST), merged)
     assert not torch.equal(drawn(replace(REQUEST, seed=4)), merged)
     monkeypatch.setattr("klora.layers.HEADROOM_BYTES", 1 << 60)  # and no CUDA graph either

@@ -877,3 +877,32 @@ def test_constant_plan_lets_every_lora_act_always_at_its_scale() -> None:
     assert plan.layers == ("a", "b", "c")
     assert plan.loras == (first, second)
     assert torch.equal(plan.gates, torch.tensor([[[0.5, -2.0]] * 3]))
+
+
+# Where it is lent
+
+
+def placeable(rows: int = 6) -> LoRA:
+    generator = torch.Generator().manual_seed(rows)
+    pair = LowRank(torch.randn(2, 4, generator=generator).half(), torch.randn(rows, 2, generator=generator).half())
+    return LoRA({"a": pair})
+
+
+def test_a_lora_remembers_where_it_was_last_and_nothing_older() -> None:
+    lora, cpu = placeable(), torch.device("cpu")
+    there = lora.placed(cpu, torch.float32)
+    assert there["a"].A.dtype == there["a"].B.dtype == torch.float32
+    assert torch.equal(there["a"].B, lora["a"].B.float()) and lora["a"].B.dtype == torch.float16
+    assert lora.placed(cpu, torch.float32) is there
+    elsewhere = lora.placed(cpu, torch.float64)
+    assert elsewhere["a"].A.dtype == torch.float64
+    assert lora.placed(cpu, torch.float32) is not there
+
+
+def test_a_large_lora_is_placed_anew_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    lora, cpu = placeable(), torch.device("cpu")
+    nbytes = 4 * (2 * 4 + 6 * 2)
+    for most, kept in ((nbytes, True), (nbytes - 1, False)):
+        monkeypatch.setattr("klora.lora.PLACED_BYTES", most)
+        lora = placeable()
+        assert (lora.placed(cpu, torch.float32) is lora.placed(cpu, torch.float32)) == kept

@@ -53,6 +53,8 @@ def test_a_request_gives_an_image_and_says_what_it_did(server: Server, loras_of:
     metrics = answer["metrics"]
     assert metrics["seed"] == 7
     assert 0 < metrics["style_share"] < 1
+    assert metrics["engine"] == "merged"
+    assert metrics["flips_per_step"] == round(metrics["flips"] / QUICK["num_inference_steps"], 2) > 0
     assert all(metrics[f"{phase}_seconds"] >= 0 for phase in ("fetch", "fuse", "encode", "denoise", "decode"))
 
 
