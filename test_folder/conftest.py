@@ -26,6 +26,21 @@ for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()
 
 
+# What takes longest, longest first. A process that has nothing left takes the next file (--dist loadfile), so that a
+# long file at the end would keep one of them busy while the others wait.
+LONG = (
+    "test_job", "test_training", "test_trainings", "test_cost", "test_equivalence", "test_pace", "test_toy",
+    "test_make_toy_bases", "test_bench", "test_models", "test_local_generation", "test_report", "test_provenance",
+    "test_remote_requests", "test_predict", "test_cluster", "test_variants", "test_likeness", "test_draws",
+    "test_annotate", "test_weights", "test_wheel",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 def pytest_collection_finish() -> None:
     """What is imported by now stays, and the collector, which every training calls, need not look through it."""
     gc.collect()

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from klora import FAMILIES, LoRA, Request, generate, load_model, save_lora
 from klora.errors import RequestError
 from klora.models.family import Family, linear_shapes
+from klora.training import loop
 from klora.training.config import TARGETS, TrainConfig
 from klora.training.dataset import Picture
 from klora.training.loop import Load, Progress, new_layers, train_lora
@@ -125,12 +126,24 @@ def test_encoders_are_gone_before_the_denoiser_comes(load: Load, pictures: list[
     assert [name for name, _ in alive] == ["text_encoder", "text_encoder_2", "vae"]
 
 
-def test_training_lowers_the_loss_on_fixed_draws(load: Load, pictures: list[Picture], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "most", "measures"), [("sdxl", 10, 4), ("flux", 3, 3)])
+def test_training_lowers_the_loss_on_fixed_draws(
+    bases: Path,
+    pictures: list[Picture],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    most: int,
+    measures: int,
+) -> None:
+    assert loop.MEASURES == 10
+    monkeypatch.setattr(loop, "MEASURES", most)
     heard: list[Progress] = []
-    train_lora(load, pictures, config(steps=100, learning_rate=3e-3), tmp_path, on_progress=heard.append)
+    load, settings = partial(load_model, family, bases / BASES[family]), config(steps=40, learning_rate=1e-2)
+    train_lora(load, pictures, settings, tmp_path, on_progress=heard.append)
     measured = [progress.fixed_loss for progress in heard if progress.fixed_loss is not None]
-    assert heard[0].step == 0 and heard[-1].step == 100
-    assert len(measured) == 11
+    assert heard[0].step == 0 and heard[-1].step == 40
+    assert len(measured) == 1 + measures  # at the start, and every tenth step or less often
     assert measured[-1] < 0.95 * measured[0]
 
 

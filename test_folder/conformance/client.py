@@ -42,7 +42,7 @@ _IMAGE = {
 }  # fmt: skip
 _LORA = {
     "input_images": upload(*pictures()), "base_model": BASES[0], "steps": 1, "lora_rank": 2, "seed": 3,
-    "resolution": "64", "sample_steps": 0,
+    "resolution": "64", "sample_steps": 0, "gradient_checkpointing": "off",
 }  # fmt: skip
 PREDICT = Mode(
     "predictions", "Input", "prompt", _IMAGE, _IMAGE | {"num_inference_steps": 500, "num_outputs": 4},

@@ -16,7 +16,7 @@ from test_folder.conformance.local import Place
 from test_folder.conformance.payloads import content_of, data_uri, encoded, noise, pictures, pixels_of, upload, zipped
 
 LEFT = ROOT / "trained_model.tar"  # where `cog train` on a laptop finds it
-LEARNING = {"steps": 8, "learning_rate": 0.01, "lora_rank": 4, "sample_steps": 2}
+LEARNING = {"steps": 8, "learning_rate": 0.01, "lora_rank": 4, "sample_steps": 2, "gradient_checkpointing": "auto"}
 FILES = {
     "README.md", "config.json", "contact_sheet.png", "lora.safetensors", "lora_kohya.safetensors", "run.safetensors",
     "train.jsonl",
