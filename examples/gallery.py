@@ -13,7 +13,7 @@ from examples.figures import SUBJECTS
 from examples.likeness import style_likeness, subject_likeness
 
 BASES: Mapping[str, Mapping[str, float]] = {
-    "sdxl": {"num_inference_steps": 20, "guidance_scale": 4.0},
+    "sdxl": {"num_inference_steps": 20, "guidance_scale": 2.5},
     "flux-dev": {"num_inference_steps": 20, "guidance_scale": 3.5},
 }
 """Inputs that suit the toy bases."""
