@@ -238,9 +238,8 @@ def _stacked(pairs: list[LowRank]) -> LowRank:
 
 def _linear(denoiser: nn.Module, name: str) -> nn.Linear:
     module: nn.Module | None = denoiser
-    for part in name.split(
-        "."
-    ):  # get_submodule() asks each model on the way for what it may have elsewhere, and is slow
+    # get_submodule() is slow: each model on the way looks for more than a module.
+    for part in name.split("."):
         module = module._modules.get(part) if module is not None else None
     if not isinstance(module, nn.Linear):
         raise LoRAError(

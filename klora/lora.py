@@ -66,7 +66,7 @@ class LoRA(Mapping[str, LowRank]):
         if (device, dtype) not in self._placed:
             self._placed.clear()
             layers = _moved(self.layers, device, dtype)
-            if sum((pair.A.nbytes + pair.B.nbytes) for pair in layers.values()) > PLACED_BYTES:
+            if sum(pair.A.nbytes + pair.B.nbytes for pair in layers.values()) > PLACED_BYTES:
                 return layers
             self._placed[device, dtype] = layers
         return self._placed[device, dtype]
