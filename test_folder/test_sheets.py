@@ -202,10 +202,11 @@ def test_a_sheet_tells_the_seconds_of_all_its_images_and_no_share_of_one(studio:
     facts = dict[str, float]()
     tell = tallied(lambda name, value: told.append((name, value)))
     for value in (1.0, 2.0):
-        for name in ("decode_seconds", "style_share", "gamma"):
+        for name in ("decode_seconds", "style_share", "flips", "flips_per_step", "gamma"):
             tell(name, value)
     assert told == [("decode_seconds", 1.0), ("gamma", 1.0), ("decode_seconds", 3.0), ("gamma", 2.0)]
     studio.make(asked(sweep=True), files(loras), facts.__setitem__)
+    assert not {"style_share", "flips", "flips_per_step"} & facts.keys()
     assert "style_share" not in facts and {"fusion", "gamma", "denoise_seconds"} <= facts.keys()
 
 

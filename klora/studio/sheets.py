@@ -75,14 +75,15 @@ def draw_ways(
 
 
 def tallied(record: Record) -> Record:
-    """What a sheet's images tell, to be told of the sheet: their seconds in all, and nothing that is each one's own."""
+    """What a sheet's images tell, to be told of the sheet: their seconds in all, the most memory that one took, and
+    nothing that is each one's own."""
     seconds = defaultdict[str, float](float)
 
     def tell(name: str, value: Any) -> None:
         if name.endswith("_seconds"):
             seconds[name] += value
             value = seconds[name]
-        if name not in ("style_share", "flips"):
+        if name not in ("style_share", "flips", "flips_per_step"):
             record(name, value)
 
     return tell
