@@ -2,7 +2,6 @@
 is in test_draws.py."""
 
 import dataclasses
-import io
 import weakref
 from functools import partial
 from pathlib import Path
@@ -23,27 +22,7 @@ from klora.training.config import TARGETS, TrainConfig
 from klora.training.dataset import Picture
 from klora.training.loop import Load, Progress, new_layers, train_lora
 from test_folder import tiny
-
-BASES = {"sdxl": "sdxl", "flux": "flux-dev"}
-QUICK = TrainConfig(
-    steps=6, learning_rate=1e-3, lora_rank=4, resolution="64", seed=3, sample_steps=0, gradient_checkpointing="off"
-)
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(params=FAMILIES)
-def load(request: pytest.FixtureRequest, bases: Path) -> Load:
-    return partial(load_model, request.param, bases / BASES[request.param])
-
-
-@pytest.fixture
-def sdxl(bases: Path) -> Load:
-    return partial(load_model, "sdxl", bases / "sdxl")
-
-
-@pytest.fixture(scope="module")
-def pictures() -> list[Picture]:
-    return four_pictures()
+from test_folder.trainer.material import BASES, CPU, QUICK, config
 
 
 @pytest.fixture(scope="module")
@@ -53,33 +32,8 @@ def finished(bases: Path, pictures: list[Picture], tmp_path_factory: pytest.Temp
     return folder, train_lora(partial(load_model, "sdxl", bases / "sdxl"), pictures, QUICK, folder)
 
 
-def four_pictures() -> list[Picture]:
-    """Four colours in three shapes, two of them captioned."""
-    colours = [("red", (64, 64)), ("green", (96, 64)), ("blue", (64, 96)), ("white", (80, 80))]
-    return [
-        picture(i, colour, size, f"a {colour} [trigger] toy" if i % 2 else None)
-        for i, (colour, size) in enumerate(colours)
-    ]
-
-
-def picture(
-    number: int, colour: Any, size: tuple[int, int] = (64, 64), caption: str | None = None, mask: Any = None
-) -> Picture:
-    return Picture(f"{number}.png", png(Image.new("RGB", size, colour)), caption, None if mask is None else png(mask))
-
-
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def bits(lora: LoRA) -> dict[str, bytes]:
     return {name: pair.A.numpy().tobytes() + pair.B.numpy().tobytes() for name, pair in lora.items()}
-
-
-def config(**settings: Any) -> TrainConfig:
-    return dataclasses.replace(QUICK, **settings)
 
 
 def recording(load: Load, seen: list[Family]) -> Load:

@@ -1,15 +1,13 @@
 """What a training is shown: pictures, captions and halves of them; and that its steps are the textbook's."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from peft import LoraConfig
 from PIL import Image
 
-from klora import FAMILIES, load_model
+from klora import FAMILIES
 from klora.layers import trainable
 from klora.models.family import Family, linear_shapes
 from klora.training.config import TrainConfig
@@ -17,22 +15,7 @@ from klora.training.dataset import Picture
 from klora.training.draw import Draw
 from klora.training.loop import Load, encode, new_layers, train_lora
 from klora.training.objective import Batch, Objective
-from test_folder.test_training import BASES, CPU, QUICK, config, four_pictures, png
-
-
-@pytest.fixture(params=FAMILIES)
-def load(request: pytest.FixtureRequest, bases: Path) -> Load:
-    return partial(load_model, request.param, bases / BASES[request.param])
-
-
-@pytest.fixture
-def sdxl(bases: Path) -> Load:
-    return partial(load_model, "sdxl", bases / "sdxl")
-
-
-@pytest.fixture(scope="module")
-def pictures() -> list[Picture]:
-    return four_pictures()
+from test_folder.trainer.material import CPU, QUICK, config, png
 
 
 def spied(load: Load, predicted: list[dict[str, Any]]) -> Load:
