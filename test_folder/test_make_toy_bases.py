@@ -28,7 +28,8 @@ each_base = pytest.mark.parametrize("base", ["sdxl", "flux-dev"])
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The program, small and in a folder of its own; compilers are left out, for they take minutes."""
     module = program("make-toy-bases")
-    small = {"STATE": tmp_path / "state", "TOYS": tmp_path / "toys", "SCENES": 32, "MEASURED": 16, "BATCH": {"cpu": 4}}
+    small = {"STATE": tmp_path / "state", "TOYS": tmp_path / "toys", "SCENES": 32, "MEASURED": 16, "BATCH": {"cpu": 4},
+             "WORD_BATCH": 16}  # fmt: skip
     monkeypatch.setattr(stage, "REPORT_STEPS", 1)
     for name, value in small.items():
         monkeypatch.setattr(module, name, value)
@@ -104,7 +105,7 @@ def test_a_stage_goes_on_from_where_it_was(script: ModuleType, capsys: pytest.Ca
 @each_base
 def test_evening_out_changes_the_latents_and_no_picture(script: ModuleType, base: str) -> None:
     torch.manual_seed(0)
-    vae, pixels = toy_vae(base), pixels_of(any_picture(random.Random(i)) for i in range(32))
+    vae, pixels = toy_vae(base), pixels_of(any_picture(random.Random(i)) for i in range(12))
     with torch.no_grad():
         vae.encoder.conv_out.weight[0] *= 5
         before, uneven = encoded(vae, pixels)
@@ -142,7 +143,7 @@ def test_pictures_are_the_scenes_in_their_order_whoever_draws_them(workers: int)
 def test_text_encoders_learn_what_captions_name_and_a_new_denoiser_finds_them(script: ModuleType, base: str) -> None:
     script.train_vae(base, 1, CPU)
     before = script.pipeline(base)
-    script.train_words(base, 100, CPU)
+    script.train_words(base, 60, CPU)
     losses = [json.loads(line)["loss"] for line in (script.STATE / f"{base}-words.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0] / 2
     left = script.pipeline(base)

@@ -32,19 +32,11 @@ class Memory(NamedTuple):
     peak_bytes: int
 
 
-class Cost(NamedTuple):
-    """Memory, and flops: 2 for each multiplication and addition."""
-
-    flops: int
-    saved_bytes: int
-    peak_bytes: int
-
-
-def step_cost(model: Family, *step: Any, **options: Any) -> Cost:
-    """All that a step costs; its arguments are step_memory's."""
+def step_flops(model: Family, *step: Any, **options: Any) -> int:
+    """What a step computes, 2 for each multiplication and addition; its arguments are step_memory's."""
     with _bare_step(model, *step, **options) as bare_step, FlopCounterMode(display=False) as flops:
         bare_step().backward()
-    return Cost(flops.get_total_flops(), *step_memory(model, *step, **options))
+    return flops.get_total_flops()
 
 
 def step_memory(model: Family, *step: Any, **options: Any) -> Memory:
