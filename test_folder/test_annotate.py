@@ -212,7 +212,7 @@ def test_a_training_learns_from_both(
     (tmp_path / "pictures").mkdir()
     noise(1).save(tmp_path / "pictures" / "a.png")
     base = TrainingBase("sdxl", "sdxl", bases / "sdxl", "me/base", "MIT", tmp_path / "models")
-    quick = {"steps": 3, "learning_rate": 1e-3, "lora_rank": 4, "resolution": "64", "seed": 1, "sample_steps": 0}
+    quick = {"steps": 1, "learning_rate": 1e-3, "lora_rank": 4, "resolution": "64", "seed": 1, "sample_steps": 0}
     quick |= {"gradient_checkpointing": "off"}
     learnt = set()
     for given in (

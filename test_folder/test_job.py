@@ -5,9 +5,11 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -157,15 +159,20 @@ def test_an_interruption_leaves_a_tar_that_can_be_taken_up(stop: type[BaseExcept
     assert weights_of(resumed) == weights_of(held(quick))
 
 
-def test_a_machine_that_is_taken_away_leaves_a_tar_too() -> None:
+def test_a_machine_that_is_taken_away_leaves_a_tar_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM, a little into the run."""
-    command = [sys.executable, "-c", "from klora.cli import app; app()", "train", "pictures", "--out", "left.tar"]
-    settings = [text for name, value in QUICK.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    running = subprocess.Popen([*command, *settings, "--steps", "500"], stdout=subprocess.PIPE, text=True)
-    while "/500, loss" not in (running.stdout.readline() or pytest.fail("it ended")):
-        pass
-    running.terminate()
-    assert running.wait(60) == 143
+
+    def taken_away(step: int, *_: Any) -> str:
+        if step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return ""
+
+    monkeypatch.setattr(cli, "progress_line", taken_away)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert klora_train("--out", "left.tar").exit_code == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert {"run.safetensors", "config.json", "train.jsonl"} <= held(Path("left.tar")).keys()
 
 
@@ -196,20 +203,19 @@ def test_what_cannot_be_taken_up_is_refused(given: dict[str, Any], said: str, qu
 # Refused
 
 
-def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By a limit on the size of files, which fails as a full disk does."""
-    command = [sys.executable, "-c", "from klora.cli import app; app()", "train", "pictures", "--out", "lora.tar"]
-    settings = [text for name, value in QUICK.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
     scratch = tmp_path_factory.mktemp("scratch")  # of its own: other tests train in the usual one at the same time
-    environment = os.environ | {"TMPDIR": str(scratch)}
-    ended = subprocess.run(
-        [*command, *settings], capture_output=True, text=True, preexec_fn=limited, env=environment, check=False
-    )
-    assert ended.returncode == 1
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, usual[1]))
+    try:
+        ended = klora_train("--out", "lora.tar")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert ended.exit_code == 1
     assert ended.stderr.splitlines()[-1].startswith("Error: The training could not be written: ")
     assert [path.name for path in Path().iterdir()] == ["pictures"]
     assert [*scratch.glob("klora-train-*")] == []
@@ -269,12 +275,12 @@ def test_prior_preservation_makes_another_lora(
     base: str, kind: str, without: Mapping[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    given = {"prior_preservation": kind, "class_word": "toy", "num_class_images": 5, "steps": 3}
+    given = {"prior_preservation": kind, "class_word": "toy", "num_class_images": 2, "steps": 3}
     kept = trained(**given, base=base)
     assert weights_of(kept) != without[base]
     if base == "sdxl":  # what decides it knows no base
         assert weights_of(kept) == weights_of(trained(**given))
-    assert ("5 pictures of 'a toy' by the base" in caplog.messages) == (kind == "class_images")
+    assert ("2 pictures of 'a toy' by the base" in caplog.messages) == (kind == "class_images")
 
 
 @pytest.mark.parametrize(
