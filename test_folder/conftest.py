@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
@@ -13,6 +14,7 @@ import diffusers
 import pytest
 import torch
 import transformers
+from xdist.scheduler import LoadFileScheduling
 
 from klora.sources.network import Network
 from test_folder import tiny
@@ -45,6 +47,18 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays, and the collector, which every training calls, need not look through it."""
     gc.collect()
     gc.freeze()
+
+
+class Together(LoadFileScheduling):
+    """A file at a time to each process, the conformance suite whole to one: it shares servers, which start slowly."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        folder, _, file = nodeid.partition("::")[0].rpartition("/")
+        return folder if folder.endswith("/conformance") else f"{folder}/{file}"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:
+    return Together(config, log)
 
 
 @pytest.fixture(scope="session")
