@@ -194,6 +194,22 @@ def test_an_out_that_is_a_file_is_refused() -> None:
     assert "'out' is a file" in fuse(*QUICK).stderr
 
 
+def test_a_real_process_ends_with_one_line_and_status_one() -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "from klora.cli import app; app()",
+        "fuse",
+        PROMPT,
+        "--style-lora",
+        "none.safetensors",
+    ]
+    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.splitlines()[-1].startswith(f"Error: style_lora is 'none.safetensors'. {OUTSIDE}")
+    assert "Traceback" not in result.stderr
+
+
 def test_without_bases_a_real_process_draws_with_the_toys_and_says_so(bases: Path, tmp_path: Path) -> None:
     shutil.copy(ROOT / "weights.py", tmp_path)  # it looks for the toys beside itself
     (tmp_path / "examples").mkdir()

@@ -39,9 +39,9 @@ def test_the_bases_take_at_most_40_mb_and_name_no_folder_of_a_machine() -> None:
 
 @every_base
 def test_a_toy_base_draws_what_held_out_captions_ask_for(base: str) -> None:
-    found = program("evaluate").accuracy(base, 16)
+    found = program("evaluate").accuracy(base, 24)
     assert found["ground"] >= 0.9
-    assert found["all"] >= 0.75
+    assert found["all"] >= 0.8
 
 
 @every_base
@@ -52,19 +52,19 @@ def test_every_subject_and_style_has_a_lora_of_at_most_3_mb_that_names_its_trigg
         assert loaded(base).read_lora(file).metadata["trigger"] in ("sbu", "szn")
 
 
-@every_base
-def test_each_way_to_fuse_shows_what_it_should(base: str) -> None:
+@pytest.mark.parametrize(("base", "style"), [("sdxl", "neon"), ("flux-dev", "blueprint")])
+def test_each_way_to_fuse_shows_what_it_should(base: str, style: str) -> None:
     """Content alone the subject, style alone the style, and K-LoRA more of the one than style alone and more of the
     other than content alone."""
-    subject, style = "flower", "blueprint"
+    subject = "robot"
     content, manner = (loaded(base).read_lora(LORAS / lora_file(base, name)) for name in (subject, style))
     found = {}
     fused = "K-LoRA s, style_bias 0.8"  # where both show: at 1 the style draws over its subject
     for way in ("content only", "style only", fused):
-        requests = [Request(prompt(subject), seed=seed, **BASES[base], **WAYS[way]) for seed in range(3)]
+        requests = [Request(prompt(subject), seed=seed, **BASES[base], **WAYS[way]) for seed in range(4)]
         images = [generate(loaded(base), request, content=content, style=manner)[0] for request in requests]
         found[way] = {measure: mean(values) for measure, values in scores(images, subject, style).items()}
-    assert found["content only"]["subject"] > 0.4 > found["content only"]["style"]  # SDXL's flower: 0.57
+    assert found["content only"]["subject"] > 0.5 > found["content only"]["style"]
     assert found["style only"]["style"] > 0.5 > found["style only"]["subject"]
     assert found[fused]["subject"] > found["style only"]["subject"] + 0.1
     assert found[fused]["style"] > found["content only"]["style"] + 0.1

@@ -237,7 +237,8 @@ SERVED = ("predict.py", "train.py", "cog.yaml", "weights.py", "script/serve", "s
 ECHO = "import os, sys\nprint(sys.argv[1:], os.environ['KLORA_MODELS'], os.environ['KLORA_LORA_ROOT'])"
 
 
-def test_script_serve_hands_the_toys_to_its_server(toys: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["predict", "train"])
+def test_script_serve_hands_the_toys_to_its_server(toys: Path, tmp_path: Path, mode: str) -> None:
     for name in SERVED:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
@@ -248,8 +249,9 @@ def test_script_serve_hands_the_toys_to_its_server(toys: Path, tmp_path: Path) -
         (tmp_path / "cog" / name).write_text(text)
     (tmp_path / "examples").mkdir()
     (seen := tmp_path / "examples" / "toy").symlink_to(toys)
-    result = subprocess.run([sys.executable, tmp_path / "script" / "serve", "--train"], capture_output=True, text=True)
-    options = ["--host", "127.0.0.1", "--x-mode", "train"]
+    command = [sys.executable, tmp_path / "script" / "serve", *(["--train"] if mode == "train" else [])]
+    result = subprocess.run(command, capture_output=True, text=True)
+    options = ["--host", "127.0.0.1", *(["--x-mode", "train"] if mode == "train" else [])]
     *said, given, last = result.stderr.splitlines()
     assert said.count(TOLD) == 1
     assert given == f"{options} {seen} {seen / 'loras'}"
