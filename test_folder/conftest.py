@@ -31,7 +31,7 @@ for library in (diffusers, transformers):
 # What takes longest, longest first. A process that has nothing left takes the next file (--dist loadfile), so that a
 # long file at the end would keep one of them busy while the others wait.
 LONG = (
-    "test_job", "test_training", "test_trainings", "test_cost", "test_equivalence", "test_pace", "test_toy",
+    "test_toy", "test_job", "test_training", "test_trainings", "test_cost", "test_equivalence", "test_pace",
     "test_make_toy_bases", "test_bench", "test_models", "test_local_generation", "test_report", "test_provenance",
     "test_remote_requests", "test_predict", "test_cluster", "test_variants", "test_likeness", "test_draws",
     "test_annotate", "test_weights", "test_wheel",
@@ -50,11 +50,14 @@ def pytest_collection_finish() -> None:
 
 
 class Together(LoadFileScheduling):
-    """A file at a time to each process, the conformance suite whole to one: it shares servers, which start slowly."""
+    """A file at a time to each process, but whole to one what shares a thing that takes long to make: servers, or the
+    regression that tells styles."""
 
     def _split_scope(self, nodeid: str) -> str:
         folder, _, file = nodeid.partition("::")[0].rpartition("/")
-        return folder if folder.endswith("/conformance") else f"{folder}/{file}"
+        if folder.endswith("/conformance"):
+            return folder
+        return "likeness" if file in ("test_toy.py", "test_likeness.py", "test_evaluate.py") else f"{folder}/{file}"
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:

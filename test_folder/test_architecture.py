@@ -1,11 +1,14 @@
 """The rules of the house, checked in the source: who may import whom, how long things are, what is never written."""
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import klora
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = [ROOT / name for name in ("predict.py", "train.py", "weights.py")]
@@ -129,6 +132,17 @@ every_module = pytest.mark.parametrize("path", PACKAGE, ids=relative)
 def test_the_files_are_found() -> None:
     names = {relative(path) for path in FILES}
     assert {"klora/lora.py", "klora/fusion.py", "klora/models/sdxl.py", "klora/models/flux.py", "weights.py"} <= names
+
+
+def test_every_public_name_is_had() -> None:
+    assert {"Flux", "LoRA", "generate"} <= set(klora.__all__) <= set(dir(klora))
+    assert all(callable(getattr(klora, name)) for name in klora.__all__ if name != "FAMILIES")  # and none is a module
+    assert not hasattr(klora, "nothing")
+
+
+def test_who_only_fetches_files_waits_for_no_torch() -> None:
+    code = "import sys, weights, klora; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 # Who may import whom.

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from klora import cli
 from klora.form.request import Request, open_image
-from klora.generate import generate
+from klora.generation import generate
 from klora.models import load_model
 from klora.models.family import Family
 

@@ -15,7 +15,7 @@ from torch import nn
 from klora import layers as klora_layers
 from klora.form.request import SCHEDULERS, Request
 from klora.fusion import Schedule, fuse
-from klora.generate import generate
+from klora.generation import generate
 from klora.layers import attached
 from klora.lora import LowRank
 from klora.models import FAMILIES

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from klora import fusion as subject
 from klora.form.request import Request
 from klora.fusion import RANKS, Fusion, fuse, importance
-from klora.generate import combine
+from klora.generation import combine
 from klora.lora import LoRA, LowRank
 
 META = torch.device("meta")  # its tensors have shapes alone: whoever asks for a value fails

@@ -16,7 +16,7 @@ from transformers import CLIPTextModel
 import weights
 from klora.errors import BaseModelError, KLoRAError, LoRAError, RequestError, SafetyError
 from klora.form.request import Request
-from klora.generate import generate
+from klora.generation import generate
 from klora.layers import HEADROOM_BYTES
 from klora.models.safety import SafetyChecker
 from klora.studio import Studio, save_images

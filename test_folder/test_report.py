@@ -22,7 +22,7 @@ from klora.errors import LoRAError, RequestError
 from klora.files.report import stated_alphas
 from klora.form.request import Request
 from klora.fusion import Schedule, fuse
-from klora.generate import combine
+from klora.generation import combine
 from klora.lora import LoRA, LowRank
 from klora.report import Report, report_on
 from klora.report.numbers import BIASES, QUANTILES

@@ -16,7 +16,7 @@ from klora.bases.install import ensure_base
 from klora.bases.table import BASES
 from klora.errors import BaseModelError
 from klora.form.request import Request
-from klora.generate import generate
+from klora.generation import generate
 from klora.models import checkpoint_in, load_model
 from klora.models.family import EVERY_PART, Family, Part
 from klora.report.inspection import inspect

@@ -61,8 +61,8 @@ def test_each_way_to_fuse_shows_what_it_should(base: str, style: str) -> None:
     found = {}
     fused = "K-LoRA s, style_bias 0.8"  # where both show: at 1 the style draws over its subject
     for way in ("content only", "style only", fused):
-        requests = [Request(prompt(subject), seed=seed, **BASES[base], **WAYS[way]) for seed in range(4)]
-        images = [generate(loaded(base), request, content=content, style=manner)[0] for request in requests]
+        request = Request(prompt(subject), seed=0, num_outputs=4, **BASES[base], **WAYS[way])
+        images = generate(loaded(base), request, content=content, style=manner)
         found[way] = {measure: mean(values) for measure, values in scores(images, subject, style).items()}
     assert found["content only"]["subject"] > 0.5 > found["content only"]["style"]
     assert found["style only"]["style"] > 0.5 > found["style only"]["subject"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from klora.errors import RequestError
 from klora.form.request import Request
-from klora.generate import generate
+from klora.generation import generate
 from klora.lora import LoRA
 from klora.models import load_model
 from klora.models.family import Family

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from klora.device import default_dtype
 from klora.errors import BaseModelError
-from klora.generate import Encode, plain_encoder
+from klora.generation import Encode, plain_encoder
 from klora.layers import HEADROOM_BYTES
 from klora.models import files_read, load_model
 from klora.models.family import Family

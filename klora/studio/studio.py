@@ -22,7 +22,7 @@ from klora.files.report import stated_alphas
 from klora.files.shelf import Shelf, keep_scores
 from klora.form.request import Request
 from klora.fusion import Fusion, Schedule, fuse
-from klora.generate import Draw, Record, draws_of, generate
+from klora.generation import Draw, Record, draws_of, generate
 from klora.lora import LoRA
 from klora.models import FAMILIES, origin_of
 from klora.models.family import Family

@@ -27,7 +27,7 @@ from klora import __version__
 from klora.device import default_device
 from klora.errors import RequestError
 from klora.form.request import Request
-from klora.generate import generate
+from klora.generation import generate
 from klora.lora import LoRA, save_lora
 from klora.models import FAMILIES, load_model
 from klora.training.annotate import Captioner, Segmenter, autocaptioned, segmented

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from klora.form.request import Request
-from klora.generate import Draw as One
-from klora.generate import generate
+from klora.generation import Draw as One
+from klora.generation import generate
 from klora.models import load_model
 from klora.models.family import Family
 from test_folder.bulk.prompting import CPU, ONE_LEVEL, PROMPTS, far
