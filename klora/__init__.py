@@ -32,13 +32,15 @@ _HOMES = {
 }  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
-    """A public name, when it is first asked for: torch and diffusers take seconds, and who fetches files needs none."""
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f"klora.{module}"), name)
-    raise AttributeError(f"module 'klora' has no attribute {name!r}")
-
-
 def __dir__() -> list[str]:
     return [*globals(), *__all__]
+
+
+if not TYPE_CHECKING:  # to a type checker it would promise every name, misspelt ones too
+
+    def __getattr__(name: str) -> Any:
+        """A public name, when it is first asked for: torch takes seconds, and who fetches files needs none."""
+        for module, names in _HOMES.items():
+            if name in names:
+                return getattr(import_module(f"klora.{module}"), name)
+        raise AttributeError(f"module 'klora' has no attribute {name!r}")
