@@ -1,6 +1,5 @@
-"""The web form and the HTTP inputs of K-LoRA, for Cog. What they mean is in klora.form; this file knows only Cog.
-
-Cog reads the form from this source text, so every string is one literal and every bound a number (script/schema).
+"""The web form and the HTTP inputs of K-LoRA, for Cog. What they mean is in klora.form; this file knows only Cog, which
+reads the form from this source text, so that every string is one literal and every bound a number (script/schema).
 """
 
 import logging
@@ -17,9 +16,10 @@ from cog import BasePredictor, Input, Path, Secret, current_scope
 from PIL.Image import Image
 
 import weights
-from klora.bulk import Bulk, run
+from klora.bulk.batches import Bulk
 from klora.bulk.folder import packed
 from klora.bulk.lines import read_prompts
+from klora.bulk.run import run
 from klora.errors import RequestError
 from klora.form.fields import random_seed
 from klora.form.inputs import filled, progress_line, uploaded

@@ -1,4 +1,7 @@
-"""The `klora` command: what the forms do, from a shell and without Cog. Its options are the forms' fields, by name."""
+"""The `klora` command: what the forms do, from a shell and without Cog. Its options are the forms' fields, by name.
+
+A verb imports what it needs when it runs: torch takes seconds, and help, completion and refusals need none.
+"""
 
 import logging
 import signal
@@ -7,27 +10,26 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from PIL import Image, ImageChops
 
 import weights
-from klora.bulk import Bulk, Draw, run
+from klora.bulk.batches import Bulk
 from klora.bulk.lines import ALONE, read_prompts
 from klora.errors import KLoRAError, RequestError, SafetyError
-from klora.export import Export, exported
 from klora.form.fields import MAX_SEED
 from klora.form.inputs import progress_line
 from klora.form.options import options_of
+from klora.form.pair import Export, Question
 from klora.form.request import Request, open_images
-from klora.report.inspection import inspect as inspected
-from klora.report.pair import Question, answer, save_report
-from klora.studio import Studio, save_images
-from klora.studio.provenance import read_provenance
 from klora.training.config import TrainConfig
-from klora.training.job import TrainingBase, run_training
 from klora.training.publishing import Publishing
+
+if TYPE_CHECKING:
+    from klora.bulk.batch import Draw
+    from klora.studio import Studio
 
 app = typer.Typer(help="K-LoRA: one LoRA's subject in another LoRA's style.", no_args_is_help=True)
 
@@ -42,9 +44,12 @@ def fuse(
     out: Annotated[Path, typer.Option(help="Folder for the images.", file_okay=False)] = Path("out"), **given: Any
 ) -> None:
     """Make images from a prompt and up to two LoRAs: files, or what the server's form takes."""
+    from klora.report.pair import save_report
+    from klora.studio import save_images
+
     started, facts = time.perf_counter(), dict[str, Any]()
     request = Request(**open_images(given))
-    studio = Studio(weights.find_base, weights.safety_checker_path())
+    studio = _studio()
     bases = weights.runnable(request.model)
     with weights.LoRAFiles(anywhere=True).borrowed(request.loras, weights.own_tokens(), bases) as (files, lent):
         images = studio.make(request, files, facts.__setitem__, lent=lent)
@@ -66,6 +71,9 @@ def reproduce(
     mask: Annotated[Path | None, typer.Option(help="The mask that it was made with.")] = None,
 ) -> None:
     """Make an image again, from what its file tells of how it was made, and say whether the pixels are the same."""
+    from klora.studio import save_images
+    from klora.studio.provenance import read_provenance
+
     made = read_provenance(original)
     given = {"content_lora": content_lora, "style_lora": style_lora, "image": image, "mask": mask}
     request = made.request(**open_images({name: value for name, value in given.items() if value is not None}))
@@ -74,7 +82,7 @@ def reproduce(
     base = weights.find_base(request.model)
     for change in made.changes(base.path):
         typer.echo(f"Warning: {change}, so that the image may come out otherwise.", err=True)
-    studio, owned = Studio(weights.find_base, weights.safety_checker_path()), weights.own_tokens()
+    studio, owned = _studio(), weights.own_tokens()
     with weights.LoRAFiles(anywhere=True).borrowed(request.loras, owned, [base.name]) as (files, lent):
         images = studio.make(request, files, lent=lent, again=made)
     if made.place not in images:
@@ -104,6 +112,8 @@ def train(
     **given: Any,
 ) -> None:
     """Train a LoRA on pictures."""
+    from klora.training.job import TrainingBase, run_training
+
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leaves a tar, as Ctrl-C does
     publishing = {item.name: given.pop(item.name) for item in fields(Publishing) if item.name in given}
     tar = run_training(
@@ -132,6 +142,8 @@ def generate(
 ) -> None:
     """Make an image for each line of a prompt file: 00000.png, with its caption in 00000.txt, and how it was made in
     00000.json. The same command goes on where it was interrupted."""
+    from klora.bulk.run import run
+
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     bulk = Bulk(**{item.name: given.pop(item.name) for item in fields(Bulk) if item.name in given})
     common = open_images({**given, "seed": seed, "output_format": output_format})
@@ -140,10 +152,10 @@ def generate(
         raise typer.Exit(1)
 
 
-def open_studio() -> Draw:
+def open_studio() -> "Draw":
     """What makes the images of `klora generate`: here, or in a worker of a cluster."""
     weights.use_toys_if_no_bases()
-    studio, loras = Studio(weights.find_base, weights.safety_checker_path()), weights.LoRAFiles(anywhere=True)
+    studio, loras = _studio(), weights.LoRAFiles(anywhere=True)
 
     def draw(requests: Sequence[Request]) -> dict[int, Image.Image]:
         shared = requests[0]
@@ -157,6 +169,8 @@ def inspect(
     lora: Annotated[str, typer.Argument(help="A LoRA file, a tar that holds one, a PEFT repository, or a reference.")],
 ) -> None:
     """Say what a LoRA is, and which installed bases read it."""
+    from klora.report.inspection import inspect as inspected
+
     with weights.LoRAFiles(anywhere=True).borrowed({"lora": lora}, weights.own_tokens()) as (files, _):
         found = inspected(files["lora"], _bases())
     typer.echo(found)
@@ -169,6 +183,8 @@ def report(
     **given: Any,
 ) -> None:
     """Say who acts where and when for a pair of LoRAs, and what would change it; makes no image."""
+    from klora.report.pair import answer, save_report
+
     question = Question(**given)
     with weights.LoRAFiles(anywhere=True).borrowed(question.loras, weights.own_tokens()) as (files, lent):
         told, pair = answer(question, files, _bases(), {name: facts.scores for name, facts in lent.items()})
@@ -180,10 +196,18 @@ def export(
 ) -> None:
     """Bake a fusion into one ordinary LoRA, for tools without K-LoRA: its mean over some steps or all. That is K-LoRA
     itself only where no layer flips in them, and another thing elsewhere; it says how far the one is from the other."""
+    from klora.export import exported
+
     wanted = Export(**given)
     with weights.LoRAFiles(anywhere=True).borrowed(wanted.loras, weights.own_tokens()) as (files, lent):
         told = exported(wanted, files, _bases(), out, lent)
     typer.echo(f"{out}\n{told}")
+
+
+def _studio() -> "Studio":
+    from klora.studio import Studio
+
+    return Studio(weights.find_base, weights.safety_checker_path())
 
 
 def _bases() -> dict[str, tuple[str, Path]]:

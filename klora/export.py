@@ -6,7 +6,6 @@ how far the file is from the mean, is stated.   O outputs, I inputs, R rank, L l
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,43 +20,16 @@ from klora.cache import Borrowed
 from klora.errors import LoRAError, RequestError
 from klora.files.lycoris import MAX_RANK
 from klora.files.shelf import Shelf
-from klora.form.fields import ask
-from klora.form.request import Request
+from klora.form.pair import Export
 from klora.fusion import Fusion, Schedule
 from klora.lora import LoRA, LowRank, save_lora
 from klora.models import FAMILIES
-from klora.report.pair import Pair, Question, fused, read_pair
+from klora.report.pair import Pair, fused, read_pair
 from klora.studio.provenance import canonical, versions
 from klora.training.kohya import save_kohya
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _ROLES = ("content", "style")
-_ASKED = {name: item.metadata for name, item in Request.__dataclass_fields__.items()}
-
-
-@dataclass(frozen=True)
-class Export(Question):
-    """What is to be baked of a pair; names and bounds are a request's where it has them. Raises RequestError."""
-
-    num_inference_steps: int | None = ask(None, **_ASKED["num_inference_steps"])
-    content_scale: float = ask(1.0, **_ASKED["content_scale"])
-    style_scale: float = ask(1.0, **_ASKED["style_scale"])
-    steps: str | None = ask(
-        None, "Steps to average, as in 0:10: from the first, which is 0, to before step 10. Default: all."
-    )
-    rank: int | None = ask(
-        None, "Rank to reduce layers to. Default: none, both LoRAs' ranks together.", ge=1, le=MAX_RANK
-    )
-    dtype: str = ask("fp16", "Of the weights in the file.", choices=tuple(DTYPES))
-    format: str = ask("diffusers", "Whose names the layers have in the file.", choices=("diffusers", "kohya"))
-
-    @property
-    def span(self) -> tuple[int, int] | None:
-        """The steps, [first, last); None for all."""
-        found = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", self.steps or "")
-        if self.steps is not None and not found:
-            raise RequestError(f"steps is {self.steps!r}. Expected A:B, as in 0:10.")
-        return (int(found[1]), int(found[2])) if found else None
 
 
 @dataclass(frozen=True)

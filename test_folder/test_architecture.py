@@ -64,6 +64,7 @@ LAYERS = {
     },
     "klora/training/kohya.py": {"klora.errors", "klora.lora"},
     "klora/form/request.py": {"klora.errors", "klora.form.fields"},
+    "klora/form/pair.py": {"klora.errors", "klora.form.fields", "klora.form.request"},
     "klora/models/": {
         *("klora.errors", "klora.device", "klora.lora", "klora.form.request", "klora.models.family"),
         *FILES_OF_LORAS,
@@ -140,8 +141,9 @@ def test_every_public_name_is_had() -> None:
     assert not hasattr(klora, "nothing")
 
 
-def test_who_only_fetches_files_waits_for_no_torch() -> None:
-    code = "import sys, weights, klora; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("what", ["weights, klora", "klora.cli"])
+def test_who_only_fetches_files_or_asks_for_help_waits_for_no_torch(what: str) -> None:
+    code = f"import sys, {what}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

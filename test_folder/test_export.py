@@ -17,7 +17,9 @@ from typer.testing import CliRunner
 from klora import Fusion, LoRA, LowRank, Schedule, attached, cli, fuse, load_model, save_lora
 from klora.cache import Borrowed
 from klora.errors import KLoRAError, LoRAError, RequestError
-from klora.export import DTYPES, Export, baked, errors, exported, reduced, rounded
+from klora.export import DTYPES, baked, errors, exported, reduced, rounded
+from klora.files.lycoris import MAX_RANK
+from klora.form.pair import Export
 from klora.lora import Plan
 from klora.models.family import Family
 from test_folder import tiny
@@ -191,6 +193,11 @@ def installed(bases: Path) -> dict[str, tuple[str, Path]]:
 
 def wanted(**given: Any) -> Export:
     return Export(**{"content_lora": "a", "style_lora": "b", "num_inference_steps": STEPS, **given})
+
+
+def test_the_form_takes_the_ranks_and_dtypes_that_a_file_can_have() -> None:
+    asked = Export.__dataclass_fields__
+    assert (asked["rank"].metadata["le"], asked["dtype"].metadata["choices"]) == (MAX_RANK, tuple(DTYPES))
 
 
 def header(path: Path) -> dict[str, Any]:

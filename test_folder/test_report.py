@@ -20,13 +20,14 @@ from typer.testing import CliRunner
 from klora import cli
 from klora.errors import LoRAError, RequestError
 from klora.files.report import stated_alphas
+from klora.form.pair import Question
 from klora.form.request import Request
 from klora.fusion import Schedule, fuse
 from klora.generation import combine
 from klora.lora import LoRA, LowRank
 from klora.report import Report, report_on
 from klora.report.numbers import BIASES, QUANTILES
-from klora.report.pair import Question, answer, read_pair, save_report
+from klora.report.pair import answer, read_pair, save_report
 from klora.report.picture import ALONE, CONTENT, STYLE, _block_of, choice_colours, draw, figure
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -3,9 +3,3 @@
 lines   a prompt file -> jobs     batches   who makes which, with whom     folder   a job's files, and what is done
 run     batches -> files          cluster   the same, by Ray's workers
 """
-
-from klora.bulk.batch import Draw
-from klora.bulk.batches import Bulk
-from klora.bulk.run import run
-
-__all__ = ["Bulk", "Draw", "run"]

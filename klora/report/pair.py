@@ -3,10 +3,9 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from klora.errors import LoRAError
 from klora.files.adapter import with_alphas
@@ -15,8 +14,7 @@ from klora.files.factors import modules, pairs
 from klora.files.names import Place, component
 from klora.files.report import ENCODERS, stated_alphas
 from klora.files.shelf import Shelf, keep_scores
-from klora.form.fields import check
-from klora.form.request import Request
+from klora.form.pair import Question
 from klora.fusion import Fusion, Schedule, fuse
 from klora.lora import LoRA, LowRank
 from klora.models import FAMILIES, load_shapes, origin_of
@@ -24,33 +22,6 @@ from klora.report import Report, report_on
 from klora.report.numbers import Order
 
 STEPS = 30  # where no base says what suits it
-
-
-def _as_requested(name: str, **more: Any) -> Any:  # Any, as dataclasses.field itself is typed
-    """A field of a request, with its bounds."""
-    asked = Request.__dataclass_fields__[name]
-    return field(default=asked.default, metadata={**asked.metadata, **more})
-
-
-@dataclass(frozen=True)
-class Question:
-    """What a report is asked of; the names and bounds are a request's. Raises RequestError."""
-
-    content_lora: str = field(metadata={"help": "LoRA of the subject: a file, or a reference."})
-    style_lora: str = field(metadata={"help": "LoRA of the style."})
-    pattern: str = _as_requested("pattern")
-    alpha: float | None = _as_requested("alpha")
-    beta: float | None = _as_requested("beta")
-    style_bias: float = _as_requested("style_bias")
-    num_inference_steps: int | None = _as_requested("num_inference_steps", flags=("--num-inference-steps", "--steps"))
-
-    def __post_init__(self) -> None:
-        check(self)
-
-    @property
-    def loras(self) -> dict[str, str]:
-        """Both references, by input."""
-        return {"content_lora": self.content_lora, "style_lora": self.style_lora}
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from klora.errors import KLoRAError, RequestError
 from klora.form.fields import ask, check
 from klora.training.card import check_repo_id, push
 from klora.training.config import TrainConfig
-from klora.training.loop import OnProgress, Progress
+
+if TYPE_CHECKING:  # a form needs no torch
+    from klora.training.loop import OnProgress, Progress
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ class Publishing:
             if not self.hf_token:
                 raise RequestError(f"hf_repo_id is {self.hf_repo_id!r} but hf_token is not given. Give it, too.")
 
-    def tracked(self, config: TrainConfig) -> AbstractContextManager[OnProgress]:
+    def tracked(self, config: TrainConfig) -> "AbstractContextManager[OnProgress]":
         """A listener that reports to Weights & Biases, if that was asked for."""
         if not self.wandb_api_key:
             return nullcontext(lambda progress: None)
@@ -57,7 +59,7 @@ class Publishing:
 @contextmanager
 def _tracked(
     key: str, project: str, name: str | None, entity: str | None, facts: Mapping[str, Any]
-) -> Iterator[OnProgress]:
+) -> "Iterator[OnProgress]":
     """A listener that sends each report to a run of this project; facts: what the run is told of itself.
 
     The key goes into this run's settings, not into the machine's login. Raises RequestError.
@@ -73,7 +75,7 @@ def _tracked(
         said = str(error).replace(key, "...")
         raise RequestError(f"wandb_api_key cannot be used: {said}. Expected a key of wandb.ai, or none.") from None
 
-    def on_progress(progress: Progress) -> None:
+    def on_progress(progress: "Progress") -> None:
         values = {"loss": progress.loss, "fixed_loss": progress.fixed_loss, "learning_rate": progress.learning_rate,
                   "steps_per_second": progress.steps_per_second}  # fmt: skip
         run.log({name: value for name, value in values.items() if value is not None}, step=progress.step)

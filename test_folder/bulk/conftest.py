@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from klora.bulk import Bulk, Draw, run
+from klora.bulk.batch import Draw
+from klora.bulk.batches import Bulk
 from klora.bulk.lines import PromptFile
+from klora.bulk.run import run
 from klora.studio import Studio
 from test_folder.bulk.prompting import CPU, PROMPTS, Runs, read, written
 

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from klora import cli
-from klora.bulk import Bulk, Draw
-from klora.bulk.batch import make
+from klora.bulk.batch import Draw, make
+from klora.bulk.batches import Bulk
 from klora.bulk.cluster import TRIES, spread
 from klora.bulk.folder import Folder
 from klora.bulk.lines import PromptFile

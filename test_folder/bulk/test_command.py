@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from klora import cli
-from klora.bulk import Bulk
+from klora.bulk.batches import Bulk
 from klora.form.request import Request
 from klora.studio.provenance import read_provenance
 from test_folder.bulk.prompting import PROMPTS, pictures, written

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from klora.bulk import Draw
+from klora.bulk.batch import Draw
 from klora.bulk.lines import PromptFile
 from klora.bulk.run import progress
 from klora.errors import KLoRAError, LoRAError, RequestError

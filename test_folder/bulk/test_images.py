@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from klora.bulk import Bulk, Draw, run
+from klora.bulk.batch import Draw
+from klora.bulk.batches import Bulk
 from klora.bulk.folder import Folder
 from klora.bulk.lines import Job, PromptFile
+from klora.bulk.run import run
 from klora.cache import Borrowed
 from klora.errors import RequestError
 from klora.form.request import Request

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from klora.bulk import Bulk
+from klora.bulk.batches import Bulk
 from klora.bulk.lines import LINE_INPUTS, MAX_LINE_BYTES, Fault, Job, PromptFile, read_prompts
 from klora.errors import RequestError
 from klora.form.request import Request
