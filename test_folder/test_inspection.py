@@ -16,7 +16,8 @@ from klora.models import load_shapes
 from klora.models.family import Family
 from klora.report.inspection import inspect
 from klora.studio import Studio
-from test_folder.test_lora import GOOD, models
+from test_folder.files.conftest import models
+from test_folder.files.reading import GOOD
 from test_folder.variants import VARIANTS, Variant
 
 __all__ = ["models"]  # fixtures

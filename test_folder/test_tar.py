@@ -13,7 +13,7 @@ from safetensors.torch import save
 from klora.errors import LoRAError
 from klora.files.container import MAX_MEMBERS, opened
 from test_folder.fakes import tarred
-from test_folder.test_lora import GOOD
+from test_folder.files.reading import GOOD
 
 LORA = save(GOOD)
 

@@ -1,0 +1,89 @@
+"""An image is the stock pipeline's, of its seed and size, and keeps of a photo what it is to keep."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from klora.models.family import Family
+from test_folder.families.painting import PROMPT, paint, photo, reconstruction, seeded
+
+
+@contextmanager
+def decoded_latents(model: Family) -> Iterator[list[Tensor]]:
+    """What reaches the decoder of the VAE; every cell depends on the same cell of the latents alone."""
+    seen: list[Tensor] = []
+    hook = model.pipe.vae.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]) and None)
+    yield seen
+    hook.remove()
+
+
+def test_image_is_the_one_that_the_stock_pipeline_makes(model: Family) -> None:
+    """One level of 255: klora decodes outside the pipeline."""
+    options = {} if model.component == "unet" else {"max_sequence_length": 512 if model.guidance_scale else 256}
+    pipeline = type(model.pipe).from_pretrained(model.pipe.config._name_or_path)
+    pipeline.set_progress_bar_config(disable=True)
+    stock = pipeline(
+        PROMPT,
+        width=64,
+        height=128,
+        num_inference_steps=4,
+        guidance_scale=model.guidance_scale,
+        generator=seeded(7),
+        **options,
+    ).images[0]
+    assert np.abs(paint(model, height=128, seed=7)[0] - np.asarray(stock, dtype=int)).max() <= 1
+
+
+def test_image_depends_on_its_seed_alone(model: Family) -> None:
+    torch.manual_seed(1)
+    first = paint(model)
+    torch.manual_seed(2)
+    assert np.array_equal(first, paint(model))
+    assert np.abs(first - paint(model, seed=1)).mean() > 5
+
+
+def test_image_of_a_batch_is_the_image_of_its_seed(model: Family) -> None:
+    """One level of 255: a batch's matrix products round differently."""
+    batch = paint(model, seed=5, num_outputs=3)
+    for image, seed in zip(batch, (5, 6, 7), strict=True):
+        assert np.abs(image - paint(model, seed=seed)[0]).max() <= 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 96), (112, 80)])
+def test_image_has_the_size_asked_for(model: Family, width: int, height: int) -> None:
+    mask = Image.new("L", (width, height), 255)
+    for options in ({}, {"image": photo()}, {"image": photo(128, 40), "mask": mask}):
+        options |= {"width": width, "height": height, "num_inference_steps": 2}
+        assert paint(model, **options).shape == (1, height, width, 3)
+
+
+def test_more_strength_goes_further_from_the_image(model: Family) -> None:
+    kept = model.pipe.image_processor.postprocess(reconstruction(model, photo()))[0]
+    strengths = (0.25, 0.5, 1.0)
+    distances = [
+        np.abs(paint(model, image=photo(), prompt_strength=s) - np.asarray(kept, int)).mean() for s in strengths
+    ]
+    assert distances[0] < distances[1] < distances[2]
+
+
+def test_full_strength_still_depends_on_nothing_but_seed_and_prompt_in_flux(models: dict[str, Family]) -> None:
+    """Rectified flow starts from pure noise at sigma 1; SDXL's last beta keeps a trace of the image."""
+    model = models["flux-schnell"]
+    one, other = (paint(model, image=image, prompt_strength=1.0) for image in (photo(), Image.new("RGB", (64, 64))))
+    assert np.abs(one - other).max() <= 1
+
+
+def test_inpainting_keeps_what_the_mask_leaves_black(model: Family) -> None:
+    """The latents that reach the decoder: 1e-4 is the rounding of pixels, which the encoder amplifies."""
+    mask = Image.fromarray(np.repeat([[0] * 32 + [255] * 32], 64, axis=0).astype(np.uint8))
+    with decoded_latents(model) as seen:
+        paint(model, image=photo(), mask=mask, prompt_strength=1.0)
+        reconstruction(model, photo())
+    painted, kept = seen
+    torch.testing.assert_close(painted[..., :4], kept[..., :4], rtol=0, atol=1e-4)
+    assert (painted - kept)[..., 4:].abs().mean() > 1

@@ -1,0 +1,52 @@
+"""A step is told as its place in the full schedule, however often a scheduler calls the denoiser."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from klora.form.request import SCHEDULERS
+from klora.models.family import Family, following
+from test_folder.families.painting import paint, photo
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"), [({}, [0, 1, 2, 3, 4]), ({"image": photo(), "prompt_strength": 0.5}, [2, 3, 4])]
+)
+def test_steps_are_told_as_places_in_the_full_schedule(
+    model: Family, options: dict[str, Any], steps: list[int]
+) -> None:
+    told: list[int] = []
+    paint(model, told.append, **options)
+    assert told == steps
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "from_noise", "from_image"),
+    [(name, [0, 1, 2, 3], [2, 3]) for name in SCHEDULERS if name not in ("HeunDiscrete", "PNDM")]
+    + [
+        ("HeunDiscrete", [0, 0, 1, 1, 2, 2, 3], [2, 2, 3]),  # a prediction and its correction; none at the last step
+        ("PNDM", [0, 0, 1, 2, 3], [1, 2, 3]),  # corrects its first step; from an image it starts there
+    ],
+)
+def test_step_told_is_the_schedules_though_a_scheduler_calls_twice(
+    sdxl: Family, scheduler: str, from_noise: list[int], from_image: list[int]
+) -> None:
+    told: list[list[int]] = [[], []]
+    paint(sdxl, told[0].append, scheduler=scheduler)
+    paint(sdxl, told[1].append, scheduler=scheduler, image=photo(), prompt_strength=0.5)
+    assert told == [[*from_noise, 4], [*from_image, 4]]
+
+
+def test_step_is_the_schedules_not_the_count_of_forwards() -> None:
+    """A pipeline may call its denoiser twice a step, once for the prompt and once for what to steer away from."""
+    denoiser, steps = torch.nn.Identity(), []
+    scheduler = SimpleNamespace(timesteps=[3, 2, 1], num_inference_steps=3)
+    pipe = SimpleNamespace(transformer=denoiser, scheduler=scheduler, num_timesteps=2)  # an image enters at the second
+    with following(pipe, steps.append) as on_step_end:
+        for index in range(2):
+            denoiser(torch.zeros(1))
+            denoiser(torch.zeros(1))
+            on_step_end(pipe, index, scheduler.timesteps[index + 1], {})
+    assert steps == [1, 1, 2, 2]

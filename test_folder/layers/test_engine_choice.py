@@ -1,0 +1,60 @@
+"""Which engine is taken: merged where a copy of the weights fits and can be written, else gated."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from klora import layers as subject
+from klora.layers import HEADROOM_BYTES, attached
+from klora.lora import Plan
+from test_folder.layers.network import LAYERS, random_lora, switching_plan
+
+
+class Quantized(nn.Linear):
+    """A linear of int8 weights, as quantisation libraries make them: a subclass, its own forward."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.unit = linear.weight.abs().max() / 127
+        self.weight = nn.Parameter((linear.weight / self.unit).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype) * self.unit)
+
+
+class Renamed(nn.Linear):
+    """A linear whose weights may not be what its forward multiplies by."""
+
+
+def weight_bytes(model):
+    return sum(model.get_submodule(name).weight.nbytes for name in LAYERS)
+
+
+@pytest.mark.parametrize(("spare", "engine"), [(0, "merged"), (-1, "gated")])
+def test_engine_is_merged_where_a_copy_of_the_touched_weights_fits(monkeypatch, network, spare, engine):
+    free = weight_bytes(network) + HEADROOM_BYTES + spare
+    monkeypatch.setattr(subject, "free_bytes", lambda device: free)
+    with attached(network, switching_plan(network)) as gate:
+        assert gate.engine == engine
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [Quantized(nn.Linear(6, 8)), Renamed(6, 8, bias=False), nn.Linear(6, 8, bias=False).to(torch.float8_e4m3fn)],
+    ids=["int8", "subclass", "float8"],
+)
+def test_engine_is_gated_for_weights_that_cannot_be_written(monkeypatch, network, layer):
+    monkeypatch.setattr(subject, "free_bytes", lambda device: 1 << 60)
+    network.to_q = layer
+    with attached(network, switching_plan(network)) as gate:
+        assert gate.engine == "gated"
+
+
+def test_lora_acts_on_int8_weights(monkeypatch, network, x):
+    network.to_q = Quantized(network.to_q)
+    lora = random_lora(network, ["to_q"], 2, seed=1)
+    expected = network.to_q(x) + F.linear(x, lora["to_q"].B @ lora["to_q"].A)
+    with attached(network, Plan.constant((lora,), (1.0,))):
+        # 2 in 100: the factors are bfloat16 there, 2**-9 each
+        torch.testing.assert_close(network.to_q(x), expected, rtol=0.02, atol=0.02)

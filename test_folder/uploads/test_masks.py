@@ -1,0 +1,37 @@
+"""A mask goes with the picture of its stem and size, or it is reported and never trained."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from klora.training.dataset import Picture, read_upload
+from test_folder.uploads.packing import PNG, drawn, encoded, in_zip, reasons
+
+
+def test_masks_go_with_the_picture_of_their_stem(tmp_path: Path) -> None:
+    mask = encoded(Image.new("L", (80, 70), 200))
+    files = {"a.jpg": encoded(drawn(), "JPEG"), "a.mask.png": mask, "x/b.png": PNG, "x/masks/b.png": mask, "c.png": PNG}
+    pictures, skipped = read_upload(in_zip(tmp_path, files))
+    assert [(p.name, p.mask) for p in pictures] == [("a.jpg", mask), ("c.png", None), ("x/b.png", mask)]
+    assert not skipped
+    shown = pictures[0].open_mask()
+    assert shown is not None
+    assert (shown.mode, shown.size, shown.getpixel((0, 0))) == ("L", (80, 70), 200)
+    assert pictures[1].open_mask() is None
+
+
+def test_a_mask_that_fits_no_picture_is_reported_and_never_trained(tmp_path: Path) -> None:
+    mask = encoded(Image.new("L", (90, 70)))
+    pictures, skipped = read_upload(in_zip(tmp_path, {"a.png": PNG, "a.mask.png": mask, "masks/b.png": mask}))
+    assert [(p.name, p.mask) for p in pictures] == [("a.png", None)]
+    assert reasons(skipped) == dict.fromkeys(
+        ["a.mask.png", "masks/b.png"], "is a mask, and no picture of its name and size lacks one"
+    )
+
+
+def test_a_transparent_mask_is_black_there() -> None:
+    image = Image.new("RGBA", (80, 80), (255, 255, 255, 0))
+    image.paste((255, 255, 255, 255), (40, 0, 80, 80))
+    mask = Picture("x", PNG, None, encoded(image)).open_mask()
+    assert mask is not None
+    assert (mask.getpixel((0, 0)), mask.getpixel((79, 0))) == (0, 255)
