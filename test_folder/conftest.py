@@ -32,8 +32,8 @@ for library in (diffusers, transformers):
 # long file at the end would keep one of them busy while the others wait.
 LONG = (
     "test_toy", "test_job", "test_training", "test_trainings", "test_cost", "test_equivalence", "test_pace",
-    "test_make_toy_bases", "test_bench", "test_layer_order", "test_local_generation", "test_report", "test_provenance",
-    "test_remote_requests", "test_predict", "test_cluster", "test_variants", "test_draws",
+    "test_make_toy_bases", "test_bench", "test_layer_order", "test_reproduction", "test_report_command",
+    "test_succession", "test_remote_requests", "test_predict", "test_cluster", "test_variants", "test_draws",
     "test_annotate", "test_weights", "test_wheel",
 )  # fmt: skip
 

@@ -1,0 +1,101 @@
+"""`klora reproduce` makes an image again from its record, to the last bit, or tells what differs."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from klora.cache import Borrowed
+from klora.form.request import Request
+from klora.studio import Studio, save_images
+from klora.studio.provenance import read_provenance
+from test_folder.provenance.commands import fuse, pair, refusal, reproduce
+from test_folder.provenance.records import digest, rewritten
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+
+
+def pixels(path: str | Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+CASES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "sdxl": ("png", pair("sdxl")),
+    "flux": ("png", (*pair("flux"), "--go-fast", "--num-inference-steps", "6")),
+    "one LoRA": ("webp", (*pair("sdxl")[:2], "--scheduler", "K_EULER_ANCESTRAL", "--content-scale", "2")),
+    "none": ("jpg", ("--model", "illustrious-xl", "--width", "80", "--negative-prompt", "a cat")),
+    "sum": ("png", (*pair("sdxl"), "--fusion", "sum", "--pattern", "s", "--no-add-triggers")),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_third_of_four_images_is_made_again_by_itself_to_the_last_bit(shop: Path, case: str) -> None:
+    kind, options = CASES[case]
+    fuse(*options, "--num-outputs", "4", "--output-format", kind)
+    (shop / f"out/klora_9_2.{kind}").rename(shop / f"it.{kind}")
+    result = reproduce(f"it.{kind}", "--out", "again")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == f"again/klora_9_2.{kind}\nthe same pixels as it.{kind}\n"
+    assert [path.name for path in (shop / "again").iterdir()] == [f"klora_9_2.{kind}"]
+    assert np.array_equal(pixels(f"again/klora_9_2.{kind}"), pixels(f"it.{kind}"))
+    assert Path(f"again/klora_9_2.{kind}").read_bytes() == Path(f"it.{kind}").read_bytes()
+
+
+def test_an_image_made_from_others_needs_them_again(shop: Path) -> None:
+    NOISE.save("start.png")
+    Image.linear_gradient("L").save("mask.png")
+    Image.linear_gradient("L").rotate(90).save("other.png")
+    fuse(*pair("sdxl"), "--output-format", "png", "--image", "start.png", "--mask", "mask.png")
+    file = "out/klora_7_0.png"
+    assert "start" not in repr(Image.open(file).info)
+    assert refusal(file).startswith("The image was made with image ")
+    assert refusal(file, "--image", "start.png").startswith("The image was made with mask ")
+    assert refusal(file, "--image", "start.png", "--mask", "other.png").startswith("mask has pixels of sha256 ")
+    NOISE.save("same.webp", lossless=True)
+    result = reproduce(file, "--image", "same.webp", "--mask", "mask.png")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert np.array_equal(pixels("reproduced/klora_7_0.png"), pixels(file))
+
+
+def test_a_lora_elsewhere_serves_under_the_words_that_its_page_had(shop: Path, studio: Studio) -> None:
+    file = shop / "sdxl_style.safetensors"
+    asked = Request("a dog", style_lora="civitai:9", num_inference_steps=2, seed=7, disable_safety_checker=True)
+    asked = replace(asked, output_format="png")
+    lent = {"style_lora": Borrowed(file, shop / f"{digest(file.read_bytes())}.json", ("zork style", "sks"))}
+    images = studio.make(asked, {"style_lora": file}, lent=lent)
+    bare = studio.make(asked, {"style_lora": file})
+    assert not np.array_equal(images[0], bare[0])
+    (told,) = save_images(images, shop / "out", asked)
+    assert read_provenance(told).loras["style_lora"].trigger == "zork style"
+    file.rename(shop / "moved.safetensors")
+    result = reproduce(str(told), "--style-lora", "moved.safetensors")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert np.array_equal(pixels("reproduced/klora_7_0.png"), images[0])
+
+
+def test_other_libraries_another_base_and_other_pixels_are_told(image: Path, bases: Path) -> None:
+    def change(told: dict[str, Any]) -> None:
+        told["versions"]["torch"] = "1.0"
+        told["sources"] = {"owner/sdxl": "c0ffee"}
+        told["inputs"]["seed"] = 8
+
+    result = reproduce(rewritten(image, change))
+    most = np.abs(pixels("reproduced/klora_8_0.png").astype(int) - pixels(image)).max()
+    assert (result.exit_code, result.stdout) == (0, "reproduced/klora_8_0.png\n")
+    assert result.stderr.splitlines() == [
+        f"Warning: torch was 1.0 and is {torch.__version__}, so that the image may come out otherwise.",
+        "Warning: owner/sdxl was c0ffee and is unknown, so that the image may come out otherwise.",
+        f"Warning: its pixels differ from those of other.png by up to {most} of 255.",
+    ]
+
+
+def test_an_image_that_was_made_smaller_since_is_told(image: Path) -> None:
+    chunks = PngInfo()
+    chunks.add_text("klora", Image.open(image).info["klora"])
+    Image.open(image).resize((32, 32)).save("small.png", pnginfo=chunks)
+    assert reproduce("small.png").stderr == "Warning: it is 64x64, and small.png is not.\n"

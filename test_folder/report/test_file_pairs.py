@@ -1,0 +1,116 @@
+"""Two LoRA files are matched layer by layer, with a base or by name, or refused in a sentence."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from klora.errors import LoRAError
+from klora.files.report import stated_alphas
+from klora.form.pair import Question
+from klora.report.pair import answer, read_pair
+from klora.report.picture import figure
+from test_folder.report.reporting import files
+
+
+def kohya(source, target, alpha):
+    """The same LoRA under kohya's names, alpha/rank left to the reader."""
+    tensors = {}
+    for key, tensor in load_file(source).items():
+        stem, _, factor = key.removeprefix("unet.").removesuffix(".weight").rpartition(".lora_")
+        stem = f"lora_unet_{stem.replace('.', '_')}"
+        rank = tensor.shape[0 if factor == "A" else 1]
+        tensors[f"{stem}.lora_{'down' if factor == 'A' else 'up'}.weight"] = (
+            tensor if factor == "A" else tensor * rank / alpha
+        )
+        tensors[f"{stem}.alpha"] = torch.tensor(float(alpha))
+    save_file(tensors, target)
+    return target
+
+
+def base(bases, name="sdxl"):
+    return {name: ("sdxl" if name == "sdxl" else "flux", bases / name)}
+
+
+QUESTION = Question("content", "style")
+
+
+@pytest.mark.parametrize(("family", "name", "steps"), [("sdxl", "sdxl", 30), ("flux", "flux-dev", 28)])
+def test_with_a_base_its_order_and_its_steps_hold(bases, loras, family, name, steps):
+    report, pair = answer(QUESTION, files(loras, family), base(bases, name))
+    assert (report.order, pair.base, report.steps) == ("execution", name, steps)
+    assert report.layers == tuple(pair.content)
+    assert "layers in its execution order" in str(pair)
+
+
+def test_without_a_base_the_ratios_are_the_same_and_the_order_is_by_name(bases, loras, tmp_path):
+    given = files(loras)
+    report, _ = answer(QUESTION, given, base(bases))
+    given["content_lora"] = kohya(given["content_lora"], tmp_path / "kohya.safetensors", alpha=2)
+    bare, pair = answer(QUESTION, given, {})
+    assert (bare.order, pair.base, bare.alphas) == ("file", None, {"content": {2.0: len(bare.layers)}, "style": {}})
+    flat = {name.replace(".", "_"): R for name, R in zip(report.layers, report.ratio.tolist(), strict=True)}
+    spelled = {name.replace(".", "_"): R for name, R in zip(bare.layers, bare.ratio.tolist(), strict=True)}
+    assert spelled == pytest.approx(flat, rel=1e-4)  # the means behind gamma are of other orders
+    assert bare.to_json()["order"] == "file" and "by name" in figure(bare).axes[0].get_ylabel()
+    assert "layers by name (none of their family is installed)" in str(pair)
+
+
+def test_by_name_numbers_count_as_numbers(tmp_path):
+    stems = [f"unet.mid_block.attentions.0.transformer_blocks.{i}.attn1.to_q" for i in (10, 2, 1)]
+    keys = {f"{stem}.lora_{factor}.weight": torch.randn(4, 4) for stem in stems for factor in "AB"}
+    for role in ("content", "style"):
+        save_file(keys, tmp_path / f"sdxl_{role}.safetensors")
+    layers = list(read_pair(files(tmp_path), {}).content)
+    assert [name.split(".")[4] for name in layers] == ["1", "2", "10"]
+
+
+def test_a_base_that_cannot_read_them_is_named(bases, tmp_path):
+    stem = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    for role in ("content", "style"):
+        save_file({f"{stem}.lora_{f}.weight": torch.randn(7, 7) for f in "AB"}, tmp_path / f"sdxl_{role}.safetensors")
+    _, pair = answer(QUESTION, files(tmp_path), base(bases))
+    assert pair.base is None and "layers by name (sdxl: sdxl_content.safetensors was made for another base" in str(pair)
+
+
+def test_pairs_that_cannot_be_told_apart_or_matched_are_refused(loras, tmp_path):
+    mixed = {"content_lora": loras / "sdxl_content.safetensors", "style_lora": loras / "flux_style.safetensors"}
+    with pytest.raises(LoRAError, match=r"content_lora was made for SDXL and style_lora for FLUX\.1\. Expected two"):
+        read_pair(mixed, {})
+    names = {"content": "down_blocks.1.attentions.0.to_q", "style": "input_blocks.4.1.to_q"}
+    for role, name in names.items():
+        save_file({f"{name}.lora_{f}.weight": torch.randn(4, 4) for f in "AB"}, tmp_path / f"sdxl_{role}.safetensors")
+    with pytest.raises(LoRAError, match=r"only a base can tell which is which\. Expected KLORA_MODELS"):
+        read_pair(files(tmp_path), {})
+    narrow = {f"{names['content']}.lora_{f}.weight": torch.randn((4, 5) if f == "A" else (5, 4)) for f in "AB"}
+    save_file(narrow, tmp_path / "sdxl_style.safetensors")
+    with pytest.raises(LoRAError, match=r"is \(4, 4\) in content_lora and \(5, 5\) in style_lora\. Expected one base"):
+        read_pair(files(tmp_path), {})
+
+
+def test_alphas_are_told_of_the_denoiser_alone(tmp_path):
+    alphas = {"lora_unet_a.alpha": 8.0, "lora_unet_b.alpha": 4.0, "lora_unet_c.alpha": 8.0, "lora_te1_x.alpha": 1.0}
+    save_file({key: torch.tensor(alpha) for key, alpha in alphas.items()}, tmp_path / "x.safetensors")
+    assert stated_alphas(tmp_path / "x.safetensors") == {4.0: 1, 8.0: 2}
+
+
+def test_alphas_that_metadata_states_are_applied_without_a_base(loras, tmp_path):
+    given = files(loras)
+    said = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 8})}
+    save_file(load_file(given["content_lora"]), tmp_path / "stated.safetensors", said)
+    plain, stated = (read_pair(given | {"content_lora": path}, {}).content for path in (
+        given["content_lora"], tmp_path / "stated.safetensors"))  # fmt: skip
+    assert all(torch.allclose(stated[name].B, 2 * plain[name].B) for name in plain)  # rank 4
+
+
+def test_scores_that_are_kept_are_not_computed_again(bases, loras, tmp_path, monkeypatch):
+    scores = {name: tmp_path / f"{name}.json" for name in ("content_lora", "style_lora")}
+    first, _ = answer(QUESTION, files(loras), base(bases), scores)
+
+    def refused(*_):
+        raise AssertionError("a product was computed")
+
+    monkeypatch.setattr("klora.fusion.importance", refused)
+    again, _ = answer(QUESTION, files(loras), base(bases), scores)
+    assert again.to_json() == first.to_json()

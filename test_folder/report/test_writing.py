@@ -1,0 +1,44 @@
+"""A report is written as strict JSON with every number, and as one line."""
+
+import json
+
+import pytest
+
+from klora.report.picture import draw
+from test_folder.report.reporting import made, names, partly_shared, reported, strictly
+
+
+def test_json_goes_there_and_back():
+    report = reported(*partly_shared(), pattern="s*", steps=9, alphas={"content": {8.0: 37}})
+    told = strictly(json.dumps(report.to_json(), allow_nan=False))
+    assert [[letter == "c" for letter in step] for step in told["wins"]] == report.content_wins.tolist()
+    assert list(told["ratio"]) == list(report.layers)
+    infinite = [name for name, R in told["ratio"].items() if R is None]
+    assert infinite == told["content_only"] == names()[-2:] and told["style_only"] == names()[:3]
+    assert all(R == S for R, S in zip(told["ratio"].values(), report.ratio.tolist(), strict=True) if R is not None)
+    assert told["layers"] == {"shared": 35, "content_only": 2, "style_only": 3}
+    assert told["slider"] == {f"{bias:g}": share for bias, share in report.slider.items()}
+    assert (told["alphas"], told["ranks"]["style"]) == ({"content": {"8": 37}}, {"5": 38})
+    for name in ("pattern", "order", "steps", "style_bias", "gamma", "gammas", "style_share", "balance", "always"):
+        assert told[name] == getattr(report, name)
+    assert (told["alpha"], told["beta"]) == (1.5, 1.275)
+    assert told["thresholds"] == report.thresholds.tolist()
+    assert told["style_share_by_step"] == report.style_share_by_step
+
+
+@pytest.mark.parametrize("roles", [(0, 0), (0, 1), (1, 0)])
+def test_json_is_strict_also_of_loras_without_layers(roles):
+    content, style = (made(names()) if there else {} for there in roles)
+    report = reported(content, style)
+    assert strictly(json.dumps(report.to_json(), allow_nan=False))["ratio_quantiles"] == {}
+    assert draw(report) and "\n" not in report.summary()
+
+
+def test_the_summary_is_one_line_with_the_numbers():
+    report = reported(*partly_shared(), pattern="s", steps=9, style_bias=0.8)
+    line = report.summary()
+    assert line.startswith(
+        "klora s alpha 1.5 beta 0.5 style_bias 0.8 steps 9: 35 layers shared, 2 content's, 3 style's;"
+    )
+    assert f"gamma {report.gamma:.3g}" in line and f"style acts in {report.style_share:.0%}" in line
+    assert "\n" not in line and len(line) < 400

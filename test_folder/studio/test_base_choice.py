@@ -1,0 +1,80 @@
+"""LoRAs choose the base where the request does not; one that does not fit is refused, naming the input."""
+
+from pathlib import Path
+
+import pytest
+
+import weights
+from klora.errors import BaseModelError, LoRAError
+from klora.studio import Studio
+from test_folder import tiny
+from test_folder.studio.opening import FIRST, OTHER, open_studio, pair, request
+
+NAMES = {"sdxl": "SDXL", "flux": "FLUX.1"}
+
+
+@pytest.mark.parametrize("family", FIRST)
+@pytest.mark.parametrize("roles", [("content_lora",), ("style_lora",), ("content_lora", "style_lora")])
+def test_without_a_model_the_loras_choose_the_base(
+    studio: Studio, loras: Path, family: str, roles: tuple[str, ...]
+) -> None:
+    studio.load(*weights.find_base(FIRST[OTHER[family]]))
+    studio.make(request(), {role: pair(loras, family)[role] for role in roles})
+    assert studio.resident[-1] == FIRST[family]
+
+
+def test_without_model_and_loras_the_first_installed_base_is_taken(fresh: Studio) -> None:
+    fresh.make(request(), {})
+    assert fresh.resident == ["sdxl"]
+
+
+@pytest.mark.parametrize("family", FIRST)
+@pytest.mark.parametrize("role", ["content_lora", "style_lora"])
+def test_a_lora_of_the_other_family_is_refused_naming_the_input_and_both_families(
+    fresh: Studio, loras: Path, family: str, role: str
+) -> None:
+    with pytest.raises(LoRAError) as error:
+        fresh.make(request(model=FIRST[family]), {role: pair(loras, OTHER[family])[role]})
+    assert str(error.value) == (
+        f"{role} was made for {NAMES[OTHER[family]]}, but this request runs {FIRST[family]}. "
+        f"Expected one for {NAMES[family]}."
+    )
+    assert fresh.resident == []
+
+
+@pytest.mark.parametrize("family", FIRST)
+def test_two_loras_of_different_families_are_refused(fresh: Studio, loras: Path, family: str) -> None:
+    files = {
+        "content_lora": pair(loras, family)["content_lora"],
+        "style_lora": pair(loras, OTHER[family])["style_lora"],
+    }
+    with pytest.raises(LoRAError) as error:
+        fresh.make(request(), files)
+    assert str(error.value) == (
+        f"style_lora was made for {NAMES[OTHER[family]]}, but this request runs {FIRST[family]}. "
+        f"Expected one for {NAMES[family]}."
+    )
+
+
+def test_a_family_without_an_installed_base_is_refused(
+    bases: Path, loras: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sdxl").symlink_to(bases / "sdxl")
+    monkeypatch.setenv("KLORA_MODELS", str(tmp_path))
+    with pytest.raises(BaseModelError, match=r"^A base model for flux LoRAs is not installed: \S+ has sdxl\. "):
+        open_studio(tmp_path).make(request(), pair(loras, "flux"))
+
+
+def test_a_lora_that_does_not_fit_the_base_is_refused_naming_the_input(
+    studio: Studio, loras: Path, tmp_path: Path
+) -> None:
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    wide = tiny.save_lora(tmp_path / "wide.safetensors", tiny.random_lora({name: (48, 48)}, seed=0))
+    with pytest.raises(LoRAError, match=r"^style_lora: wide\.safetensors was made for another base: "):
+        studio.make(request(), {"content_lora": loras / "sdxl_content.safetensors", "style_lora": wide})
+
+
+def test_a_file_that_is_no_lora_is_refused_naming_the_input(studio: Studio, tmp_path: Path) -> None:
+    (tmp_path / "notes.safetensors").write_text("no tensors here")
+    with pytest.raises(LoRAError, match=r"style_lora.*notes\.safetensors"):
+        studio.make(request(), {"style_lora": tmp_path / "notes.safetensors"})

@@ -1,0 +1,65 @@
+"""A request becomes the images that generate makes, at its LoRAs' scales, each prompt read once and each step told."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import weights
+from klora.generation import generate
+from klora.studio import Studio
+from test_folder.studio.opening import FIRST, Images, made, pair, request, same
+
+
+@pytest.mark.parametrize("base", ["sdxl", "illustrious-xl", "flux-dev", "flux-schnell"])
+def test_every_base_makes_the_images_that_generate_makes(studio: Studio, loras: Path, base: str) -> None:
+    files, asked = pair(loras, weights.BASES[base].family), request(model=base, num_outputs=2)
+    model = studio.load(*weights.find_base(base))
+    content, style = (model.read_lora(path) for path in files.values())
+    expected = generate(model, asked, content=content, style=style)
+    assert same(made(studio, asked, files), {index: np.asarray(image) for index, image in enumerate(expected)})
+    assert not same(made(studio, asked, {}), made(studio, asked, files))
+
+
+def test_layers_of_a_text_encoder_act_at_their_loras_scale(studio: Studio, loras: Path) -> None:
+    def draw(**given: Any) -> Images:
+        files = {"style_lora": loras / "encoder.safetensors"} if given else {}
+        return made(studio, request(model="sdxl", **given), files)
+
+    assert not same(draw(style_scale=1.0), draw())
+    assert not same(draw(style_scale=1.0), draw(style_scale=2.0))
+    assert same(draw(style_scale=0.0), draw())
+
+
+def test_a_prompt_is_read_once_unless_a_lora_has_a_say_in_it(fresh: Studio, loras: Path) -> None:
+    encoder, passes = fresh.load(*weights.find_base("sdxl")).text_encoders["text_encoder"], [0]
+    encoder.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
+
+    def passes_of(files: Mapping[str, Path], **given: Any) -> int:
+        passes[0] = 0
+        made(fresh, request(model="sdxl", **given), files)
+        return passes[0]
+
+    plain = {"content_lora": loras / "sdxl_content.safetensors"}
+    assert passes_of(plain, negative_prompt="rain") == 2
+    assert passes_of({}, negative_prompt="rain", seed=8) == passes_of(plain, negative_prompt="rain") == 0
+    assert passes_of(plain, negative_prompt="snow") == 2
+    assert passes_of(plain, prompt="a photo of a cat", negative_prompt="rain") == 2
+    assert passes_of(plain) == 1
+    assert passes_of(plain | {"style_lora": loras / "encoder.safetensors"}, negative_prompt="rain") == 2
+
+
+@pytest.mark.parametrize("fusion", ["klora", "sum", "content", "style"])
+def test_whole_numbers_serve_as_scales(studio: Studio, loras: Path, fusion: str) -> None:
+    files = pair(loras, "sdxl")
+    whole = made(studio, request(fusion=fusion, content_scale=1, style_scale=2), files)
+    assert same(whole, made(studio, request(fusion=fusion, content_scale=1.0, style_scale=2.0), files))
+
+
+@pytest.mark.parametrize("family", FIRST)
+def test_progress_is_told_step_by_step(studio: Studio, loras: Path, family: str) -> None:
+    told: list[tuple[int, int]] = []
+    studio.make(request(), pair(loras, family), on_step=lambda *step: told.append(step))
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
