@@ -1,6 +1,6 @@
 """The `klora` command: what the forms do, from a shell and without Cog. Its options are the forms' fields, by name.
 
-A verb imports what it needs when it runs: torch takes seconds, and help, completion and refusals need none.
+A verb imports what it needs when it runs: torch takes seconds, and help, completion and misspelt options need none.
 """
 
 import logging

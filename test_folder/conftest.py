@@ -31,10 +31,10 @@ for library in (diffusers, transformers):
 # What takes longest, longest first. A process that has nothing left takes the next file (--dist loadfile), so that a
 # long file at the end would keep one of them busy while the others wait.
 LONG = (
-    "test_toy", "test_job", "test_training", "test_trainings", "test_cost", "test_equivalence", "test_pace",
-    "test_make_toy_bases", "test_bench", "test_layer_order", "test_reproduction", "test_report_command",
-    "test_succession", "test_remote_requests", "test_predict", "test_cluster", "test_variants", "test_draws",
-    "test_annotate", "test_weights", "test_wheel",
+    "test_trainings", "test_training", "test_toy", "test_job", "test_cost", "test_equivalence", "test_cluster",
+    "test_pace", "test_make_toy_bases", "test_bench", "test_cli", "test_remote_requests", "test_predict",
+    "test_download_weights", "test_report_command", "test_reproduction", "test_export", "test_variants",
+    "test_succession", "test_tiny", "test_inspection", "test_architecture", "test_sheets", "test_resident_bases",
 )  # fmt: skip
 
 

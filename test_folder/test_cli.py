@@ -22,6 +22,7 @@ from klora.form.request import Request, open_image
 from klora.generation import generate
 from klora.models import load_model
 from klora.models.family import Family
+from test_folder.pairs import named_pair
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a photo of a dog"
@@ -43,10 +44,6 @@ def fuse(*arguments: str) -> Result:
     return CliRunner().invoke(cli.app, ["fuse", PROMPT, *arguments])
 
 
-def pair(family: str) -> tuple[str, ...]:
-    return "--content-lora", f"{family}_content.safetensors", "--style-lora", f"{family}_style.safetensors"
-
-
 @pytest.fixture(scope="module")
 def families(bases: Path) -> dict[str, Family]:
     return {family: load_model(family, bases / base, torch.device("cpu")) for family, base in BASES.items()}
@@ -62,7 +59,7 @@ def generated(model: Family, family: str, **given: Any) -> tuple[list[Image.Imag
 
 @pytest.mark.parametrize("family", BASES)
 def test_images_are_those_of_generate_and_seed_and_share_are_told(families: dict[str, Family], family: str) -> None:
-    result = fuse(*pair(family), *QUICK, "--seed", "7", "--num-outputs", "2", "--out", "pictures/new")
+    result = fuse(*named_pair(family), *QUICK, "--seed", "7", "--num-outputs", "2", "--out", "pictures/new")
     images, facts = generated(families[family], family, seed=7, num_outputs=2)
     assert (result.exit_code, result.stderr) == (0, "")
     first, second, told = result.stdout.splitlines()
@@ -80,7 +77,7 @@ def test_every_kind_of_option_reaches_the_request(families: dict[str, Family]) -
     }  # fmt: skip
     named = {name.replace("_", "-"): value for name, value in given.items() if name != "go_fast"}
     options = [text for name, value in named.items() for text in (f"--{name}", str(value))]
-    result = fuse(*pair("sdxl"), *QUICK, *options, "--go-fast", "--image", "start.png", "--mask", "mask.png")
+    result = fuse(*named_pair("sdxl"), *QUICK, *options, "--go-fast", "--image", "start.png", "--mask", "mask.png")
     pictures = {
         "image": open_image("image", Path("start.png"), "RGB"),
         "mask": open_image("mask", Path("mask.png"), "L"),
@@ -121,7 +118,7 @@ OUTSIDE = "Expected the path of a .safetensors file"
         (("--content-lora", "missing.safetensors"), f"content_lora is 'missing.safetensors'. {OUTSIDE}"),
         (("--style-lora", "../../x.safetensors"), "style_lora: '../../x.safetensors' cannot be used: its path"),
         (
-            (*pair("flux"), "--model", "sdxl"),
+            (*named_pair("flux"), "--model", "sdxl"),
             "content_lora was made for FLUX.1, but this request runs sdxl. Expected one for SDXL.",
         ),
         (("--aspect-ratio", "custom"), "aspect_ratio is custom but neither width nor height is given."),
@@ -147,7 +144,7 @@ def test_a_missing_checker_is_told(bases: Path, tmp_path: Path, monkeypatch: pyt
 BASE_COMMANDS = {
     "fuse": (["fuse", PROMPT], "A base model"),
     "fuse on a base": (["fuse", PROMPT, "--model", "flux-dev"], "flux-dev"),
-    "fuse flux": (["fuse", PROMPT, *pair("flux")], "A base model for flux LoRAs"),
+    "fuse flux": (["fuse", PROMPT, *named_pair("flux")], "A base model for flux LoRAs"),
     "train": (["train", "."], "sdxl"),
 }
 
@@ -216,7 +213,7 @@ def test_without_bases_a_real_process_draws_with_the_toys_and_says_so(bases: Pat
     (tmp_path / "examples" / "toy").symlink_to(bases)
     environment = {name: value for name, value in os.environ.items() if name != "KLORA_MODELS"}
     environment |= {"PYTHONPATH": f"{tmp_path}:{ROOT}", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "from klora.cli import app; app()", "fuse", PROMPT, *pair("sdxl"), *QUICK]
+    command = [sys.executable, "-c", "from klora.cli import app; app()", "fuse", PROMPT, *named_pair("sdxl"), *QUICK]
     result = subprocess.run([*command, "--seed", "1"], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "No base models in ~/.cache/klora/models: using the toy ones in examples/toy" in result.stderr

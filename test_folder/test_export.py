@@ -23,6 +23,7 @@ from klora.form.pair import Export
 from klora.lora import Plan
 from klora.models.family import Family
 from test_folder import tiny
+from test_folder.pairs import pair_of
 
 STEPS = 8
 BASES = {"sdxl": "sdxl", "flux": "flux-dev"}
@@ -183,10 +184,6 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "new" / "fused.safetensors"
 
 
-def files(loras: Path, family: str) -> dict[str, Path]:
-    return {f"{role}_lora": loras / f"{family}_{role}.safetensors" for role in ("content", "style")}
-
-
 def installed(bases: Path) -> dict[str, tuple[str, Path]]:
     return {base: (family, bases / base) for family, base in BASES.items()}
 
@@ -222,7 +219,7 @@ def test_stock_diffusers_draws_what_the_constant_plan_draws(
     families: dict[str, Family], bases: Path, loras: Path, tmp_path: Path, out: Path, family: str
 ) -> None:
     model = families[family]
-    given = with_text_encoder(model, files(loras, family), tmp_path)
+    given = with_text_encoder(model, pair_of(loras, family), tmp_path)
     options = {"pattern": "s", "alpha": 1.2, "beta": 0.6, "style_bias": 0.8, "content_scale": 0.9, "style_scale": 0.6}
     told = exported(wanted(**options, steps="2:7", dtype="fp32"), given, installed(bases), out)
     assert told.ranks == (4, 12), "layers of several ranks, each of which a loader has to find"
@@ -257,7 +254,7 @@ def drawn(pipe: Any) -> np.ndarray:
 def test_klora_reads_what_it_exports(
     families: dict[str, Family], bases: Path, loras: Path, out: Path, family: str, form: str
 ) -> None:
-    model, given = families[family], files(loras, family)
+    model, given = families[family], pair_of(loras, family)
     told = exported(wanted(format=form, dtype="fp32", rank=3), given, installed(bases), out)
     seen = model.read_lora(out)
     fusion = fuse(*(model.read_lora(path) for path in given.values()))
@@ -272,7 +269,7 @@ def test_klora_reads_what_it_exports(
 def test_what_is_told_is_what_a_count_of_the_decisions_finds(
     families: dict[str, Family], bases: Path, loras: Path, out: Path
 ) -> None:
-    given = files(loras, "sdxl")
+    given = pair_of(loras, "sdxl")
     told = exported(wanted(pattern="s", steps="1:6"), given, installed(bases), out)
     fusion = fuse(*(families["sdxl"].read_lora(path) for path in given.values()))
     wins = fusion.content_wins(Schedule.from_pattern("s"), STEPS)[1:6].T.tolist()
@@ -290,7 +287,7 @@ def test_what_is_told_is_what_a_count_of_the_decisions_finds(
 
 
 def test_the_steps_are_the_bases_own_and_the_dtype_fp16(bases: Path, loras: Path, out: Path) -> None:
-    told = exported(Export(content_lora="a", style_lora="b"), files(loras, "sdxl"), installed(bases), out)
+    told = exported(Export(content_lora="a", style_lora="b"), pair_of(loras, "sdxl"), installed(bases), out)
     assert told.steps == (0, 30, 30)
     with safe_open(out, "pt") as file:
         assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}  # noqa: SIM118, it is no mapping
@@ -299,7 +296,7 @@ def test_the_steps_are_the_bases_own_and_the_dtype_fp16(bases: Path, loras: Path
 def test_the_header_says_what_it_is_and_nothing_that_is_secret(
     families: dict[str, Family], bases: Path, loras: Path, tmp_path: Path, out: Path
 ) -> None:
-    given = with_text_encoder(families["sdxl"], files(loras, "sdxl"), tmp_path)
+    given = with_text_encoder(families["sdxl"], pair_of(loras, "sdxl"), tmp_path)
     bare = save_lora(
         tmp_path / "bare.safetensors", LoRA(families["sdxl"].read_lora(given["style_lora"]).layers), "unet"
     )
@@ -348,26 +345,26 @@ def test_what_makes_no_sense_is_refused(
     bases: Path, loras: Path, out: Path, given: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RequestError) as refusal:
-        exported(wanted(**given), files(loras, "sdxl"), installed(bases), out)
+        exported(wanted(**given), pair_of(loras, "sdxl"), installed(bases), out)
     assert str(refusal.value).startswith(message)
     assert not out.exists()
 
 
 def test_without_a_base_that_reads_both_it_is_refused(loras: Path, out: Path) -> None:
     with pytest.raises(LoRAError, match="can only be exported by a base that reads both, but they were read without"):
-        exported(wanted(), files(loras, "sdxl"), {}, out)
+        exported(wanted(), pair_of(loras, "sdxl"), {}, out)
     assert not out.exists()
 
 
 def test_another_name_than_a_loras_is_refused(bases: Path, loras: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"out is 'fused\.pt'\. Expected a name that ends in \.safetensors\."):
-        exported(wanted(), files(loras, "sdxl"), installed(bases), tmp_path / "fused.pt")
+        exported(wanted(), pair_of(loras, "sdxl"), installed(bases), tmp_path / "fused.pt")
 
 
 def test_kohyas_format_takes_no_text_encoders(
     families: dict[str, Family], bases: Path, loras: Path, tmp_path: Path, out: Path
 ) -> None:
-    given = with_text_encoder(families["sdxl"], files(loras, "sdxl"), tmp_path)
+    given = with_text_encoder(families["sdxl"], pair_of(loras, "sdxl"), tmp_path)
     with pytest.raises(RequestError, match="format is kohya"):
         exported(wanted(format="kohya"), given, installed(bases), out)
     assert not out.exists()
@@ -406,7 +403,7 @@ def test_the_command_writes_the_file_and_says_how_far_it_is(
         "--pattern": "s", "--alpha": "1.2", "--beta": "0.6", "--style-bias": "0.9", "--content-scale": "0.8",
         "--style-scale": "1.1", "--steps": "1:4", "--num-inference-steps": "6", "--rank": "5", "--dtype": "bf16",
     }  # fmt: skip
-    given = files(loras, "flux")
+    given = pair_of(loras, "flux")
     command = ["export", *map(str, given.values()), "--out", "fused.safetensors"]
     result = CliRunner().invoke(cli.app, [*command, *(text for option in options.items() for text in option)])
     assert (result.exit_code, result.stderr) == (0, "")
@@ -430,7 +427,7 @@ def test_the_command_refuses_in_one_line_and_its_help_says_what_an_average_is_no
     monkeypatch.setenv("KLORA_MODELS", str(bases))
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
-    command = ["export", *map(str, files(loras, "sdxl").values())]
+    command = ["export", *map(str, pair_of(loras, "sdxl").values())]
     refused = CliRunner().invoke(cli.app, [*command, "--out", "x.safetensors", "--steps", "2:2"])
     assert (refused.exit_code, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
     assert refused.stderr.startswith("Error: steps is 2:2.")

@@ -9,10 +9,6 @@ from klora import cli
 QUICK = ("--num-inference-steps", "3", "--disable-safety-checker", "--seed", "7")
 
 
-def pair(family: str) -> tuple[str, ...]:
-    return "--content-lora", f"{family}_content.safetensors", "--style-lora", f"{family}_style.safetensors"
-
-
 def fuse(*arguments: str) -> None:
     result = CliRunner().invoke(cli.app, ["fuse", "a photo of a dog", *QUICK, *arguments])
     assert result.exit_code == 0, result.stderr

@@ -8,7 +8,8 @@ import torch
 
 import weights
 from klora.studio import Studio
-from test_folder.provenance.commands import fuse, pair
+from test_folder.pairs import named_pair
+from test_folder.provenance.commands import fuse
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def original(bases: Path, loras: Path, tmp_path_factory: pytest.TempPathFactory)
     with pytest.MonkeyPatch.context() as patch:
         folder = settled_in(tmp_path_factory.mktemp("original"), bases, patch)
         shutil.copy(loras / "sdxl_style.safetensors", folder)
-        fuse(*pair("sdxl")[2:], "--output-format", "png")
+        fuse(*named_pair("sdxl")[2:], "--output-format", "png")
         return folder / "out" / "klora_7_0.png"
 
 

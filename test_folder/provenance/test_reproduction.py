@@ -14,7 +14,8 @@ from klora.cache import Borrowed
 from klora.form.request import Request
 from klora.studio import Studio, save_images
 from klora.studio.provenance import read_provenance
-from test_folder.provenance.commands import fuse, pair, refusal, reproduce
+from test_folder.pairs import named_pair
+from test_folder.provenance.commands import fuse, refusal, reproduce
 from test_folder.provenance.records import digest, rewritten
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
@@ -25,11 +26,11 @@ def pixels(path: str | Path) -> np.ndarray:
 
 
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "sdxl": ("png", pair("sdxl")),
-    "flux": ("png", (*pair("flux"), "--go-fast", "--num-inference-steps", "6")),
-    "one LoRA": ("webp", (*pair("sdxl")[:2], "--scheduler", "K_EULER_ANCESTRAL", "--content-scale", "2")),
+    "sdxl": ("png", named_pair("sdxl")),
+    "flux": ("png", (*named_pair("flux"), "--go-fast", "--num-inference-steps", "6")),
+    "one LoRA": ("webp", (*named_pair("sdxl")[:2], "--scheduler", "K_EULER_ANCESTRAL", "--content-scale", "2")),
     "none": ("jpg", ("--model", "illustrious-xl", "--width", "80", "--negative-prompt", "a cat")),
-    "sum": ("png", (*pair("sdxl"), "--fusion", "sum", "--pattern", "s", "--no-add-triggers")),
+    "sum": ("png", (*named_pair("sdxl"), "--fusion", "sum", "--pattern", "s", "--no-add-triggers")),
 }
 
 
@@ -50,7 +51,7 @@ def test_an_image_made_from_others_needs_them_again(shop: Path) -> None:
     NOISE.save("start.png")
     Image.linear_gradient("L").save("mask.png")
     Image.linear_gradient("L").rotate(90).save("other.png")
-    fuse(*pair("sdxl"), "--output-format", "png", "--image", "start.png", "--mask", "mask.png")
+    fuse(*named_pair("sdxl"), "--output-format", "png", "--image", "start.png", "--mask", "mask.png")
     file = "out/klora_7_0.png"
     assert "start" not in repr(Image.open(file).info)
     assert refusal(file).startswith("The image was made with image ")

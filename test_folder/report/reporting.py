@@ -44,7 +44,3 @@ def strictly(text):
         raise AssertionError(f"{token} is no JSON")
 
     return json.loads(text, parse_constant=refused)
-
-
-def files(loras, family="sdxl"):
-    return {f"{role}_lora": loras / f"{family}_{role}.safetensors" for role in ("content", "style")}

@@ -11,7 +11,7 @@ from klora.files.report import stated_alphas
 from klora.form.pair import Question
 from klora.report.pair import answer, read_pair
 from klora.report.picture import figure
-from test_folder.report.reporting import files
+from test_folder.pairs import pair_of
 
 
 def kohya(source, target, alpha):
@@ -38,14 +38,14 @@ QUESTION = Question("content", "style")
 
 @pytest.mark.parametrize(("family", "name", "steps"), [("sdxl", "sdxl", 30), ("flux", "flux-dev", 28)])
 def test_with_a_base_its_order_and_its_steps_hold(bases, loras, family, name, steps):
-    report, pair = answer(QUESTION, files(loras, family), base(bases, name))
+    report, pair = answer(QUESTION, pair_of(loras, family), base(bases, name))
     assert (report.order, pair.base, report.steps) == ("execution", name, steps)
     assert report.layers == tuple(pair.content)
     assert "layers in its execution order" in str(pair)
 
 
 def test_without_a_base_the_ratios_are_the_same_and_the_order_is_by_name(bases, loras, tmp_path):
-    given = files(loras)
+    given = pair_of(loras)
     report, _ = answer(QUESTION, given, base(bases))
     given["content_lora"] = kohya(given["content_lora"], tmp_path / "kohya.safetensors", alpha=2)
     bare, pair = answer(QUESTION, given, {})
@@ -62,7 +62,7 @@ def test_by_name_numbers_count_as_numbers(tmp_path):
     keys = {f"{stem}.lora_{factor}.weight": torch.randn(4, 4) for stem in stems for factor in "AB"}
     for role in ("content", "style"):
         save_file(keys, tmp_path / f"sdxl_{role}.safetensors")
-    layers = list(read_pair(files(tmp_path), {}).content)
+    layers = list(read_pair(pair_of(tmp_path), {}).content)
     assert [name.split(".")[4] for name in layers] == ["1", "2", "10"]
 
 
@@ -70,7 +70,7 @@ def test_a_base_that_cannot_read_them_is_named(bases, tmp_path):
     stem = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     for role in ("content", "style"):
         save_file({f"{stem}.lora_{f}.weight": torch.randn(7, 7) for f in "AB"}, tmp_path / f"sdxl_{role}.safetensors")
-    _, pair = answer(QUESTION, files(tmp_path), base(bases))
+    _, pair = answer(QUESTION, pair_of(tmp_path), base(bases))
     assert pair.base is None and "layers by name (sdxl: sdxl_content.safetensors was made for another base" in str(pair)
 
 
@@ -82,11 +82,11 @@ def test_pairs_that_cannot_be_told_apart_or_matched_are_refused(loras, tmp_path)
     for role, name in names.items():
         save_file({f"{name}.lora_{f}.weight": torch.randn(4, 4) for f in "AB"}, tmp_path / f"sdxl_{role}.safetensors")
     with pytest.raises(LoRAError, match=r"only a base can tell which is which\. Expected KLORA_MODELS"):
-        read_pair(files(tmp_path), {})
+        read_pair(pair_of(tmp_path), {})
     narrow = {f"{names['content']}.lora_{f}.weight": torch.randn((4, 5) if f == "A" else (5, 4)) for f in "AB"}
     save_file(narrow, tmp_path / "sdxl_style.safetensors")
     with pytest.raises(LoRAError, match=r"is \(4, 4\) in content_lora and \(5, 5\) in style_lora\. Expected one base"):
-        read_pair(files(tmp_path), {})
+        read_pair(pair_of(tmp_path), {})
 
 
 def test_alphas_are_told_of_the_denoiser_alone(tmp_path):
@@ -96,7 +96,7 @@ def test_alphas_are_told_of_the_denoiser_alone(tmp_path):
 
 
 def test_alphas_that_metadata_states_are_applied_without_a_base(loras, tmp_path):
-    given = files(loras)
+    given = pair_of(loras)
     said = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 8})}
     save_file(load_file(given["content_lora"]), tmp_path / "stated.safetensors", said)
     plain, stated = (read_pair(given | {"content_lora": path}, {}).content for path in (
@@ -106,11 +106,11 @@ def test_alphas_that_metadata_states_are_applied_without_a_base(loras, tmp_path)
 
 def test_scores_that_are_kept_are_not_computed_again(bases, loras, tmp_path, monkeypatch):
     scores = {name: tmp_path / f"{name}.json" for name in ("content_lora", "style_lora")}
-    first, _ = answer(QUESTION, files(loras), base(bases), scores)
+    first, _ = answer(QUESTION, pair_of(loras), base(bases), scores)
 
     def refused(*_):
         raise AssertionError("a product was computed")
 
     monkeypatch.setattr("klora.fusion.importance", refused)
-    again, _ = answer(QUESTION, files(loras), base(bases), scores)
+    again, _ = answer(QUESTION, pair_of(loras), base(bases), scores)
     assert again.to_json() == first.to_json()

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from klora import cli
 from klora.report import Report
 from klora.report.pair import save_report
-from test_folder.report.reporting import files, healthy, strictly
+from test_folder.pairs import pair_of
+from test_folder.report.reporting import healthy, strictly
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,10 +29,10 @@ def test_a_real_process_writes_both_files_and_touches_nothing_else(bases, loras,
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
         "assert 'MPLCONFIGDIR' not in os.environ\n"
     )
-    command = [sys.executable, "-c", code, "report", *map(str, files(loras).values()), "--pattern", "s", "--steps", "7"]
+    command = [sys.executable, "-c", code, "report", *map(str, pair_of(loras).values())]
     environment = {name: value for name, value in os.environ.items() if name != "MPLCONFIGDIR"}
     environment |= {"PYTHONPATH": str(ROOT), "HOME": str(home), "KLORA_MODELS": str(bases), "OMP_NUM_THREADS": "1"}
-    command += ["--beta", "0.6", "--style-bias", "1.5", "--out", str(out)]
+    command += ["--pattern", "s", "--steps", "7", "--beta", "0.6", "--style-bias", "1.5", "--out", str(out)]
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     told = strictly((out / "report.json").read_text())
@@ -48,7 +49,7 @@ def shell(bases, loras, tmp_path, monkeypatch):
     monkeypatch.setenv("KLORA_MODELS", str(bases))
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
-    return [str(path) for path in files(loras).values()]
+    return [str(path) for path in pair_of(loras).values()]
 
 
 def test_its_errors_are_one_line_and_its_bounds_a_requests(shell, loras):

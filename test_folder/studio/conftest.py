@@ -9,12 +9,13 @@ from transformers import CLIPTextModel
 
 from klora.studio import Studio
 from test_folder import tiny
-from test_folder.studio.opening import FIRST, Images, made, open_studio, pair, request
+from test_folder.pairs import pair_of
+from test_folder.studio.opening import FIRST, Images, made, open_studio, request
 
 
 @pytest.fixture(scope="module")
 def loras(loras: Path, bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """conftest's LoRAs, for every base of their family, SDXL's style with layers of the first text encoder, too."""
+    """The session's LoRAs, for every base of their family, SDXL's style with layers of the first text encoder, too."""
     folder = tmp_path_factory.mktemp("loras")
     for file in loras.iterdir():
         every = {key: tensor for key, tensor in load_file(file).items() if "guidance_embedder" not in key}
@@ -49,4 +50,4 @@ def studio(models: Path) -> Studio:
 @pytest.fixture(scope="module")
 def first(studio: Studio, loras: Path) -> dict[str, Images]:
     """What it drew when it was new, by family."""
-    return {family: made(studio, request(), pair(loras, family)) for family in FIRST}
+    return {family: made(studio, request(), pair_of(loras, family)) for family in FIRST}

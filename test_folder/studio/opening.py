@@ -28,10 +28,6 @@ def request(**given: Any) -> Request:
     return Request(**{**quick, **given})
 
 
-def pair(loras: Path, family: str) -> dict[str, Path]:
-    return {f"{role}_lora": loras / f"{family}_{role}.safetensors" for role in ("content", "style")}
-
-
 def made(studio: Studio, asked: Request, files: Mapping[str, Path], **options: Any) -> Images:
     return {index: np.asarray(image) for index, image in studio.make(asked, files, **options).items()}
 

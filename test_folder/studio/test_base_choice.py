@@ -8,7 +8,8 @@ import weights
 from klora.errors import BaseModelError, LoRAError
 from klora.studio import Studio
 from test_folder import tiny
-from test_folder.studio.opening import FIRST, OTHER, open_studio, pair, request
+from test_folder.pairs import pair_of
+from test_folder.studio.opening import FIRST, OTHER, open_studio, request
 
 NAMES = {"sdxl": "SDXL", "flux": "FLUX.1"}
 
@@ -19,7 +20,7 @@ def test_without_a_model_the_loras_choose_the_base(
     studio: Studio, loras: Path, family: str, roles: tuple[str, ...]
 ) -> None:
     studio.load(*weights.find_base(FIRST[OTHER[family]]))
-    studio.make(request(), {role: pair(loras, family)[role] for role in roles})
+    studio.make(request(), {role: pair_of(loras, family)[role] for role in roles})
     assert studio.resident[-1] == FIRST[family]
 
 
@@ -34,7 +35,7 @@ def test_a_lora_of_the_other_family_is_refused_naming_the_input_and_both_familie
     fresh: Studio, loras: Path, family: str, role: str
 ) -> None:
     with pytest.raises(LoRAError) as error:
-        fresh.make(request(model=FIRST[family]), {role: pair(loras, OTHER[family])[role]})
+        fresh.make(request(model=FIRST[family]), {role: pair_of(loras, OTHER[family])[role]})
     assert str(error.value) == (
         f"{role} was made for {NAMES[OTHER[family]]}, but this request runs {FIRST[family]}. "
         f"Expected one for {NAMES[family]}."
@@ -45,8 +46,8 @@ def test_a_lora_of_the_other_family_is_refused_naming_the_input_and_both_familie
 @pytest.mark.parametrize("family", FIRST)
 def test_two_loras_of_different_families_are_refused(fresh: Studio, loras: Path, family: str) -> None:
     files = {
-        "content_lora": pair(loras, family)["content_lora"],
-        "style_lora": pair(loras, OTHER[family])["style_lora"],
+        "content_lora": pair_of(loras, family)["content_lora"],
+        "style_lora": pair_of(loras, OTHER[family])["style_lora"],
     }
     with pytest.raises(LoRAError) as error:
         fresh.make(request(), files)
@@ -62,7 +63,7 @@ def test_a_family_without_an_installed_base_is_refused(
     (tmp_path / "sdxl").symlink_to(bases / "sdxl")
     monkeypatch.setenv("KLORA_MODELS", str(tmp_path))
     with pytest.raises(BaseModelError, match=r"^A base model for flux LoRAs is not installed: \S+ has sdxl\. "):
-        open_studio(tmp_path).make(request(), pair(loras, "flux"))
+        open_studio(tmp_path).make(request(), pair_of(loras, "flux"))
 
 
 def test_a_lora_that_does_not_fit_the_base_is_refused_naming_the_input(

@@ -10,12 +10,13 @@ import pytest
 import weights
 from klora.generation import generate
 from klora.studio import Studio
-from test_folder.studio.opening import FIRST, Images, made, pair, request, same
+from test_folder.pairs import pair_of
+from test_folder.studio.opening import FIRST, Images, made, request, same
 
 
 @pytest.mark.parametrize("base", ["sdxl", "illustrious-xl", "flux-dev", "flux-schnell"])
 def test_every_base_makes_the_images_that_generate_makes(studio: Studio, loras: Path, base: str) -> None:
-    files, asked = pair(loras, weights.BASES[base].family), request(model=base, num_outputs=2)
+    files, asked = pair_of(loras, weights.BASES[base].family), request(model=base, num_outputs=2)
     model = studio.load(*weights.find_base(base))
     content, style = (model.read_lora(path) for path in files.values())
     expected = generate(model, asked, content=content, style=style)
@@ -53,7 +54,7 @@ def test_a_prompt_is_read_once_unless_a_lora_has_a_say_in_it(fresh: Studio, lora
 
 @pytest.mark.parametrize("fusion", ["klora", "sum", "content", "style"])
 def test_whole_numbers_serve_as_scales(studio: Studio, loras: Path, fusion: str) -> None:
-    files = pair(loras, "sdxl")
+    files = pair_of(loras, "sdxl")
     whole = made(studio, request(fusion=fusion, content_scale=1, style_scale=2), files)
     assert same(whole, made(studio, request(fusion=fusion, content_scale=1.0, style_scale=2.0), files))
 
@@ -61,5 +62,5 @@ def test_whole_numbers_serve_as_scales(studio: Studio, loras: Path, fusion: str)
 @pytest.mark.parametrize("family", FIRST)
 def test_progress_is_told_step_by_step(studio: Studio, loras: Path, family: str) -> None:
     told: list[tuple[int, int]] = []
-    studio.make(request(), pair(loras, family), on_step=lambda *step: told.append(step))
+    studio.make(request(), pair_of(loras, family), on_step=lambda *step: told.append(step))
     assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]

@@ -11,8 +11,9 @@ import weights
 from klora.errors import BaseModelError
 from klora.layers import HEADROOM_BYTES
 from klora.studio import Studio
+from test_folder.pairs import pair_of
 from test_folder.studio.damaging import cut, lacking, without
-from test_folder.studio.opening import FIRST, OTHER, PLENTY, Images, made, open_studio, pair, request, same
+from test_folder.studio.opening import FIRST, OTHER, PLENTY, Images, made, open_studio, request, same
 
 
 def room_for(count: int, checker: Path) -> Studio:
@@ -105,4 +106,4 @@ def test_a_damaged_base_is_refused_and_the_others_stay(
     with pytest.raises(BaseModelError, match=r"/damaged "):
         studio.load(str(tmp_path), "sdxl", damaged)
     assert studio.resident == resident
-    assert same(made(studio, request(), pair(loras, "sdxl")), first["sdxl"])
+    assert same(made(studio, request(), pair_of(loras, "sdxl")), first["sdxl"])

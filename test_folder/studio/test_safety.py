@@ -15,8 +15,9 @@ from klora.form.request import Request
 from klora.models.safety import SafetyChecker
 from klora.studio import Studio, save_images
 from test_folder import tiny
+from test_folder.pairs import pair_of
 from test_folder.studio.damaging import cut, lacking
-from test_folder.studio.opening import CPU, FIRST, made, open_studio, pair, request, same
+from test_folder.studio.opening import CPU, FIRST, made, open_studio, request, same
 
 
 def unsafe(studio: Studio, asked: Request) -> str:
@@ -93,7 +94,7 @@ def test_without_the_check_no_checker_is_needed_and_nothing_is_withheld(models: 
 
 @pytest.mark.parametrize("family", FIRST)
 def test_images_that_pass_the_check_are_not_touched_by_it(studio: Studio, loras: Path, family: str) -> None:
-    files = pair(loras, family)
+    files = pair_of(loras, family)
     assert same(made(studio, checked(num_outputs=2), files), made(studio, request(num_outputs=2), files))
 
 

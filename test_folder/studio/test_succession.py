@@ -13,7 +13,8 @@ import weights
 from klora.errors import KLoRAError, LoRAError, RequestError
 from klora.studio import Studio
 from test_folder import tiny
-from test_folder.studio.opening import FIRST, OTHER, Images, made, pair, request, same
+from test_folder.pairs import pair_of
+from test_folder.studio.opening import FIRST, OTHER, Images, made, request, same
 
 COMPONENT = {"sdxl": "unet", "flux": "transformer"}
 
@@ -40,7 +41,7 @@ def test_after_a_refused_request_the_next_draws_as_at_first(
             request(model=FIRST[family], **given),
             {role: folder / file.format(family=family, other=OTHER[family]) for role, file in files.items()},
         )
-    assert same(made(studio, request(), pair(loras, family)), first[family])
+    assert same(made(studio, request(), pair_of(loras, family)), first[family])
 
 
 @pytest.mark.parametrize("family", FIRST)
@@ -53,8 +54,8 @@ def test_after_an_interrupted_request_the_next_draws_as_at_first(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        studio.make(request(fusion="sum", seed=1, num_outputs=2), pair(loras, family), on_step=interrupt)
-    assert same(made(studio, request(), pair(loras, family)), first[family])
+        studio.make(request(fusion="sum", seed=1, num_outputs=2), pair_of(loras, family), on_step=interrupt)
+    assert same(made(studio, request(), pair_of(loras, family)), first[family])
 
 
 PICTURE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8))
@@ -78,7 +79,7 @@ REQUESTS: list[tuple[str, dict[str, Any]]] = [
 def test_what_was_asked_before_changes_nothing(studio: Studio, fresh: Studio, loras: Path) -> None:
     def draw(place: Studio, number: int) -> Images:
         family, given = REQUESTS[number]
-        return made(place, request(**given), pair(loras, family))
+        return made(place, request(**given), pair_of(loras, family))
 
     numbers = range(len(REQUESTS))
     forwards = [draw(fresh, number) for number in numbers]
@@ -93,6 +94,6 @@ def test_a_request_draws_nothing_from_the_global_generators(studio: Studio, lora
     torch.manual_seed(5)
     studio.load(*weights.find_base(FIRST[family]))
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()
-    studio.make(request(num_outputs=2), pair(loras, family))
+    studio.make(request(num_outputs=2), pair_of(loras, family))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1]

@@ -19,13 +19,11 @@ from klora.errors import LoRAError
 from klora.files.container import MAX_TENSORS
 from klora.files.lycoris import MAX_ERROR, MAX_RANK, low_rank
 from klora.models.family import Family
-from test_folder.files.conftest import models, sdxl
 from test_folder.files.reading import GOOD, KOHYA_Q, Q, assert_is_a_sentence, at_most, pair, read
 from test_folder.files.spelling import KOHYA, keyed
 from test_folder.variants import VARIANTS, Variant, largest_error, table
 
-__all__ = ["models", "sdxl"]  # fixtures
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.family}, {v.name}")

@@ -16,11 +16,10 @@ from klora.models import load_shapes
 from klora.models.family import Family
 from klora.report.inspection import inspect
 from klora.studio import Studio
-from test_folder.files.conftest import models
 from test_folder.files.reading import GOOD
+from test_folder.pairs import pair_of
 from test_folder.variants import VARIANTS, Variant
 
-__all__ = ["models"]  # fixtures
 FOLDERS = {"sdxl": "sdxl", "flux": "flux-dev"}
 
 
@@ -69,7 +68,7 @@ def test_a_request_logs_a_line_for_each_lora(bases: Path, loras: Path, caplog: p
     caplog.set_level("INFO")
     studio = Studio(lambda name, family: ("sdxl", "sdxl", bases / "sdxl"), Path("no-checker"), torch.device("cpu"))
     request = Request("a dog", num_inference_steps=2, disable_safety_checker=True)
-    studio.make(request, {f"{role}_lora": loras / f"sdxl_{role}.safetensors" for role in ("content", "style")})
+    studio.make(request, pair_of(loras))
     for role, rank in (("content", 4), ("style", 8)):
         (line,) = [line for line in caplog.messages if line.startswith(f"{role}_lora: diffusers: ")]
         assert f"rank {rank}" in line and line.endswith("none dropped")

@@ -14,11 +14,8 @@ from klora.lora import LoRA
 from klora.models import load_model
 from klora.models.family import Family
 from klora.words import taught
-from test_folder.files.conftest import model, models
 from test_folder.files.reading import GOOD, GOOD_FLUX, read
 from test_folder.variants import cog_sdxl, embeddings
-
-__all__ = ["model", "models"]  # fixtures
 
 
 def of(model: Family) -> Mapping[str, Tensor]:

@@ -13,11 +13,8 @@ from klora.form.request import Request
 from klora.models import origin_of
 from klora.models.family import Family
 from klora.studio import Studio
-from test_folder.files.conftest import model, models
 from test_folder.files.reading import GOOD, GOOD_FLUX
 from test_folder.files.spelling import KOHYA, PEFT, keyed
-
-__all__ = ["model", "models"]  # fixtures
 
 
 def layer(stem: str, outputs: int, inputs: int, endings: tuple[str, str] = KOHYA) -> dict[str, Tensor]:
