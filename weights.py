@@ -144,8 +144,9 @@ def training_base(name: str) -> dict[str, Any]:
     One that set-up would have fetched is fetched: a trainer has no set-up.
     """
     _fetch_if_due(name)
-    found = find_base(name)._asdict()
-    return found | {"repository": BASES[name].repository, "licence": BASES[name].licence, "annotators": models_folder()}
+    found, base = find_base(name)._asdict(), BASES[name]
+    origin = {"repository": base.repository, "checkpoint": base.checkpoint, "licence": base.licence}
+    return found | origin | {"annotators": models_folder()}
 
 
 def safety_checker_path() -> Path:

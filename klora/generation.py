@@ -175,7 +175,8 @@ def _words(request: Request, draws: Sequence[Draw], content: LoRA | None, style:
     for role, lora, _ in _acting(request, content, style):
         for word, parts in lora.words.items():
             alone = re.compile(rf"(?<![\w:]){re.escape(word)}(?!\w)")
-            if word in bare and any(alone.search(draw.prompt) for draw in draws):
+            said = (request.negative_prompt, *(draw.prompt for draw in draws))
+            if word in bare and any(map(alone.search, said)):
                 raise RequestError(
                     f"Both LoRAs teach the word {word!r}. Write content:{word} or style:{word} in the prompt."
                 )

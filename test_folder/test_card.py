@@ -96,7 +96,8 @@ def test_a_title_that_does_not_fit_ends_in_an_ellipsis() -> None:
 
 
 def read(base: str = "sdxl", samples: tuple[str, ...] = (), **facts: object) -> huggingface_hub.ModelCard:
-    known = FACTS | {"base": base, "repository": weights.BASES[base].repository} | facts
+    entry = weights.BASES[base]
+    known = FACTS | {"base": base, "repository": entry.repository, "checkpoint": entry.checkpoint} | facts
     return huggingface_hub.ModelCard(card.model_card(known, weights.BASES[base].licence, samples))
 
 
@@ -148,6 +149,13 @@ def test_the_diffusers_code_runs_as_it_stands(monkeypatch: pytest.MonkeyPatch, p
     pipeline = loaded.return_value.to.return_value
     pipeline.load_lora_weights.assert_called_once_with(REPO, weight_name="lora.safetensors")
     assert pipeline.call_args.args == (text.data.instance_prompt,) == (" ".join(prompt.split()),)
+
+
+def test_the_diffusers_code_loads_a_base_of_one_file_from_that_file() -> None:
+    where = "https://huggingface.co/OnomaAIResearch/Illustrious-XL-v1.0/blob/main/Illustrious-XL-v1.0.safetensors"
+    text = read("illustrious-xl").text
+    assert "from diffusers import StableDiffusionXLPipeline\n" in text
+    assert f'= StableDiffusionXLPipeline.from_single_file("{where}", torch_dtype=torch.float16)' in text
 
 
 class Hub(ThreadingHTTPServer):

@@ -126,6 +126,16 @@ def test_the_lora_says_what_it_is_and_no_file_says_more_than_it_should() -> None
     assert lines[0]["loss"] is None and lines[0]["fixed_loss"] > 0 and lines[-1]["steps_per_second"] > 0
 
 
+def test_what_an_expression_chose_is_not_said_to_be_the_choice_of_layers_it_replaced() -> None:
+    tar = trained(layers_to_optimize_regex=r"to_q$", steps=1)
+    Path("lora.safetensors").write_bytes(tar["lora.safetensors"])
+    with safe_open("lora.safetensors", "pt") as file:
+        told = file.metadata()
+    assert (told["layers_to_optimize_regex"], told["lora_targets"]) == ("to_q$", "")
+    card = tar["README.md"].decode()
+    assert "| layers_to_optimize_regex | `to_q$` |" in card and "lora_targets" not in card
+
+
 def test_kohyas_file_is_the_same_lora(bases: Path, quick: Path) -> None:
     tar = held(quick)
     for name in ("lora", "lora_kohya"):

@@ -31,6 +31,11 @@ class Base:
         """Where its files come from, that of its index last."""
         return (self, self.completed_by) if self.completed_by else (self,)
 
+    @property
+    def checkpoint(self) -> str:
+        """The file that the base is, in its repository; of one that is a diffusers-format folder, nothing."""
+        return self.files[0] if self.completed_by else ""
+
     def wants(self, path: str) -> bool:
         """Whether the file at this path of the repository belongs to the base."""
         return any(fnmatchcase(path, pattern) for pattern in self.files)

@@ -105,6 +105,7 @@ def model_card(facts: Mapping[str, Any], licence: str, samples: Sequence[str] = 
     return f"---\n{data.to_yaml()}\n---\n\n" + _CARD.format(
         kind=kind, role="style_lora" if kind == "style" else "content_lora", trigger=_code(facts["trigger"]),
         prompt=_code(prompt), literal=repr(prompt), repository=repository, folder=facts.get("hf_repo_id") or ".",
+        **_loading(repository, facts.get("checkpoint", ""), family),
         dtype="bfloat16" if family == "flux" else "float16", gallery="\n<Gallery />\n" if samples else "",
         table="\n".join(f"| {name} | {value} |" for name, value in rows.items()), licence=licence,
         terms=f"{licence.split(' Non-')[0]} is non-commercial." if "Non-Commercial" in licence else "",
@@ -122,9 +123,9 @@ Give `lora.safetensors` as `{role}`, a second LoRA as the other one, and a promp
 ## In diffusers
 ```python
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import {pipeline}
 
-pipeline = DiffusionPipeline.from_pretrained("{repository}", torch_dtype=torch.{dtype}).to("cuda")
+pipeline = {pipeline}.{load}("{origin}", torch_dtype=torch.{dtype}).to("cuda")
 pipeline.load_lora_weights("{folder}", weight_name="lora.safetensors")  # a folder, or a repository's id
 pipeline({literal}).images[0].save("picture.png")
 ```
@@ -144,6 +145,15 @@ the pictures themselves almost as they were. How well it does was not measured.
 ## Licence
 The base, [{repository}](https://huggingface.co/{repository}), is under the {licence}, and so is this LoRA. {terms}
 """
+
+
+def _loading(repository: str, checkpoint: str, family: str) -> dict[str, str]:
+    """How diffusers loads the base: a folder by its index, one file by its address and a pipeline's name."""
+    if not checkpoint:
+        return {"pipeline": "DiffusionPipeline", "load": "from_pretrained", "origin": repository}
+    pipeline = {"sdxl": "StableDiffusionXLPipeline", "flux": "FluxPipeline"}[family]
+    origin = f"https://huggingface.co/{repository}/blob/main/{checkpoint}"
+    return {"pipeline": pipeline, "load": "from_single_file", "origin": origin}
 
 
 def _licence(repository: str, licence: str) -> dict[str, Any]:

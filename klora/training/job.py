@@ -50,7 +50,8 @@ FREE = {"steps", "sample_prompts", "sample_interval", "sample_steps", "checkpoin
 @dataclass(frozen=True)
 class TrainingBase:
     """The base model to train on. family: a key of FAMILIES; repository: where it comes from, on the hub.
-    annotators: the folder that holds the folders captioner and segmenter, if they are installed."""
+    annotators: the folder that holds the folders captioner and segmenter, if they are installed; checkpoint: the file
+    of the repository that the base is, if it is one."""
 
     name: str
     family: str
@@ -58,6 +59,7 @@ class TrainingBase:
     repository: str
     licence: str
     annotators: Path
+    checkpoint: str = ""
 
 
 def run_training(
@@ -122,6 +124,7 @@ def _train(
         "base": base.name,
         "family": family.name,
         "repository": base.repository,
+        "checkpoint": base.checkpoint,
         "trigger": config.trigger,
         "prompt": config.prompt,
         "rank": config.lora_rank or family.recipe.rank,
@@ -151,6 +154,8 @@ def _train(
 def _write_results(
     folder: Path, lora: LoRA, facts: Mapping[str, Any], component: str, licence: str, config: TrainConfig
 ) -> None:
+    if config.layers_to_optimize_regex:
+        facts = {**facts, "lora_targets": ""}  # the expression took their place
     kept = ("base", "family", "repository", "trigger", "prompt", "klora", *SETTINGS)
     modules = hashlib.sha256("\n".join(sorted(lora)).encode()).hexdigest()
     metadata = {name: str(facts[name]) for name in kept} | {"modules": str(len(lora)), "modules_sha256": modules}

@@ -82,6 +82,8 @@ def test_a_word_that_both_teach_must_say_whose_it_is(models: dict[str, Family], 
     lora = sdxl.read_lora(cog_sdxl(sdxl, tmp_path)[0])
     with pytest.raises(RequestError, match="content:TOK or style:TOK"):
         generate(sdxl, Request("a TOK", num_inference_steps=1), content=lora, style=lora)
+    with pytest.raises(RequestError, match="content:TOK or style:TOK"):
+        generate(sdxl, Request("a toy", negative_prompt="TOK", num_inference_steps=1), content=lora, style=lora)
     assert generate(sdxl, Request("a content:TOK in style:TOK", num_inference_steps=1), content=lora, style=lora)
 
 
