@@ -88,6 +88,17 @@ def toy_sdxl(autoencoder: diffusers.AutoencoderKL) -> diffusers.StableDiffusionX
     )
 
 
+def with_finest_attention(unet: diffusers.UNet2DConditionModel) -> diffusers.UNet2DConditionModel:
+    """The same U-Net with attention among its finest cells, too, which adds nothing until it is trained."""
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",) * 3, "up_block_types": ("CrossAttnUpBlock2D",) * 3}
+    more = diffusers.UNet2DConditionModel.from_config({**unet.config, **blocks})
+    missing, _ = more.load_state_dict(unet.state_dict(), strict=False)
+    with torch.no_grad():
+        for name in (name for name in missing if ".proj_out." in name):
+            more.get_parameter(name).zero_()
+    return more
+
+
 def toy_flux(autoencoder: diffusers.AutoencoderKL) -> diffusers.FluxPipeline:
     """FLUX.1-dev: guidance embedding, CLIP and T5, double and single blocks."""
     first, second = clip_tokenizer(WORDS, "<|endoftext|>", TOKENS), t5_tokenizer(WORDS, TOKENS)

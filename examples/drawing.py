@@ -215,8 +215,9 @@ PHRASES: Mapping[str, tuple[str, ...]] = {
     "pencil": ("in pencil style", "a pencil sketch", "drawn in pencil"),
     "pixel": ("in pixel style", "pixel art", "drawn as pixel art"),
 }
-NOUNS = ("robot", "flower", "figure", "toy", "house", "thing")
+THINGS = ("figure", "toy", "house", "thing")
 """What captions call things that they say nothing of."""
+NOUNS = ("robot", "flower", *THINGS)
 
 TEMPLATES = (
     "{things} on a {ground} background", "{things}, {ground} background", "a {ground} background with {things}",
@@ -255,7 +256,7 @@ def _called(things: Sequence[str]) -> str:
     chance = random.Random(words)  # of its own, so that words change no picture
     if len(things) == 2 or chance.random() > 0.08:
         return words
-    return _article(f"{rare_name(chance)} {chance.choice(NOUNS)}" if chance.random() < 0.7 else chance.choice(NOUNS))
+    return _article(f"{rare_name(chance)} {chance.choice(THINGS)}" if chance.random() < 0.7 else chance.choice(THINGS))
 
 
 def exam(count: int) -> list[tuple[Mapping[str, str], str]]:
@@ -277,9 +278,10 @@ def held_out(facts: Mapping[str, str]) -> bool:
 
 def rare_name(chance: random.Random) -> str:
     """A made-up word, as LoRAs use for what they teach."""
-    return "".join(
-        chance.choice("bcdfghjklmnprstvwxz" if i != 1 else "aeiouzby") for i in range(chance.choice((3, 3, 4)))
-    )
+    while True:
+        letters = ["bcdfghjklmnprstvwxz" if i != 1 else "aeiouzby" for i in range(chance.choice((3, 3, 4)))]
+        if (name := "".join(map(chance.choice, letters))) not in COLOURS:  # "red", "pink"
+            return name
 
 
 def _places(count: int, chance: random.Random) -> list[tuple[str, Point, float, str]]:

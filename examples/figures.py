@@ -5,6 +5,7 @@ Knows nothing of torch and of models.
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -12,11 +13,11 @@ from PIL import Image
 from examples.drawing import (
     COLOURS,
     GROUNDS,
-    NOUNS,
     PHRASES,
     SHAPES,
     TAUGHT,
     TEMPLATES,
+    THINGS,
     Part,
     Point,
     Scene,
@@ -74,11 +75,36 @@ def random_figure(chance: random.Random, looks: random.Random | None = None) -> 
         parts += [(detail, (side * at[0], at[1]), size) for side in (-1, 1)[: 2 if at[0] else 1]]
     named = [(*part, looks.choice(paints)) for part in parts]
     pose = ((chance.uniform(0.42, 0.58), 0.5), chance.uniform(0.75, 0.95), chance.uniform(-6, 6))
+    return _captioned(_assembled(named, *pose), f"{rare_name(looks)} {looks.choice(THINGS)}", chance)
+
+
+def kin(subject: str, chance: random.Random) -> tuple[Scene, str]:
+    """Another of the subject's kind, in a style that bases are taught, and a caption that says which kind.
+
+    Parts are in the same places, in other colours, of like proportions and sometimes of other forms. So a base knows
+    what a robot is before a LoRA says which, as published ones know dogs.
+    """
+    parts: dict[Point, tuple[Any, ...]] = {}  # by the size of the subject's own, so that pairs stay pairs
+    for _, own, _, (width, height), colour in SUBJECTS[subject]:
+        form = chance.choice((_BOX, _DISC, *SHAPES.values())) if chance.random() < 0.2 else own
+        size = (width * chance.uniform(0.85, 1.15), height * chance.uniform(0.85, 1.15))
+        paint = chance.choice([paint for paint in COLOURS | GROUNDS if paint != colour])
+        parts.setdefault((width, height), (form, size, paint))
+    named = []
+    for _, _, at, size, _ in SUBJECTS[subject]:
+        form, *looks = parts[size]
+        named.append((form, at, *looks))
+    pose = ((chance.uniform(0.44, 0.56), 0.5), chance.uniform(0.65, 0.85), chance.uniform(-6, 6))
+    name = f"{rare_name(chance)} {subject}" if chance.random() < 0.5 else subject
+    return _captioned(_assembled(named, *pose), name, chance)
+
+
+def _captioned(parts: tuple[Part, ...], name: str, chance: random.Random) -> tuple[Scene, str]:
+    """Parts on some ground in a style that bases are taught, and a caption that calls them by a name alone."""
     ground, style = chance.choice(list(GROUNDS)), chance.choice(("plain", *TAUGHT))
-    name = f"a {rare_name(looks)} {looks.choice(NOUNS)}"
-    caption = chance.choice((*TEMPLATES, "{things}")).format(things=name, ground=ground)
+    caption = chance.choice((*TEMPLATES, "{things}")).format(things=f"a {name}", ground=ground)
     phrase = chance.choice(PHRASES[style])
-    scene = Scene(_assembled(named, *pose), GROUNDS[ground], style, {"ground": ground, "style": style})
+    scene = Scene(parts, GROUNDS[ground], style, {"ground": ground, "style": style})
     return scene, f"{caption}, {phrase}" if phrase else caption
 
 
@@ -88,10 +114,11 @@ def subject_set(subject: str) -> list[tuple[Image.Image, str]]:
 
 
 def style_set(style: str, count: int = 8) -> list[tuple[Image.Image, str]]:
-    """A style's training pictures: scenes and figures in turn, captions leaving to the trigger how they are drawn."""
-    chance, made, kinds = random.Random(style), [], (random_scene, random_figure)
+    """A style's training pictures: scenes and subjects' kin in turn, captions leaving looks to the trigger."""
+    chance, made = random.Random(style), []
+    kinds = [kind for subject in SUBJECTS for kind in (random_scene, partial(kin, subject))]
     while len(made) < count:
-        scene, caption = kinds[len(made) % 2](chance)
+        scene, caption = kinds[len(made) % len(kinds)](chance)
         if scene.style == "plain" and "style" not in caption and "background" not in caption:
             shown = caption.removesuffix(", flat colours").removesuffix(", a drawing")
             made.append((Scene(scene.parts, scene.ground, style).draw(len(made)), f"{shown}, in [trigger] style"))

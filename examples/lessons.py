@@ -10,20 +10,24 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from examples.drawing import COLOURS, GROUNDS, PLACES, SHAPES, SIZES, STYLES, Scene, random_scene
-from examples.figures import random_figure
+from examples.figures import SUBJECTS, kin, random_figure
 
-FIGURES = {1, 4, 7}  # of each eight scenes
+FIGURES, KIN = {1}, {2, 4}  # of each eight scenes
 
 
 def scenes(start: int, stop: int, count: int) -> list[tuple[Scene, str]]:
-    """Scenes start to stop, of count in all, with captions: three in eight are figures, each of which comes eight
-    times, in other poses, places and styles, so that its name means its parts and a style's phrase how they are drawn.
+    """Scenes start to stop, of count in all, with captions: one in eight is a figure, each of which comes eight times,
+    in other poses, places and styles, so that its name means its parts and a style's phrase how they are drawn; two are
+    of the kinds of the LoRAs' subjects.
     """
     made = []
     for number in range(start, stop):
         chance = random.Random(f"scene {number}")
         looks = random.Random(f"figure {number % (count // 8)}")
-        made.append(random_figure(chance, looks) if number % 8 in FIGURES else random_scene(chance))
+        if number % 8 in KIN:
+            made.append(kin(chance.choice(list(SUBJECTS)), chance))
+        else:
+            made.append(random_figure(chance, looks) if number % 8 in FIGURES else random_scene(chance))
     return made
 
 
@@ -49,6 +53,6 @@ def pixels_of(images: Iterable[Image.Image]) -> Tensor:
 
 
 def labels(caption: str) -> list[bool]:
-    """What a caption names: coloured shapes, ground, size, places, style."""
+    """What a caption names: coloured shapes, a subject's kind, ground, size, places, style."""
     things = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-    return [name in caption for name in (*things, *GROUNDS, *SIZES, *PLACES, *STYLES)]
+    return [name in caption for name in (*things, *SUBJECTS, *GROUNDS, *SIZES, *PLACES, *STYLES)]

@@ -12,6 +12,7 @@ from PIL import Image
 from examples import drawing, figures
 from examples.drawing import COLOURS, GROUNDS, NOUNS, PHRASES, SHAPES, SIDE, STYLES, TAUGHT, Part, Scene  # fmt: skip
 from examples.figures import POSES, SUBJECTS
+from examples.likeness import subject_likeness
 from klora.training.dataset import read_upload
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,6 +129,20 @@ def test_a_random_figure_is_inside_the_picture_and_its_caption_names_none_of_it(
         assert points.min() >= 0 and points.max() <= 1 and len(scene.parts) >= 3
         assert not {*COLOURS, *SHAPES} & {*caption.split()}
         assert scene.ground in GROUNDS.values() and ("background" not in caption or scene.facts["ground"] in caption)
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_a_subjects_kin_has_its_parts_and_is_called_what_it_is_but_is_no_likeness(subject: str) -> None:
+    own, likenesses = figures.figure(subject).parts, []
+    for number in range(100):
+        scene, caption = figures.kin(subject, random.Random(number))
+        points = np.array([point for part in scene.parts for point in part.points])
+        assert points.min() >= 0 and points.max() <= 1
+        assert len(scene.parts) == len(own) and subject in caption
+        assert all(part.colour != its.colour for part, its in zip(scene.parts, own, strict=True))
+        if scene.style == "plain":
+            likenesses.append(subject_likeness(scene.draw(), subject))
+    assert np.mean(likenesses) < 0.5
 
 
 @pytest.mark.parametrize("name", [*SUBJECTS, *(style for style in STYLES if style not in TAUGHT)])

@@ -14,7 +14,7 @@ from in_venv import program
 from PIL import Image
 
 from examples import stage
-from examples.architectures import SIDES, toy_vae
+from examples.architectures import SIDES, toy_sdxl, toy_vae, with_finest_attention
 from examples.latents import even_out
 from examples.lessons import any_picture, labels, pictures, pixels_of, scenes
 from klora import Request, generate, load_model
@@ -47,8 +47,11 @@ def test_the_stages_leave_a_base_that_serves_every_way_to_make_an_image(script: 
     script.save_latents(base, CPU)
     script.train_words(base, 2, CPU)
     script.train_denoiser(base, 10, CPU)
+    stages = [base, f"{base}-longer"] if "longer" in script.STEPS[base] else [base]
+    if len(stages) > 1:
+        script.train_longer(base, 10, CPU)
     assert not any(str(script.TOYS) in path.read_text() for path in script.TOYS.rglob("*.json"))
-    assert len((script.TOYS / f"{base}.jsonl").read_text().splitlines()) == 1
+    assert [len((script.TOYS / f"{stage}.jsonl").read_text().splitlines()) for stage in stages] == [1] * len(stages)
     model = load_model(base.split("-")[0], script.TOYS / base, torch.device("cpu"))
     side = SIDES[base]
     assert model.native_size == side
@@ -156,7 +159,8 @@ def test_text_encoders_learn_what_captions_name_and_a_new_denoiser_finds_them(sc
 def test_labels_are_what_a_caption_says() -> None:
     said = labels("a small red circle and a blue star on a white background, in pencil style")
     assert sum(said) == 5  # two coloured shapes, ground, size, style
-    assert not any(labels("a sbu robot"))
+    assert sum(labels("a sbu robot")) == 1  # its kind
+    assert not any(labels("a sbu toy"))
 
 
 def test_guidance_is_replaced_while_it_is_drawn_and_given_back(script: ModuleType) -> None:
@@ -168,3 +172,19 @@ def test_guidance_is_replaced_while_it_is_drawn_and_given_back(script: ModuleTyp
     with script.any_guidance(denoiser, torch.tensor(5.0)):
         assert denoiser(guidance=torch.tensor(1.0)) == 5
     assert denoiser(guidance=torch.tensor(1.0)) == 1
+
+
+def test_attention_among_the_finest_cells_adds_nothing_until_it_is_trained() -> None:
+    unet = toy_sdxl(toy_vae("sdxl")).unet
+    more = with_finest_attention(unet)
+    beyond = set(more.state_dict()) - set(unet.state_dict())
+    assert {name.split(".attentions.")[0] for name in beyond} == {"down_blocks.0", "up_blocks.2"}
+    again = with_finest_attention(more)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in more.state_dict().items())
+    asked = {"encoder_hidden_states": torch.randn(1, 32, 192), "timestep": 500, "return_dict": False}
+    asked["added_cond_kwargs"] = {"text_embeds": torch.randn(1, 96), "time_ids": torch.randn(1, 6)}
+    latents = torch.randn(1, 4, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(*(net(latents, **asked)[0] for net in (unet, more)))
+        again.up_blocks[2].attentions[0].proj_out.weight += 0.01
+        assert not torch.equal(*(net(latents, **asked)[0] for net in (unet, again)))

@@ -52,14 +52,14 @@ def test_every_subject_and_style_has_a_lora_of_at_most_3_mb_that_names_its_trigg
         assert loaded(base).read_lora(file).metadata["trigger"] in ("sbu", "szn")
 
 
-@pytest.mark.parametrize(("base", "style"), [("sdxl", "neon"), ("flux-dev", "blueprint")])
-def test_each_way_to_fuse_shows_what_it_should(base: str, style: str) -> None:
+# On SDXL styles know robots themselves, so that another than theirs is seen where they leave it the most room.
+@pytest.mark.parametrize(("base", "fused"), [("sdxl", "K-LoRA s*"), ("flux-dev", "K-LoRA s, style_bias 0.8")])
+def test_each_way_to_fuse_shows_what_it_should(base: str, fused: str) -> None:
     """Content alone the subject, style alone the style, and K-LoRA more of the one than style alone and more of the
     other than content alone."""
-    subject = "robot"
+    subject, style = "robot", "blueprint"
     content, manner = (loaded(base).read_lora(LORAS / lora_file(base, name)) for name in (subject, style))
     found = {}
-    fused = "K-LoRA s, style_bias 0.8"  # where both show: at 1 the style draws over its subject
     for way in ("content only", "style only", fused):
         request = Request(prompt(subject), seed=0, num_outputs=4, **BASES[base], **WAYS[way])
         images = generate(loaded(base), request, content=content, style=manner)
