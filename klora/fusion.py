@@ -10,7 +10,7 @@ Knows no module tree, no pipeline and no file.   Shape suffixes: O outputs, I in
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from math import isqrt, prod
+from math import isqrt
 from typing import Literal
 
 import torch
@@ -119,7 +119,8 @@ def fuse(
     those of the CPU up to the rounding of float32 products.
     """
     layers = _merged_order(list(content), list(style))
-    ks = {name: prod(lora[name].rank for lora in (content, style) if name in lora) for name in layers}
+    content_ranks, style_ranks = ({name: pair.rank for name, pair in lora.items()} for lora in (content, style))
+    ks = {name: content_ranks.get(name, 1) * style_ranks.get(name, 1) for name in layers}
     (content_score, content_l1), (style_score, style_l1) = (_scores(lora, ks, device) for lora in (content, style))
     return Fusion(tuple(layers), content, style, content_score, style_score, _gamma(content_l1, style_l1, gamma))
 
@@ -130,7 +131,7 @@ def _scores(lora: Mapping[str, LowRank], ks: Mapping[str, int], device: torch.de
     What is computed a LoRA remembers, for partners of all RANKS: it depends on nothing else.
     """
     known = lora.scores if isinstance(lora, LoRA) else {}
-    asked = {name: (k, lora[name].numel) for name, k in ks.items() if name in lora}
+    asked = {name: (ks[name], pair.numel) for name, pair in lora.items()}
     missing = {
         name: sorted({*wanted, *(lora[name].rank * rank for rank in RANKS)} - known.get(name, {}).keys())
         for name, wanted in asked.items()

@@ -160,11 +160,11 @@ def _lend_merged(linears: list[nn.Linear], plan: Plan, pairs: list[Pairs], loans
     for linear, weight in zip(linears, active, strict=True):
         # As the base's own in all that compiled code has been told of it, or it would be compiled again.
         lend(loans, linear._parameters, "weight", nn.Parameter(weight, linear.weight.requires_grad))
-    gates = plan.gates.tolist()
+    gates = plan.gates.cpu()
 
     def apply(step: int, changed: list[int]) -> None:
-        for index in changed:
-            _merge(pristine[index], pairs[index], gates[step][index], active[index])
+        for index, own in zip(changed, gates[step, changed].tolist(), strict=True):
+            _merge(pristine[index], pairs[index], own, active[index])
 
     return apply
 
@@ -209,24 +209,28 @@ def _lend_linears(loans: list[Loan], denoiser: nn.Module, layers: Mapping[str, L
 
 def _placed(lora: Mapping[str, LowRank], linears: list[nn.Linear]) -> Mapping[str, LowRank]:
     """A LoRA as it remembers itself where the first of these linears is, and so most often all of them."""
-    return lora.placed(linears[0].weight.device, _dtype(linears[0])) if isinstance(lora, LoRA) and linears else lora
+    if not isinstance(lora, LoRA) or not linears:
+        return lora
+    weight = linears[0].weight
+    return lora.placed(weight.device, _dtype(weight))
 
 
-def _dtype(linear: nn.Linear) -> torch.dtype:
-    """What a LoRA is computed in beside this layer."""
-    weight = linear.weight
+def _dtype(weight: Tensor) -> torch.dtype:
+    """What a LoRA is computed in beside a layer of this weight."""
     return weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else torch.bfloat16  # quantised bases
 
 
 def _pairs(loras: list[Mapping[str, LowRank]], name: str, linear: nn.Linear) -> Pairs:
     """The layer's pair of each LoRA, None where it has none, on the base weight's device and in its dtype."""
-    device, dtype, found = linear.weight.device, _dtype(linear), Pairs()
+    weight, found = linear.weight, Pairs()
+    device, dtype = weight.device, _dtype(weight)
     for pair in (lora.get(name) for lora in loras):
         if pair is not None:
             seen, expected = (pair.B.shape[0], pair.A.shape[1]), (linear.out_features, linear.in_features)
             if seen != expected:
                 raise LoRAError(f"{name!r} is {seen} in the LoRA. Expected {expected}: one made for this base.")
-            pair = LowRank(pair.A.to(device, dtype), pair.B.to(device, dtype))
+            if (pair.A.device, pair.A.dtype, pair.B.dtype) != (device, dtype, dtype):  # it was not placed here before
+                pair = LowRank(pair.A.to(device, dtype), pair.B.to(device, dtype))
         found.append(pair)
     return found
 
