@@ -33,7 +33,7 @@ for library in (diffusers, transformers):
 LONG = (
     "test_trainings", "test_training", "test_toy", "test_job", "test_cost", "test_equivalence", "test_cluster",
     "test_pace", "test_make_toy_bases", "test_bench", "test_cli", "test_remote_requests", "test_predict",
-    "test_download_weights", "test_report_command", "test_reproduction", "test_export", "test_variants",
+    "test_download_weights", "test_report_command", "test_reproduction", "test_exported_file", "test_variants",
     "test_succession", "test_tiny", "test_inspection", "test_architecture", "test_sheets", "test_resident_bases",
 )  # fmt: skip
 

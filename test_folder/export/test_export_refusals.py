@@ -1,0 +1,81 @@
+"""What cannot be exported, and what no file can hold."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from klora import Fusion, LoRA, LowRank
+from klora.errors import KLoRAError, LoRAError, RequestError
+from klora.export import baked, exported, reduced, rounded
+from klora.models.family import Family
+from test_folder.export.exporting import STEPS, installed, wanted, with_text_encoder
+from test_folder.pairs import pair_of
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"steps": "3:3"}, "steps is 3:3. Expected"),
+        ({"steps": "5:2"}, "steps is 5:2. Expected"),
+        ({"steps": f"0:{STEPS + 1}"}, f"steps is 0:{STEPS + 1}. Expected A:B with A < B, from 0 to {STEPS}."),
+        ({"steps": "3"}, "steps is '3'. Expected A:B"),
+        ({"steps": "-1:3"}, "steps is '-1:3'. Expected A:B"),
+        ({"steps": ""}, "steps is ''. Expected A:B"),
+        ({"rank": 0}, "rank is 0. Expected 1 to 512."),
+        ({"rank": 513}, "rank is 513. Expected 1 to 512."),
+        ({"content_scale": 0, "style_scale": 0}, "content_scale is 0 and style_scale is 0, with which no layer"),
+        ({"dtype": "int8"}, "dtype is 'int8'. Expected one of fp16, bf16, fp32."),
+        ({"pattern": "t"}, "pattern is 't'."),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    bases: Path, loras: Path, out: Path, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestError) as refusal:
+        exported(wanted(**given), pair_of(loras, "sdxl"), installed(bases), out)
+    assert str(refusal.value).startswith(message)
+    assert not out.exists()
+
+
+def test_without_a_base_that_reads_both_it_is_refused(loras: Path, out: Path) -> None:
+    with pytest.raises(LoRAError, match="can only be exported by a base that reads both, but they were read without"):
+        exported(wanted(), pair_of(loras, "sdxl"), {}, out)
+    assert not out.exists()
+
+
+def test_another_name_than_a_loras_is_refused(bases: Path, loras: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"out is 'fused\.pt'\. Expected a name that ends in \.safetensors\."):
+        exported(wanted(), pair_of(loras, "sdxl"), installed(bases), tmp_path / "fused.pt")
+
+
+def test_kohyas_format_takes_no_text_encoders(
+    families: dict[str, Family], bases: Path, loras: Path, tmp_path: Path, out: Path
+) -> None:
+    given = with_text_encoder(families["sdxl"], pair_of(loras, "sdxl"), tmp_path)
+    with pytest.raises(RequestError, match="format is kohya"):
+        exported(wanted(format="kohya"), given, installed(bases), out)
+    assert not out.exists()
+
+
+def test_words_are_refused(fusion: Fusion, wins: Tensor) -> None:
+    taught = LoRA(fusion.style, words={"TOK": {"text_encoder": torch.zeros(1, 32)}})
+    with pytest.raises(LoRAError, match=r"^style_lora teaches the word 'TOK'\."):
+        baked(Fusion(fusion.layers, fusion.content, taught, *scores_of(fusion)), wins)
+
+
+def scores_of(fusion: Fusion) -> tuple[Tensor, Tensor, float]:
+    return fusion.content_score, fusion.style_score, fusion.gamma
+
+
+def test_what_no_file_can_hold_is_refused() -> None:
+    large = LoRA({"x": LowRank(torch.full((1, 4), 1e5), torch.ones(4, 1))})
+    with pytest.raises(KLoRAError, match="'x' has numbers that are too large for torch"):
+        rounded(large, torch.float16)
+    assert rounded(large, torch.bfloat16)["x"].A.isfinite().all()
+    many = LoRA({"x": LowRank(torch.ones(513, 4), torch.ones(4, 513))})
+    with pytest.raises(KLoRAError, match=r"'x' would have rank 513\. Expected at most 512"):
+        rounded(many, torch.float32)
+    assert rounded(reduced(many, 512), torch.float32)["x"].rank == 4
