@@ -7,7 +7,8 @@ import diffusers
 import torch
 import transformers
 
-from examples.drawing import COLOURS, GROUNDS, NOUNS, PHRASES, PLACES, SHAPES, SIDE, SIZES, STYLES, TEMPLATES
+from examples.drawing import COLOURS, GROUNDS, PHRASES, PLACES, SHAPES, SIDE, SIZES, STYLES, TEMPLATES, THINGS
+from examples.figures import SUBJECTS
 from examples.tokenizers import clip_tokenizer, t5_tokenizer
 
 LATENT_CHANNELS = {"sdxl": 4, "flux-dev": 16}  # as published; diffusers' SDXL inpainting takes no others
@@ -22,7 +23,8 @@ _SPOKEN = [
     *PLACES,
     *TEMPLATES,
     *STYLES,
-    *NOUNS,
+    *SUBJECTS,
+    *THINGS,
     *(p for own in PHRASES.values() for p in own),
 ]
 WORDS = " ".join(

@@ -217,7 +217,6 @@ PHRASES: Mapping[str, tuple[str, ...]] = {
 }
 THINGS = ("figure", "toy", "house", "thing")
 """What captions call things that they say nothing of."""
-NOUNS = ("robot", "flower", *THINGS)
 
 TEMPLATES = (
     "{things} on a {ground} background", "{things}, {ground} background", "a {ground} background with {things}",

@@ -84,15 +84,12 @@ def kin(subject: str, chance: random.Random) -> tuple[Scene, str]:
     Parts are in the same places, in other colours, of like proportions and sometimes of other forms. So a base knows
     what a robot is before a LoRA says which, as published ones know dogs.
     """
-    parts: dict[Point, tuple[Any, ...]] = {}  # by the size of the subject's own, so that pairs stay pairs
-    for _, own, _, (width, height), colour in SUBJECTS[subject]:
+    named, alike = [], dict[Point, tuple[Any, ...]]()  # by the size of the subject's own, so that pairs stay pairs
+    for _, own, at, (width, height), colour in SUBJECTS[subject]:
         form = chance.choice((_BOX, _DISC, *SHAPES.values())) if chance.random() < 0.2 else own
         size = (width * chance.uniform(0.85, 1.15), height * chance.uniform(0.85, 1.15))
         paint = chance.choice([paint for paint in COLOURS | GROUNDS if paint != colour])
-        parts.setdefault((width, height), (form, size, paint))
-    named = []
-    for _, _, at, size, _ in SUBJECTS[subject]:
-        form, *looks = parts[size]
+        form, *looks = alike.setdefault((width, height), (form, size, paint))
         named.append((form, at, *looks))
     pose = ((chance.uniform(0.44, 0.56), 0.5), chance.uniform(0.65, 0.85), chance.uniform(-6, 6))
     name = f"{rare_name(chance)} {subject}" if chance.random() < 0.5 else subject

@@ -23,11 +23,12 @@ def scenes(start: int, stop: int, count: int) -> list[tuple[Scene, str]]:
     made = []
     for number in range(start, stop):
         chance = random.Random(f"scene {number}")
-        looks = random.Random(f"figure {number % (count // 8)}")
-        if number % 8 in KIN:
+        if number % 8 in FIGURES:
+            made.append(random_figure(chance, random.Random(f"figure {number % (count // 8)}")))
+        elif number % 8 in KIN:
             made.append(kin(chance.choice(list(SUBJECTS)), chance))
         else:
-            made.append(random_figure(chance, looks) if number % 8 in FIGURES else random_scene(chance))
+            made.append(random_scene(chance))
     return made
 
 

@@ -98,7 +98,7 @@ def test_a_title_that_does_not_fit_ends_in_an_ellipsis() -> None:
 def read(base: str = "sdxl", samples: tuple[str, ...] = (), **facts: object) -> huggingface_hub.ModelCard:
     entry = weights.BASES[base]
     known = FACTS | {"base": base, "repository": entry.repository, "checkpoint": entry.checkpoint} | facts
-    return huggingface_hub.ModelCard(card.model_card(known, weights.BASES[base].licence, samples))
+    return huggingface_hub.ModelCard(card.model_card(known, entry.licence, samples))
 
 
 def test_the_front_matter_says_what_the_lora_is_and_shows_its_samples() -> None:

@@ -10,7 +10,7 @@ from in_venv import program
 from PIL import Image
 
 from examples import drawing, figures
-from examples.drawing import COLOURS, GROUNDS, NOUNS, PHRASES, SHAPES, SIDE, STYLES, TAUGHT, Part, Scene  # fmt: skip
+from examples.drawing import COLOURS, GROUNDS, PHRASES, SHAPES, SIDE, STYLES, TAUGHT, THINGS, Part, Scene  # fmt: skip
 from examples.figures import POSES, SUBJECTS
 from examples.likeness import subject_likeness
 from klora.training.dataset import read_upload
@@ -43,7 +43,7 @@ def test_captions_name_what_is_drawn_and_its_ground() -> None:
     for scene, caption in scenes(500):
         words = caption.replace(",", "").split()
         named = [word for word in words if word in SHAPES]
-        unnamed = any(word in NOUNS for word in words)
+        unnamed = any(word in (*SUBJECTS, *THINGS) for word in words)
         silent += unnamed
         told = {"shape", "colour", "ground"} - ({"shape", "colour"} if unnamed else set())
         told -= set() if "background" in words else {"ground"}
