@@ -1,0 +1,72 @@
+"""A request, the web form and the command have the same fields."""
+
+import inspect
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any, get_args, get_type_hints
+
+import cog
+import pytest
+import typer
+from PIL import Image
+
+import predict
+from klora import cli
+from klora.form.request import Request
+
+FORM: Mapping[str, Any] = {
+    name: parameter.default
+    for name, parameter in inspect.signature(predict.Predictor.predict).parameters.items()
+    if name != "self"
+}
+OPTIONS = {option.name: option for option in typer.main.get_command(cli.app).commands["fuse"].params}
+OWN_DEFAULT = {"content_scale", "style_scale", "seed"}  # the form leaves them blank, so that an old name may fill them
+
+
+def test_the_form_has_the_fields_of_a_request_in_its_order() -> None:
+    others = {*predict.ALIASES, *predict.TOKENS, "prompts"}  # a file of requests
+    ours = [name for name in FORM if name not in others]
+    assert ours == [item.name for item in fields(Request)]
+
+
+@pytest.mark.parametrize("name", [item.name for item in fields(Request)])
+def test_the_form_has_a_requests_bounds_choices_default_and_type(name: str) -> None:
+    item = next(item for item in fields(Request) if item.name == name)
+    form, kind = FORM[name], get_type_hints(Request)[name]
+    assert (form.ge, form.le) == (item.metadata.get("ge"), item.metadata.get("le"))
+    assert form.choices == (list(item.metadata["choices"]) if "choices" in item.metadata else None)
+    assert form.default == (None if name in OWN_DEFAULT or item.default is MISSING else item.default)
+    kind = typing.Optional[kind] if name in OWN_DEFAULT else kind  # noqa: UP045
+    form_kind = get_type_hints(predict.Predictor.predict)[name]
+    assert form_kind == (cog.Path | None if kind == Image.Image | None else kind)
+
+
+@pytest.mark.parametrize(("alias", "name"), predict.ALIASES.items())
+def test_an_old_name_is_deprecated_and_bounded_as_the_new_one(alias: str, name: str) -> None:
+    old, new = FORM[alias], FORM[name]
+    assert (old.ge, old.le, old.choices, old.default, old.deprecated) == (new.ge, new.le, new.choices, None, True)
+    hints = get_type_hints(predict.Predictor.predict)
+    assert hints[alias] == hints[name]
+
+
+def test_every_token_of_the_form_is_a_secret() -> None:
+    hints = get_type_hints(predict.Predictor.predict)
+    assert {name for name in FORM if hints[name] == cog.Secret | None} == set(predict.TOKENS)
+
+
+def test_the_command_has_the_fields_of_a_request_in_its_order() -> None:
+    assert [*OPTIONS] == [*(item.name for item in fields(Request)), "out"]
+
+
+@pytest.mark.parametrize("name", [item.name for item in fields(Request)])
+def test_the_command_has_a_requests_bounds_choices_and_default(name: str) -> None:
+    item = next(item for item in fields(Request) if item.name == name)
+    option = OPTIONS[name]
+    if "ge" in item.metadata:
+        assert (option.min, option.max) == (item.metadata["ge"], item.metadata["le"])
+    if "choices" in item.metadata:
+        assert get_args(option.type_descriptor.annotation) == item.metadata["choices"]
+    assert option.default == (None if item.default is MISSING else item.default)
+    assert option.help == item.metadata["help"]
+    assert option.required == (name == "prompt")

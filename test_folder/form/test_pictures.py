@@ -1,0 +1,132 @@
+"""Every kind of picture that is uploaded becomes RGB or grey, or is refused."""
+
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from klora.errors import RequestError
+from klora.form.request import open_image
+
+
+def save(path: Path, image: Image.Image, **options: Any) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG of 41 bytes that declares this size and ends where its pixels would begin."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    checked = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + checked + struct.pack(">I", 1000) + b"IDAT"
+
+
+def upload_refusal(path: Path, mode: str = "RGB") -> str:
+    with pytest.raises(RequestError) as error:
+        open_image("mask", path, mode)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "turn"),
+    [
+        (1, None),
+        (2, Image.Transpose.FLIP_LEFT_RIGHT),
+        (3, Image.Transpose.ROTATE_180),
+        (4, Image.Transpose.FLIP_TOP_BOTTOM),
+        (5, Image.Transpose.TRANSPOSE),
+        (6, Image.Transpose.ROTATE_270),
+        (7, Image.Transpose.TRANSVERSE),
+        (8, Image.Transpose.ROTATE_90),
+    ],
+)
+def test_an_upload_is_turned_as_its_exif_says(tmp_path: Path, orientation: int, turn: Image.Transpose | None) -> None:
+    stored = Image.fromarray(np.arange(18, dtype=np.uint8).reshape(2, 3, 3))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    opened = open_image("image", save(tmp_path / "photo.png", stored, exif=exif), "RGB")
+    assert np.array_equal(opened, stored if turn is None else stored.transpose(turn))
+
+
+RED = (255, 0, 0)
+STORED = {
+    "RGB": Image.new("RGB", (4, 4), RED),
+    "palette": Image.new("RGB", (4, 4), RED).quantize(8),
+    "alpha": Image.new("RGBA", (4, 4), (*RED, 255)),
+    "bits": Image.new("1", (4, 4), 1),
+    "grey": Image.new("L", (4, 4), 200),
+    "grey and alpha": Image.new("LA", (4, 4), (200, 255)),
+}
+SEEN = {"bits": (255, 255, 255), "grey": (200, 200, 200), "grey and alpha": (200, 200, 200)}
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_every_kind_of_pixel_becomes_rgb_or_grey(tmp_path: Path, kind: str) -> None:
+    path = save(tmp_path / "image.png", STORED[kind])
+    rgb, grey = open_image("image", path, "RGB"), open_image("mask", path, "L")
+    assert (rgb.mode, rgb.getpixel((1, 1))) == ("RGB", SEEN.get(kind, RED))
+    assert grey.mode == "L"
+    assert grey.getpixel((1, 1)) == ImageOps.grayscale(rgb).getpixel((1, 1))
+
+
+def test_print_colours_become_rgb(tmp_path: Path) -> None:
+    path = save(tmp_path / "image.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)), quality=100)
+    assert np.abs(np.asarray(open_image("image", path, "RGB"), int) - RED).max() <= 2
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "mpo"])
+def test_what_cameras_and_programs_write_is_opened(tmp_path: Path, suffix: str) -> None:
+    opened = open_image("image", save(tmp_path / f"image.{suffix}", Image.new("RGB", (16, 8), (200, 100, 50))), "RGB")
+    assert opened.size == (16, 8)
+    assert np.abs(np.asarray(opened, int) - (200, 100, 50)).max() <= 4  # what jpg and webp lose
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_sixteen_bits_keep_their_greys(tmp_path: Path, mode: str) -> None:
+    grey = Image.fromarray(np.uint16([[0, 0x8000, 0xFFFF]]))
+    opened = np.asarray(open_image("image", save(tmp_path / "deep.png", grey), mode), int)
+    assert opened.reshape(3, -1)[:, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_a_file_that_ends_too_early_is_refused(tmp_path: Path, suffix: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    path = save(tmp_path / f"image.{suffix}", Image.fromarray(noise))
+    whole = path.read_bytes()
+    for length in (0, 4, 20, len(whole) // 2, len(whole) * 9 // 10):
+        path.write_bytes(whole[:length])
+        assert upload_refusal(path) == "mask cannot be read as an image. Expected a PNG, JPEG or WebP file."
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "just words",
+        "<svg xmlns='http://www.w3.org/2000/svg'/>",
+        "P6 is what this note begins with",
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8",
+    ],
+)
+def test_a_text_file_is_refused_whatever_it_is_called(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "image.png"
+    path.write_text(text)
+    assert upload_refusal(path) == "mask cannot be read as an image. Expected a PNG, JPEG or WebP file."
+
+
+@pytest.mark.parametrize("name", ["no-such-file.png", "."])
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path, name: str) -> None:
+    assert upload_refusal(tmp_path / name).startswith("mask cannot be read as an image.")
+
+
+def test_a_size_that_is_only_declared_is_enough_to_be_refused(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    path.write_bytes(png(8192, 8193))
+    assert upload_refusal(path) == "mask has 8192x8193 pixels. Expected at most 67108864."
+    path.write_bytes(png(8192, 8192))
+    assert upload_refusal(path) == "mask cannot be read as an image. Expected a PNG, JPEG or WebP file."
+    path.write_bytes(png(65535, 65535))
+    assert upload_refusal(path).startswith("mask ")

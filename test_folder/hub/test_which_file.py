@@ -1,0 +1,73 @@
+"""Of a repository's files the LoRA is found, or all are named."""
+
+import pytest
+
+from klora.errors import SourceError
+from klora.sources.download import NotFound
+from klora.sources.network import Network
+from test_folder.fakes import CONTENT
+from test_folder.fakes.hub import Hub
+from test_folder.hub.readers import Resolve
+
+
+@pytest.mark.parametrize(
+    ("files", "asked", "chosen"),
+    [
+        (["a.safetensors", "x.bin", "in/b.safetensors"], "hf:o/m", "a.safetensors"),
+        (["a.safetensors", "in/b.safetensors"], "hf:o/m/in", "in/b.safetensors"),
+        (["a.safetensors", "b.safetensors"], "hf:o/m/b.safetensors", "b.safetensors"),
+        (["a.safetensors", "b.tar"], "hf:o/m/b.tar", "b.tar"),
+        (["a.safetensors", "lora.safetensors", "pytorch_lora_weights.safetensors"], "hf:o/m", "pytorch_lora_weights."),
+        (["a.safetensors", "lora.safetensors", "adapter_model.safetensors"], "hf:o/m", "lora.safetensors"),
+        (["a.safetensors", "adapter_model.safetensors"], "hf:o/m", "adapter_model.safetensors"),
+        (["in/a.safetensors", "in/lora.safetensors", "a.safetensors"], "hf:o/m/in", "in/lora.safetensors"),
+        (["a.safetensors.index.json", "b.safetensors"], "hf:o/m", "b.safetensors"),
+    ],
+)
+def test_the_file_is_the_only_one_or_the_one_that_is_called_so(
+    authority: Hub, resolve: Resolve, files: list[str], asked: str, chosen: str
+) -> None:
+    """H8: one of them, and several."""
+    authority.publish("o/m", dict.fromkeys(files, CONTENT))
+    [found] = resolve(asked)
+    assert found.key.partition("/m@")[2].partition("/")[2].startswith(chosen)
+
+
+@pytest.mark.parametrize("asked", ["hf:o/m/in", "hf:o/m/in/adapter_model.safetensors"])
+def test_pefts_file_comes_with_what_says_its_alpha(authority: Hub, resolve: Resolve, net: Network, asked: str) -> None:
+    """H8."""
+    config = b'{"lora_alpha": 8}'
+    authority.publish("o/m", {"in/adapter_model.safetensors": CONTENT, "in/adapter_config.json": config})
+    weights, beside = resolve(asked)
+    assert (weights.name, beside.name) == ("adapter_model.safetensors", "adapter_config.json")
+    assert (beside.size, beside.sha256) == (len(config), None)
+    assert beside.url.endswith("/in/adapter_config.json")
+
+
+@pytest.mark.parametrize(
+    ("files", "asked", "refusal"),
+    [
+        ([], "hf:o/m", "hf:o/m has no .safetensors file; in its repository there is none."),
+        (["pytorch_lora_weights.bin"], "hf:o/m", "pickles are never read"),
+        (["a.safetensors"], "hf:o/m/b.safetensors", "in its repository there is 'a.safetensors'."),
+        (["in/a.safetensors"], "hf:o/m", "in its repository there is 'in/a.safetensors'."),
+    ],
+)
+def test_a_repository_without_the_file_says_what_it_has(
+    authority: Hub, resolve: Resolve, files: list[str], asked: str, refusal: str
+) -> None:
+    """H8: none, and only .bin."""
+    authority.publish("o/m", dict.fromkeys(files, CONTENT))
+    with pytest.raises(NotFound) as error:
+        resolve(asked)
+    assert refusal in str(error.value) and " Expected " in str(error.value)
+
+
+def test_of_several_files_at_most_twenty_are_listed(authority: Hub, resolve: Resolve) -> None:
+    """H8: three, and many."""
+    for count, listed in ((3, "'00.safetensors', '01.safetensors', '02.safetensors'. "), (25, "and 5 more. ")):
+        authority.publish("o/m", {f"{n:02}.safetensors": CONTENT for n in range(count)})
+        with pytest.raises(SourceError, match=f"^hf:o/m has {count} files: ") as error:
+            resolve("hf:o/m")
+        assert type(error.value) is SourceError
+        assert listed in str(error.value) and str(error.value).count(".safetensors'") == min(count, 20)
