@@ -197,3 +197,15 @@ def test_flux_reads_squares_of_two_by_two_cells_row_by_row_and_puts_them_back(ba
         naive[:, h * 2 + w, c * 4 + ph * 2 + pw] = mixed[:, c, h * 2 + ph, w * 2 + pw]
     same(packed[0], naive)
     same(seen, mixed)
+
+
+@pytest.mark.parametrize("guidance", [None, 3.5])
+def test_flux_is_told_where_its_squares_lie_and_which_guidance(bases: Path, guidance: float | None) -> None:
+    """1 unless something else is asked for: what no distillation has changed."""
+    flux, told = load_model("flux", bases / "flux-dev", CPU, parts=("denoiser",)), dict[str, Tensor]()
+    batch = a_batch(flux)
+    flux.denoiser.register_forward_pre_hook(lambda _, __, inputs: told.update(inputs), with_kwargs=True)
+    asked = {} if guidance is None else {"guidance": torch.full((2,), guidance)}
+    flux.predict(*batch[:3], dict(batch.conditioning) | asked)
+    assert told["img_ids"].tolist() == [[0, row, column] for row, column in product(range(4), range(2))]
+    assert told["guidance"].tolist() == [guidance or 1.0] * 2

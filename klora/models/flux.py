@@ -90,8 +90,11 @@ class Flux:
         return Posterior((posterior.mean - vae.config.shift_factor) * scale, posterior.std * scale)
 
     def predict(self, latents: Tensor, noise: Tensor, times: Tensor, conditioning: Conditioning) -> Prediction:
-        """The velocity, noise - latents, on the straight line between them; times are the sigmas, and the guidance
-        embedding is 1, which leaves the distillation alone."""
+        """The velocity, noise - latents, on the straight line between them; times are the sigmas.
+
+        conditioning may hold "guidance" [N], what the guidance embedding is told; without it 1, which leaves the
+        distillation alone.
+        """
         transformer = self.pipe.transformer
         embeds = conditioning["prompt_embeds"].to(transformer.dtype)
         height, width = (side // 2 for side in latents.shape[-2:])
@@ -99,10 +102,10 @@ class Flux:
         predicted = transformer(
             hidden_states=mixed.to(transformer.dtype),
             timestep=times,
-            guidance=torch.ones_like(times) if self._guided else None,
+            guidance=conditioning.get("guidance", torch.ones_like(times)) if self._guided else None,
             encoder_hidden_states=embeds,
             pooled_projections=conditioning["pooled_prompt_embeds"].to(transformer.dtype),
-            img_ids=FluxPipeline._prepare_latent_image_ids(1, height, width, embeds.device, embeds.dtype),
+            img_ids=_image_ids(height, width, embeds),
             txt_ids=embeds.new_zeros(embeds.shape[1], 3),
         ).sample
         factor = self.pipe.vae_scale_factor
@@ -141,3 +144,9 @@ class Flux:
                 "txt_ids": torch.zeros(1, 3),
             }
         return inventory(self, inputs)
+
+
+def _image_ids(height: int, width: int, like: Tensor) -> Tensor:
+    """Where the tokens are, [height * width, 3], as the pipeline has it, made where they are: no step waits for it."""
+    rows, columns = (torch.arange(side, device=like.device, dtype=like.dtype) for side in (height, width))
+    return torch.cartesian_prod(like.new_zeros(1), rows, columns)
