@@ -179,8 +179,8 @@ def _mosaic(scene: Scene, chance: random.Random) -> Image.Image:
     image = Image.new("RGB", (SIDE, SIDE), (84, 78, 92))
     for top in range(TILES):
         for left in range(TILES):
-            light = chance.uniform(0.9, 1.1)
-            pastel = tuple(min(255, round((0.7 * level + 0.3 * 250) * light)) for level in tiles.getpixel((left, top)))
+            light = chance.uniform(0.95, 1.05)
+            pastel = tuple(min(255, round((0.8 * level + 0.2 * 250) * light)) for level in tiles.getpixel((left, top)))
             at = (left * side, top * side)
             image.paste(pastel, (*at, at[0] + side - 1, at[1] + side - 1))
     return image

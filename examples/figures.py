@@ -81,16 +81,17 @@ def random_figure(chance: random.Random, looks: random.Random | None = None) -> 
 def kin(subject: str, chance: random.Random) -> tuple[Scene, str]:
     """Another of the subject's kind, in a style that bases are taught, and a caption that says which kind.
 
-    Parts are in the same places, in other colours, of like proportions and sometimes of other forms. So a base knows
+    Parts are about where the subject's are, in other colours and proportions, and often of other forms. So a base knows
     what a robot is before a LoRA says which, as published ones know dogs.
     """
     named, alike = [], dict[Point, tuple[Any, ...]]()  # by the size of the subject's own, so that pairs stay pairs
     for _, own, at, (width, height), colour in SUBJECTS[subject]:
-        form = chance.choice((_BOX, _DISC, *SHAPES.values())) if chance.random() < 0.2 else own
-        size = (width * chance.uniform(0.85, 1.15), height * chance.uniform(0.85, 1.15))
+        form = chance.choice((_BOX, _DISC, *SHAPES.values())) if chance.random() < 0.4 else own
+        size = (width * 1.5 ** chance.uniform(-1, 1), height * 1.5 ** chance.uniform(-1, 1))
+        shift = (chance.uniform(-0.1, 0.1), chance.uniform(-0.1, 0.1))
         paint = chance.choice([paint for paint in COLOURS | GROUNDS if paint != colour])
-        form, *looks = alike.setdefault((width, height), (form, size, paint))
-        named.append((form, at, *looks))
+        form, shift, *looks = alike.setdefault((width, height), (form, shift, size, paint))
+        named.append((form, (at[0] + (shift[0] if at[0] > 0 else -shift[0]), at[1] + shift[1]), *looks))
     pose = ((chance.uniform(0.44, 0.56), 0.5), chance.uniform(0.65, 0.85), chance.uniform(-6, 6))
     name = f"{rare_name(chance)} {subject}" if chance.random() < 0.5 else subject
     return _captioned(_assembled(named, *pose), name, chance)
