@@ -25,7 +25,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "style only": {"fusion": "style"},
     "sum": {"fusion": "sum"},
     "K-LoRA s": {"fusion": "klora", "pattern": "s"},
-    "K-LoRA s, style_bias 0.8": {"fusion": "klora", "pattern": "s", "style_bias": 0.8},
+    "K-LoRA s, style_bias 0.6": {"fusion": "klora", "pattern": "s", "style_bias": 0.6},
+    "K-LoRA s, style_bias 0.85": {"fusion": "klora", "pattern": "s", "style_bias": 0.85},
+    "K-LoRA s, style_bias 1.15": {"fusion": "klora", "pattern": "s", "style_bias": 1.15},
     "K-LoRA s*": {"fusion": "klora", "pattern": "s*"},
 }
 """Inputs of a request by what its picture is called."""

@@ -3,7 +3,7 @@
 import diffusers
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Tensor
 
 
 def unlikeness(error: Tensor) -> Tensor:
@@ -17,9 +17,9 @@ def unlikeness(error: Tensor) -> Tensor:
     return loss
 
 
-def rms(error: Tensor) -> float:
+def rms(error: Tensor) -> Tensor:
     """For the log."""
-    return round(float(error.detach().square().mean()) ** 0.5, 4)
+    return error.square().mean().sqrt()
 
 
 def even_out(vae: diffusers.AutoencoderKL, pixels: Tensor) -> None:
@@ -40,8 +40,3 @@ def even_out(vae: diffusers.AutoencoderKL, pixels: Tensor) -> None:
         out.bias[count:] += turn.square().sum(dim=1).log()  # the posterior's variance, where its channels' are alike
         into.weight.copy_(torch.einsum("oj...,ji->oi...", into.weight, axes / scales @ axes.T))
     vae.register_to_config(scaling_factor=1.0)
-
-
-def noise_like(latents: Tensor, generator: Generator) -> Tensor:
-    """Unit noise, drawn on the CPU, so that a device has no say in it."""
-    return torch.randn(latents.shape, generator=generator).to(latents)

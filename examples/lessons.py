@@ -1,13 +1,18 @@
 """What the toy bases learn from: captioned scenes without end, and their pictures and captions as tensors."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.nn.functional import adaptive_avg_pool2d
 
 from examples.drawing import COLOURS, GROUNDS, PLACES, SHAPES, SIZES, STYLES, Scene, random_scene
 from examples.figures import SUBJECTS, kin, random_figure
@@ -33,24 +38,67 @@ def scenes(start: int, stop: int, count: int) -> list[tuple[Scene, str]]:
 
 
 def any_picture(chance: random.Random) -> Image.Image:
-    """A random scene in any style, also those that the bases are not taught: the VAE must be able to show them."""
-    scene, _ = random_scene(chance)
-    style = scene.style if chance.random() < 0.5 else chance.choice(list(STYLES))
-    return Scene(scene.parts, scene.ground, style).draw(chance.randrange(1 << 30))
+    """A scene of any kind in any style, also those that the bases are not taught: the VAE must be able to show them."""
+    kinds = [random_scene, random_figure, *(partial(kin, subject) for subject in SUBJECTS)]
+    scene, _ = chance.choices(kinds, (4, 2, 1, 1))[0](chance)
+    return Scene(scene.parts, scene.ground, chance.choice(list(STYLES))).draw(chance.randrange(1 << 30))
 
 
-def pictures(scenes: Sequence[tuple[Scene, str]], batch: int, workers: int) -> Iterable[Tensor]:
-    """Scene i drawn by seed i, batch after batch, as pixels_of() has them. workers: processes that draw."""
-    return DataLoader(list(enumerate(scenes)), batch, num_workers=workers, collate_fn=_drawn)
+def save_drawings(path: Path, count: int, others: int, workers: int) -> None:
+    """Draw count scenes, scene i by seed i, and others in any style, by processes, into a file that read_drawings() and
+    read_captions() read."""
+    with ProcessPoolExecutor(workers) as pool:
+        starts = range(0, count, _CHUNK)
+        drawn = pool.map(_drawn, starts, [min(at + _CHUNK, count) for at in starts], [count] * len(starts))
+        pixels, captions = zip(*drawn, strict=True)
+        starts = range(0, others, _CHUNK)
+        more = pool.map(_drawn_in_any_style, starts, [min(at + _CHUNK, others) for at in starts])
+        tensors = {
+            "scenes": torch.from_numpy(np.concatenate(pixels)),
+            "others": torch.from_numpy(np.concatenate([*more])),
+        }
+    save_file(tensors, path, {"captions": "\n".join(caption for some in captions for caption in some)})
 
 
-def _drawn(numbered: list[tuple[int, tuple[Scene, str]]]) -> Tensor:
-    return pixels_of(scene.draw(seed) for seed, (scene, _) in numbered)
+def read_drawings(path: Path, name: str) -> Tensor:
+    """Pictures, uint8 [N, 3, H, W]: "scenes" or "others"."""
+    with safe_open(path, "pt") as file:
+        pictures: Tensor = file.get_tensor(name)
+    return pictures
+
+
+def read_captions(path: Path) -> list[str]:
+    """Of the scenes."""
+    with safe_open(path, "pt") as file:
+        captions: str = file.metadata()["captions"]
+    return captions.split("\n")
+
+
+_CHUNK = 128  # pictures that a process draws at once
+
+
+def _drawn(start: int, stop: int, count: int) -> tuple[np.ndarray, list[str]]:
+    numbered = enumerate(scenes(start, stop, count), start)
+    pictures, captions = zip(*((scene.draw(seed), caption) for seed, (scene, caption) in numbered), strict=True)
+    return _stacked(pictures), list(captions)
+
+
+def _drawn_in_any_style(start: int, stop: int) -> np.ndarray:
+    return _stacked(any_picture(random.Random(f"picture {number}")) for number in range(start, stop))
+
+
+def _stacked(images: Iterable[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image).transpose(2, 0, 1) for image in images])
+
+
+def levels(pixels: Tensor, side: int) -> Tensor:
+    """Pictures of bytes as a VAE reads them: float32 [N, 3, side, side] in [-1, 1]."""
+    return adaptive_avg_pool2d(pixels.float() / 127.5 - 1, side)
 
 
 def pixels_of(images: Iterable[Image.Image]) -> Tensor:
     """Float32 [N, 3, H, W] in [-1, 1]."""
-    return torch.stack([torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) for image in images]) / 127.5 - 1
+    return torch.from_numpy(_stacked(images)) / 127.5 - 1
 
 
 def labels(caption: str) -> list[bool]:
