@@ -41,7 +41,7 @@ def test_the_bases_take_at_most_40_mb_and_name_no_folder_of_a_machine() -> None:
 def test_a_toy_base_draws_what_held_out_captions_ask_for(base: str) -> None:
     found = program("evaluate").accuracy(base, 24)
     assert found["ground"] >= 0.9
-    assert found["all"] >= 0.8
+    assert found["all"] >= 0.9
 
 
 @every_base
@@ -52,8 +52,8 @@ def test_every_subject_and_style_has_a_lora_of_at_most_3_mb_that_names_its_trigg
         assert loaded(base).read_lora(file).metadata["trigger"] in ("sbu", "szn")
 
 
-# On SDXL styles know robots themselves, so that another than theirs is seen where they leave it the most room.
-@pytest.mark.parametrize(("base", "fused"), [("sdxl", "K-LoRA s*"), ("flux-dev", "K-LoRA s, style_bias 0.8")])
+# On SDXL this style acts in nearly all layers, unless it is held back or begins.
+@pytest.mark.parametrize(("base", "fused"), [("sdxl", "K-LoRA s*"), ("flux-dev", "K-LoRA s, style_bias 0.85")])
 def test_each_way_to_fuse_shows_what_it_should(base: str, fused: str) -> None:
     """Content alone the subject, style alone the style, and K-LoRA more of the one than style alone and more of the
     other than content alone."""
