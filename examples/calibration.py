@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageFilter
 
-from examples.drawing import GROUNDS, SIDE, STYLES, Scene, random_scene
+from examples.drawing import GROUNDS, SIDE, STYLES, random_scene
 from examples.figures import POSES, SUBJECTS, figure
 from examples.likeness import style_likeness, subject_likeness
 
@@ -78,11 +78,6 @@ def blends(style: str, share: float) -> list[Image.Image]:
     """Subjects in their own poses, plain, with a share of what they are in a style."""
     poses = [(subject, pose) for subject in SUBJECTS for pose in POSES]
     return [Image.blend(figure(*of).draw(), figure(*of, style).draw(), share) for of in poses]
-
-
-def empty(style: str) -> list[Image.Image]:
-    """Grounds on which nothing is drawn."""
-    return [Scene((), ground, style).draw() for ground in GROUNDS.values()]
 
 
 def _right(scores: Iterable[float]) -> str:

@@ -16,7 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from examples.architectures import SIDES, toy_flux, toy_sdxl
 from examples.lessons import labels, read_captions
-from examples.stage import Stage, Task
+from examples.stage import Lesson, Stage, Task
 from examples.train_vae import DRAWINGS
 from klora import SDXL, Flux
 from klora.training.objective import errors
@@ -67,10 +67,7 @@ def train_denoiser(task: Task) -> None:
         told = _sizes(task, clean) if task.base == "sdxl" else {"guidance": guidance}
         return {"loss": errors(model.predict(clean, noise, times, conditioning | told)).mean()}
 
-    for inputs in _noised(task, model, stage):
-        stage.learn(lesson, **inputs)
-    stage.finish()
-    _save(model, task)
+    _teach(task, model, stage, lesson)
 
 
 def train_guidance(task: Task) -> None:
@@ -93,10 +90,18 @@ def train_guidance(task: Task) -> None:
             target = torch.lerp(without, with_caption, guidance[:, None, None, None])
         return {"loss": (says(own, tokens, guidance) - target).square().mean()}
 
+    _teach(task, model, stage, lesson)
+
+
+def _teach(task: Task, model: Any, stage: Stage, lesson: Lesson) -> None:
+    """Take the stage's steps by a lesson on noised latents, and leave the whole base in halves."""
     for inputs in _noised(task, model, stage):
         stage.learn(lesson, **inputs)
     stage.finish()
-    _save(model, task)
+    model.pipe.to(torch.float16).save_pretrained(task.folder)
+    for config in task.folder.glob("text_encoder*/config.json"):
+        # transformers would load halves, and diffusers the rest in float32.
+        config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
 def _noised(task: Task, model: Any, stage: Stage) -> Iterator[dict[str, Tensor]]:
@@ -172,10 +177,3 @@ def pipeline(task: Task) -> Any:
             part.register_to_config(_name_or_path=task.base)  # not this machine's path, which would be saved
     pipe.vae.requires_grad_(False)
     return pipe
-
-
-def _save(model: Any, task: Task) -> None:
-    model.pipe.to(torch.float16).save_pretrained(task.folder)
-    for config in task.folder.glob("text_encoder*/config.json"):
-        # transformers would load halves, and diffusers the rest in float32.
-        config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))

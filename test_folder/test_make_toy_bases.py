@@ -199,7 +199,7 @@ def test_guidance_is_taught_as_two_passes_with_and_without_a_caption(task: Calla
     model = train_denoiser.family(own)
     for parameter in model.denoiser.parameters():  # which begins with saying nothing
         torch.nn.init.normal_(parameter, std=0.05)
-    train_denoiser._save(model, own)
+    model.pipe.save_pretrained(own.folder)
     told: list[dict[str, torch.Tensor]] = []
     with pytest.MonkeyPatch.context() as patch:
         learn = stage.Stage.learn
