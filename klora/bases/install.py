@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 AT_ONCE = 4  # files
+LISTEN = 1.0  # seconds between looks for an interruption
 
 
 def ensure_base(
@@ -218,10 +219,15 @@ class _Installation:
         """Let some be done at once. After an error none is begun; after an interruption those under way end, too."""
         with ThreadPoolExecutor(AT_ONCE) as pool:
             try:
-                return list(pool.map(do, files))
+                futures = [pool.submit(do, file) for file in files]
+                for future in futures:
+                    while wait([future], timeout=LISTEN).not_done:
+                        pass  # a signal that comes just before a wait does not wake it: it is heard at the next
+                return [future.result() for future in futures]
             except BaseException as error:
                 if not isinstance(error, Exception):
                     self._stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
     def _fetch(self, source: Source, file: File) -> None:
