@@ -97,8 +97,8 @@ def levels(pixels: Tensor, side: int) -> Tensor:
 
 
 def pixels_of(images: Iterable[Image.Image]) -> Tensor:
-    """Float32 [N, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(_stacked(images)) / 127.5 - 1
+    """Pictures as read_drawings() has them: uint8 [N, 3, H, W]."""
+    return torch.from_numpy(_stacked(images))
 
 
 def labels(caption: str) -> list[bool]:
