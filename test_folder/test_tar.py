@@ -74,7 +74,7 @@ def test_a_lora_is_found_by_its_name_wherever_it_would_go(read: Read, name: str)
 
 LINKS = {
     "symbolic link": (tarfile.SYMTYPE, "/etc/passwd"),
-    "hard link": (tarfile.LNKTYPE, "secret.safetensors"),
+    "hard link": (tarfile.LNKTYPE, "secret.bin"),
     "device": (tarfile.CHRTYPE, ""),
     "disk": (tarfile.BLKTYPE, ""),
     "pipe": (tarfile.FIFOTYPE, ""),
@@ -86,8 +86,10 @@ LINKS = {
 def test_what_is_no_plain_file_is_none(read: Read, kind: str) -> None:
     """R3, alone, and before the file that is meant."""
     bad = member("lora.safetensors", *LINKS[kind])
-    before = member("secret.safetensors", body=b"secret")
-    with pytest.raises(LoRAError, match=r"^trained\.tar is a tar with 0 lora\.safetensors\. Expected one\.$"):
+    before = member("secret.bin", body=b"secret")
+    with pytest.raises(
+        LoRAError, match=r"^trained\.tar cannot be read \(a tar of 0 \.safetensors files\)\. Expected one"
+    ):
         read(archive(before, bad))
     assert read(archive(before, bad, member("b/lora.safetensors", body=LORA))) == set(GOOD)
 
@@ -110,14 +112,15 @@ def sized(size: str) -> bytes:
 
 WHOLE = tarred({"lora.safetensors": LORA})
 REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
-    "two": (lambda: tarred({"a/lora.safetensors": LORA, "b/lora.safetensors": LORA}), "twice"),
-    "none": (lambda: tarred({"model.safetensors": LORA}), "0 lora.safetensors"),
-    "empty": (lambda: tarred({"config.yaml": b"a: 1"}), "0 lora.safetensors"),
+    "two": (lambda: tarred({"a/lora.safetensors": LORA, "b/lora.safetensors": LORA}), "weights in 'a' and in 'b'"),
+    "twice": (lambda: archive(*[member("lora.safetensors", body=LORA)] * 2), "'lora.safetensors' twice"),
+    "two names": (lambda: tarred({"x.safetensors": LORA, "y.safetensors": LORA}), "a tar of 2 .safetensors files"),
+    "empty": (lambda: tarred({"config.yaml": b"a: 1"}), "a tar of 0 .safetensors files"),
     "many": (lambda: archive(*[member("a")] * (MAX_MEMBERS + 1)), f"more than {MAX_MEMBERS} files"),
     "gzip": (lambda: gzip.compress(WHOLE, mtime=0), "cannot be read"),
     "cut": (lambda: WHOLE[: 512 + len(LORA) // 2], "cannot be read"),
-    "sparse": (sparse, "twice, or larger"),
-    "larger than it is": (lambda: sized(str(1 << 40)), "larger than"),
+    "sparse": (sparse, "a tar of 0 .safetensors files"),
+    "larger than it is": (lambda: sized(str(1 << 40)), "cannot be read"),
     "longer than it is": (lambda: sized(str(len(LORA) + (1 << 20))), "cannot be read"),
     "a member that is no LoRA": (lambda: tarred({"lora.safetensors": b"x" * 600}), "cannot be read"),
 }

@@ -15,10 +15,10 @@ from klora.errors import LoRAError
 from klora.files.adapter import with_alphas
 from klora.files.container import opened
 from klora.files.embeddings import taught
-from klora.files.factors import modules, pairs
+from klora.files.factors import converted_sides, modules, pairs, weightless
 from klora.files.names import Inventory, Rename, located
 from klora.files.origin import stranger
-from klora.files.report import report
+from klora.files.report import report, triggers
 from klora.lora import LoRA
 
 
@@ -29,11 +29,16 @@ def read_lora(path: Path, inventory: Inventory, rename: Rename, widths: Mapping[
         if made_for := stranger(contents):
             raise LoRAError(f"is a LoRA for {made_for}. Expected one for the base of this request.")
         spelled = modules(contents.specs)
+        if sides := converted_sides(contents.specs, spelled):  # small files may claim layers that no memory holds
+            located({stem: weightless(*shape) for stem, shape in sides.items()}, inventory, rename)
         factors, error = pairs(contents, spelled)
         found = with_alphas(located(factors, inventory, rename), contents)
         ordered = {part: {n: found[part, n] for n in names if (part, n) in found} for part, names in inventory.items()}
         layers = ordered.pop(next(iter(inventory)))
         texts = {part: layers for part, layers in ordered.items() if layers}
-        metadata = {key: text for key, text in contents.metadata.items() if key != "lora_adapter_metadata"}
+        metadata = dict(contents.metadata)
+        metadata.pop("lora_adapter_metadata", None)
+        if metadata.get("trigger") not in triggers(metadata):  # no word for prompts
+            metadata.pop("trigger", None)
         lora = LoRA(layers, texts, metadata, taught(contents, widths))
         return replace(lora, report=report(contents, spelled, lora, error))

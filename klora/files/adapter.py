@@ -13,6 +13,7 @@ from klora.files.factors import scaled
 from klora.files.names import Place
 from klora.lora import LowRank
 
+_ALPHA = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # by PEFT's name for a kind
 # Initialisations that change the base's own weights: the pairs are right for that other base alone.
 _MOVED = re.compile(r"pissa|olora|loftq|corda|lora_ga", re.IGNORECASE)
 
@@ -22,29 +23,47 @@ def with_alphas(found: Mapping[Place, LowRank], contents: Contents) -> dict[Plac
     adapter_config.json, {"lora_alpha": ...}. Raises LoRAError."""
     header, beside = contents.metadata.get("lora_adapter_metadata", "{}"), contents.adapter
     in_tensors = any(key.endswith(".alpha") for key in contents.specs)
-    if sum((in_tensors, "lora_alpha" in header, "lora_alpha" in beside)) > 1:
+    if sum((in_tensors, "lora_alpha" in header, not beside.keys().isdisjoint(_ALPHA.values()))) > 1:
         raise LoRAError("states alpha in its tensors and in its metadata. Expected one of the two.")
     try:
         config = dict(json.loads(header))
         config |= {f"{part}.{key}": value for part in {part for part, _ in found} for key, value in beside.items()}
         return {(part, name): _scaled(part, name, pair, config) for (part, name), pair in found.items()}
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except LoRAError:
+        raise
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise LoRAError(
-            f"has adapter metadata that cannot be read ({error}). Expected lora_alpha as a number."
+            f"has adapter metadata that cannot be read ({error}). Expected numbers for alpha and rank."
         ) from error
 
 
 def _scaled(part: str, name: str, pair: LowRank, config: Mapping[str, Any]) -> LowRank:
-    special = config.get(f"{part}.alpha_pattern") or {}
-    # PEFT's patterns may be any regular expression; names, at most anchored, are what trainers write and all we read.
-    if odd := [pattern for pattern in special if not re.fullmatch(r"\^?[\w.]+\$?", pattern)]:
-        raise ValueError(f"alpha_pattern {odd[0]!r}")
-    if config.get(f"{part}.use_dora"):
-        raise ValueError("use_dora, which is no plain LoRA")
-    if _MOVED.search(str(config.get(f"{part}.init_lora_weights"))):
-        raise ValueError(f"init_lora_weights {config[f'{part}.init_lora_weights']}, which changes the base's weights")
-    alpha = next((value for pattern, value in special.items() if re.match(rf"(.*\.)?({pattern})$", name)), None)
-    alpha = config.get(f"{part}.lora_alpha") if alpha is None else alpha
+    own = {key.removeprefix(f"{part}."): value for key, value in config.items() if key.startswith(f"{part}.")}
+    kind = str(own.get("peft_type") or "LORA")
+    if kind not in _ALPHA:
+        raise LoRAError(f"is PEFT's {kind[:40]}. Expected {', '.join(_ALPHA)}.")
+    if own.get("use_dora"):
+        raise LoRAError("has use_dora in its adapter metadata. Expected LoRA without magnitudes.")
+    if _MOVED.search(str(own.get("init_lora_weights"))):
+        raise LoRAError(
+            f"has init_lora_weights {str(own['init_lora_weights'])[:40]!r}, which changes the base's weights. Expected "
+            "pairs for the base as it was published."
+        )
+    alpha = _of_layer(name, own, _ALPHA[kind], "alpha_pattern")
     if alpha is None:
         return pair
-    return scaled(name, pair, float(alpha), math.sqrt(pair.rank) if config.get(f"{part}.use_rslora") else pair.rank)
+    if kind == "LORA":
+        return scaled(name, pair, float(alpha), math.sqrt(pair.rank) if own.get("use_rslora") else pair.rank)
+    # PEFT divides by the rank that it was given, which is not the pair's, also where no factor is thin.
+    if (rank := int(_of_layer(name, own, "r", "rank_pattern"))) < 1:
+        raise ValueError(f"r {rank}")
+    return scaled(name, pair, float(alpha), rank)
+
+
+def _of_layer(name: str, config: Mapping[str, Any], key: str, patterns: str) -> Any:
+    """What a config has under a key, or for this layer under the first pattern that it matches; None for neither."""
+    special = config.get(patterns) or {}
+    # PEFT's patterns may be any regular expression; names, at most anchored, are what trainers write and all we read.
+    if odd := [pattern for pattern in special if not re.fullmatch(r"\^?[\w.]+\$?", pattern)]:
+        raise LoRAError(f"has {odd[0][:80]!r} in its {patterns}. Expected names of layers, at most with ^ and $.")
+    return next((own for pattern, own in special.items() if re.match(rf"(.*\.)?({pattern})$", name)), config.get(key))

@@ -7,10 +7,10 @@ import json
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, cast
 
 from safetensors import SafetensorError, safe_open
@@ -30,7 +30,8 @@ WHOLE = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")  # for an alpha
 
 _REPOSITORY = ("pytorch_lora_weights.safetensors", "lora.safetensors", "adapter_model.safetensors")
 _ADAPTER = "adapter_config.json"
-_BESIDE = {"lora.safetensors": "lora", "embeddings.pti": "embeddings", "special_params.json": "words"}
+_STATED = "adapter_model.safetensors"  # as PEFT writes it, beside whose alphas
+_BESIDE = {"embeddings.pti": "embeddings", "special_params.json": "words"}  # as cog-sdxl writes them
 
 
 class Spec(NamedTuple):
@@ -102,37 +103,60 @@ def files_of(path: Path) -> dict[str, Path]:
     LoRAError where a folder does not tell which."""
     file = _in_folder(path) if path.is_dir() else path
     config = file.with_name(_ADAPTER)
-    stated = (path.is_dir() or file.name == "adapter_model.safetensors") and config.is_file()
+    stated = file.name == _STATED and config.is_file()
     return {"lora": file} | ({"adapter": config} if stated else {})
 
 
 def _in_folder(folder: Path) -> Path:
-    names = [path.name for path in folder.glob("*.safetensors")]
+    return folder / _chosen("folder", [path.name for path in folder.glob("*.safetensors")])
+
+
+def _chosen(kind: str, names: Sequence[str]) -> str:
+    """Which of the files in a folder, or in a tar's, is the LoRA. Raises LoRAError."""
     chosen = next((name for name in _REPOSITORY if name in names), names[0] if len(names) == 1 else None)
     if chosen is None:
         raise LoRAError(
-            f"cannot be read (a folder of {len(names)} .safetensors files). Expected one, or {_REPOSITORY[0]}."
+            f"cannot be read (a {kind} of {len(names)} .safetensors files). Expected one, or {_REPOSITORY[0]}."
         )
-    return folder / chosen
+    return chosen
 
 
 def _unpacked(path: Path, folder: Path) -> dict[str, Path]:
     """Copies of a tar's members that matter, under names of ours: what a member is called is never a path."""
     found: dict[str, Path] = {}
     with tarfile.open(path, "r:") as tar:
-        for number, member in enumerate(tar):
-            if number == MAX_MEMBERS:
-                raise LoRAError(f"is a tar of more than {MAX_MEMBERS} files. Expected a trainer's.")
-            name = Path(member.name).name
-            if (part := _BESIDE.get(name)) is None or not member.isfile():
-                continue
-            if part in found or member.size > MAX_BYTES or member.issparse():
-                raise LoRAError(f"is a tar with {member.name!r} twice, or larger than {MAX_BYTES} bytes. Expected one.")
-            found[part] = folder / name
-            with found[part].open("wb") as copy:
+        beside = _together([*_files(tar)])
+        lora = _chosen("tar", [name for name in beside if name.endswith(".safetensors")])
+        parts = {lora: "lora"} | _BESIDE | ({_ADAPTER: "adapter"} if lora == _STATED else {})
+        for name, member in ((name, member) for name, member in beside.items() if name in parts):
+            found[parts[name]] = folder / ("lora.safetensors" if name == lora else name)
+            with found[parts[name]].open("wb") as copy:
                 shutil.copyfileobj(cast(IO[bytes], tar.extractfile(member)), copy)
-    if "lora" not in found:
-        raise LoRAError("is a tar with 0 lora.safetensors. Expected one.")
+    return found
+
+
+def _files(tar: tarfile.TarFile) -> Iterator[tuple[PurePosixPath, tarfile.TarInfo]]:
+    """Its plain files by their paths, but for hidden ones: what macOS lays beside files ends as they do."""
+    for number, member in enumerate(tar):
+        if number == MAX_MEMBERS:
+            raise LoRAError(f"is a tar of more than {MAX_MEMBERS} files. Expected a trainer's.")
+        path = PurePosixPath(member.name)
+        if member.isfile() and not member.issparse() and not path.name.startswith("."):
+            yield path, member
+
+
+def _together(files: Sequence[tuple[PurePosixPath, tarfile.TarInfo]]) -> dict[str, tarfile.TarInfo]:
+    """{name: member} of the folder nearest to a tar's root that has weights: below it are checkpoints. Raises LoRAError
+    where that is not one folder, or has a name twice."""
+    places = {path.parent for path, _ in files if path.suffix == ".safetensors"}
+    nearest = min((len(place.parts) for place in places), default=0)
+    folders = sorted(place for place in places if len(place.parts) == nearest)
+    if len(folders) > 1:
+        raise LoRAError(f"is a tar with weights in {str(folders[0])!r} and in {str(folders[1])!r}. Expected one LoRA.")
+    found: dict[str, tarfile.TarInfo] = {}
+    for path, member in files:
+        if path.parent in folders and found.setdefault(path.name, member) is not member:
+            raise LoRAError(f"is a tar with {path.name!r} twice. Expected one.")
     return found
 
 
@@ -152,6 +176,8 @@ def _reader(path: Path) -> Iterator[tuple[dict[str, Spec], dict[str, str], Any]]
         raise LoRAError(f"is {size} bytes long. Expected at most {MAX_BYTES}.")
     with safe_open(path, framework="pt") as reader:
         keys = list(reader.keys())
+        if len(keys) > MAX_TENSORS:  # whose names of fields were spelled otherwise
+            raise LoRAError(f"holds {len(keys)} tensors. Expected at most {MAX_TENSORS}.")
         if odd := [key for key in keys if len(key) > MAX_KEY or not key.isprintable()]:
             raise LoRAError(f"holds a tensor named {odd[0][:40]!r}. Expected at most {MAX_KEY} printable characters.")
         slices = {key: reader.get_slice(key) for key in keys}

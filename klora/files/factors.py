@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from klora.errors import LoRAError
@@ -64,6 +65,32 @@ def modules(specs: Mapping[str, Spec]) -> dict[str, Module]:
     if dense > MAX_DENSE:
         raise LoRAError(f"would have {dense} weights factorised. Expected at most {MAX_DENSE}; extract a LoRA from it.")
     return found
+
+
+def converted_sides(specs: Mapping[str, Spec], spelled: Mapping[str, Module]) -> dict[str, tuple[int, int]]:
+    """{module name as spelled: (O, I)} of what must be converted to a pair."""
+    sides = {}
+    for stem, module in spelled.items():
+        kind, shapes = module.kind, {part: specs[key].shape for part, key in module.keys.items()}
+        if kind == "LoHa":
+            sides[stem] = _whole(shapes, "hada_w1")
+        elif kind == "LoKr":
+            (o1, i1), (o2, i2) = (_whole(shapes, f"lokr_{name}") for name in ("w1", "w2"))
+            sides[stem] = o1 * o2, i1 * i2
+        elif kind == "diff":
+            sides[stem] = shapes["diff"][0], shapes["diff"][1]
+    return sides
+
+
+def _whole(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, int]:
+    """The shape of a factor, or of two thin ones' product."""
+    rows, columns = (shapes[name],) * 2 if name in shapes else (shapes[f"{name}_a"], shapes[f"{name}_b"])
+    return rows[0], columns[1]
+
+
+def weightless(outputs: int, inputs: int) -> LowRank:
+    """A pair of a shape, which takes no memory."""
+    return LowRank(torch.zeros(()).expand(1, inputs), torch.zeros(()).expand(outputs, 1))
 
 
 def outline(specs: Mapping[str, Spec]) -> dict[str, tuple[int, int]]:
@@ -152,7 +179,8 @@ def _checked_shapes(stem: str, kind: str, specs: Mapping[str, Spec]) -> dict[str
         elif dtype not in FLOATS:
             raise LoRAError(f"has {dtype} values for {stem!r}. Expected floating-point ones.")
         elif len(shape) != 2 and (len(shape) != 4 or shape[2:] != (1, 1)):
-            raise LoRAError(f"adapts the convolution {stem!r}. Expected linear layers only.")
+            seen = "adapts the convolution" if len(shape) == 4 else f"holds a tensor of shape {list(shape)} for"
+            raise LoRAError(f"{seen} {stem!r}. Expected matrices of linear layers only.")
     shapes = {part: spec.shape for part, spec in specs.items()}
     thin = [(f"{name}_a", f"{name}_b") for name in ("hada_w1", "hada_w2", "lokr_w1", "lokr_w2")]
     for rows, columns in [("B", "A"), *thin]:
@@ -162,9 +190,9 @@ def _checked_shapes(stem: str, kind: str, specs: Mapping[str, Spec]) -> dict[str
                 f"Expected the same rank in both, from 1 to {MAX_RANK}."
             )
     if kind == "LoHa":
-        seen = [(shapes[f"hada_{w}_a"][0], shapes[f"hada_{w}_b"][1]) for w in ("w1", "w2")]
-        if seen[0] != seen[1]:
-            raise LoRAError(f"multiplies {seen[0]} with {seen[1]} for {stem!r}. Expected two updates of one shape.")
+        one, other = (_whole(shapes, f"hada_{name}") for name in ("w1", "w2"))
+        if one != other:
+            raise LoRAError(f"multiplies {one} with {other} for {stem!r}. Expected two updates of one shape.")
     return shapes
 
 

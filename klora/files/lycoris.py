@@ -48,10 +48,16 @@ def _lokr(parts: Mapping[str, Tensor]) -> tuple[Pair, float]:
 
 
 def _nearest(matrix: Tensor) -> tuple[Pair, float]:
-    """The nearest pair of at most MAX_RANK, as far as a randomised decomposition finds it (arXiv:0909.4061)."""
-    U, s, V = torch.svd_lowrank(matrix, q=min(MAX_RANK, *matrix.shape), niter=2)
+    """The nearest pair of at most MAX_RANK, as far as a randomised decomposition finds it (arXiv:0909.4061). By chance
+    of its own, which torch.svd_lowrank cannot be given: a file is read alike every time."""
+    chance = torch.Generator().manual_seed(0)
+    Q = matrix @ torch.randn(matrix.shape[1], min(MAX_RANK, *matrix.shape), generator=chance, dtype=matrix.dtype)
+    for _ in range(2):
+        Q = matrix @ torch.linalg.qr(matrix.T @ torch.linalg.qr(Q).Q).Q
+    Q = torch.linalg.qr(Q).Q
+    U, s, V = torch.linalg.svd(Q.T @ matrix, full_matrices=False)
     kept = max(1, int((s > s[0] * 1e-7).sum()))
-    return (V[:, :kept].T, U[:, :kept] * s[:kept]), _lost(matrix.square().sum(), s[:kept].square().sum())
+    return (V[:kept], Q @ U[:, :kept] * s[:kept]), _lost(matrix.square().sum(), s[:kept].square().sum())
 
 
 def _decomposed(parts: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor, Tensor]:

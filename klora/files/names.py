@@ -18,9 +18,13 @@ Place = tuple[str, str]  # (component, module name)
 # Turns tensors under foreign module names, kohya's sgm and BFL or XLabs', into diffusers-spelled ones
 Rename = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
-UNKNOWN = "adapts {!r}, which this base does not have. Expected layers of the base that this request runs."
+UNKNOWN = "adapts {!r}, which is no linear layer of this base. Expected layers of the base that this request runs."
 _WRAPPERS = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "lora_unet.", "unet.",
              "lora_transformer.", "transformer.")  # fmt: skip
+_ENCODERS = (  # kohya's, where FLUX's T5 is te3, and those that ComfyUI saves
+    r"lora_te1?[._]|text_encoders\.clip_l\.transformer\.",
+    r"lora_te[23][._]|text_encoders\.(?:clip_g|t5xxl)\.transformer\.",
+)
 _XLABS = re.compile(r"(?:diffusion_model\.)?((?:double|single)_blocks\.\d+\.processor\.(?:qkv|proj))([12]?)$")
 
 
@@ -68,8 +72,8 @@ def _lookup(names: Mapping[str, tuple[int, int]]) -> dict[str, str]:
 def component(stem: str, components: list[str]) -> tuple[str, str]:
     """(component, module name as spelled) of a name in a file, its wrappers taken off. components: denoiser first."""
     denoiser, *encoders = components
-    for encoder, kohya in zip(encoders, ("lora_te1?[._]", "lora_te[23][._]"), strict=False):  # FLUX's T5 is te3
-        if match := re.match(rf"({encoder}\.|{kohya})(text_model[._])?", stem):
+    for encoder, others in zip(encoders, _ENCODERS, strict=False):
+        if match := re.match(rf"({encoder}\.|{others})(text_model[._])?", stem):
             return encoder, stem[match.end() :]
     while prefix := next((wrapper for wrapper in _WRAPPERS if stem.startswith(wrapper)), ""):
         stem = stem.removeprefix(prefix)

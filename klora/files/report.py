@@ -19,6 +19,7 @@ _FORMATS = {  # the first that some key has
     r"processor\.|\.lora\.(down|up)": "diffusers, legacy", r"\.lora_[AB]\.": "diffusers",
 }  # fmt: skip
 ENCODERS = ("text_encoder", "text_encoder_2")
+MAX_TRIGGER = 200  # characters
 _TAGS = 5  # of the most frequent ones in a file's training captions
 
 
@@ -65,9 +66,11 @@ def report(contents: Contents, spelled: Mapping[str, Module], lora: LoRA, inexac
 
 
 def triggers(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """Words that a file's metadata says call it, the surest first; from a trainer's captions the most frequent tags."""
+    """Words that a file's metadata says call it, the surest first; from a trainer's captions the most frequent tags.
+    Only such as can stand in a prompt and in a line of a log."""
     said = [metadata.get(key, "") for key in ("trigger", "modelspec.trigger_phrase", "ss_trigger", "instance_prompt")]
-    return tuple(dict.fromkeys(word for word in (*said, *_tags(metadata.get("ss_tag_frequency", ""))) if word))
+    words = (*said, *_tags(metadata.get("ss_tag_frequency", "")))
+    return tuple(dict.fromkeys(word for word in words if word.isprintable() and 0 < len(word) <= MAX_TRIGGER))
 
 
 def stated_alphas(path: Path) -> dict[float, int]:

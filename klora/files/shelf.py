@@ -18,7 +18,7 @@ from klora.lora import LoRA
 logger = logging.getLogger(__name__)
 _Scores = dict[str, dict[int, float]]
 DIGESTS = 1000  # of local files, remembered
-FORM = 2  # to be raised when files are read, or scored, otherwise than before
+FORM = 3  # to be raised when files are read, or scored, otherwise than before
 
 
 class Shelf:

@@ -127,6 +127,8 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], int | None, str]] = {
     "a header of spaces": (lambda: b"{}" + b" " * (99 << 20), None, "header"),
     "a million tensors": (lambda: empty_tensors(1_000_000), None, "header"),
     "too many tensors": (lambda: empty_tensors(MAX_TENSORS + 1), None, f"at most {MAX_TENSORS}"),
+    "too many tensors, their fields spelled otherwise": (
+        lambda: empty_tensors(MAX_TENSORS + 1).replace(b"data_o", rb"data\u005fo"), None, f"at most {MAX_TENSORS}"),
     "a long name": (lambda: one("x" * 300, [0]), None, "printable"),
     "a name with a NUL": (lambda: one("x\0y", [0]), None, "printable"),
     "a name that turns round": (lambda: one("x\u202ey", [0]), None, "printable"),
