@@ -96,8 +96,7 @@ def resident_bases() -> list[Installed]:
             if named:
                 raise
             logger.warning("%s", error)
-    names: Sequence[str | None] = named or installed_bases() or [None]
-    return [find_base(name) for name in names]
+    return [find_base(name) for name in named or installed_bases()] or [find_base(None)]
 
 
 def _named_bases() -> list[str]:
@@ -186,7 +185,8 @@ class LoRAFiles:
         tokens: of the user's, by authority, "hf", "civitai" and "replicate".  bases: that the request can run; what its
         authority says is for none of them is refused before it is fetched. Without any nothing is.
         """
-        given = {name: Path(text) for name, text in references.items() if self._anywhere and _is_there(text)}
+        own = {name: _own(text) for name, text in references.items() if self._anywhere}
+        given = {name: _pinned(Path(found.path), found, name) for name, found in own.items() if found}
         parsed = {name: _parsed(name, text) for name, text in references.items() if name not in given}
         local = {name: found for name, found in parsed.items() if isinstance(found, Local)}
         given |= {name: _pinned(lora_path(found.path, self._root, name), found, name) for name, found in local.items()}
@@ -248,11 +248,15 @@ def _authorities() -> Authorities:
     return replace(Authorities(network=Network(frozenset(hosts))), **named)
 
 
-def _is_there(text: str) -> bool:
+def _own(text: str) -> Local | None:
+    """What lies at a path, of a file also a pinned one; None where nothing does."""
+    body, _, pin = text.rpartition("#sha256=")
     try:
-        return Path(text).exists()
+        if Path(text).exists():
+            return Local(text)
+        return Local(body, pin=pin.lower()) if body and Path(body).is_file() else None
     except (OSError, ValueError):  # a name that the file system cannot take
-        return False
+        return None
 
 
 def _parsed(name: str, text: str) -> Reference:
@@ -273,10 +277,8 @@ def _pinned(path: Path, reference: Local, name: str) -> Path:
 
 
 def lora_path(reference: str, root: Path | None, name: str) -> Path:
-    """The file below root that a LoRA reference names. name: the input, for the message. Raises LoRAError.
-
-    The message says nothing of what lies elsewhere.
-    """
+    """The file below root that a LoRA reference names. name: the input, for the message. Raises LoRAError, which says
+    nothing of what lies elsewhere."""
     if root is None:
         raise LoRAError(f"{name} is {reference!r}, but this server takes no LoRA paths: KLORA_LORA_ROOT is not set.")
     try:
@@ -292,9 +294,7 @@ def lora_path(reference: str, root: Path | None, name: str) -> Path:
 
 
 def download_base(name: str, folder: Path | None = None, token: str | None = None) -> Path:
-    """Fetch what folder/name lacks of a base, and return that folder. Raises BaseModelError.
-
-    KLORA_PGET_SHA256: of the pget that may fetch what is public; unset, none does.
-    """
+    """Fetch what folder/name lacks of a base, and return that folder. Raises BaseModelError. KLORA_PGET_SHA256: of the
+    pget that may fetch what is public; unset, none does."""
     base, pget = base_of(name), find_pget(os.environ.get("KLORA_PGET_SHA256"))
     return ensure_base(name, base, folder or models_folder(), token, pget)

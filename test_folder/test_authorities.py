@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -87,15 +87,22 @@ def test_what_needs_no_authority_is_asked_of_none(world: World, reference: Refer
 
 
 def test_a_download_comes_through_the_same_network_and_bound(world: World, resolve: Resolve) -> None:
-    for size, content in ((0, CONTENT), (1, CONTENT + b" ")):
-        found, memory = resolve(world.storage.signed(f"/{size}.safetensors", content)), Memory()
-        with Deadline(10) as deadline:
-            if not size:
-                world.authorities.fetch(found, memory, deadline)
-                assert memory.data == CONTENT
-                continue
-            with pytest.raises(SourceError, match=f"Expected at most {len(CONTENT)}"):
-                world.authorities.fetch(found, memory, deadline)
+    found, memory = replace(resolve(world.storage.signed("/x.safetensors", CONTENT)), size=None), Memory()
+    with Deadline(10) as deadline:
+        world.authorities.fetch(found, memory, deadline)
+        assert memory.data == CONTENT
+        with pytest.raises(SourceError, match=f"Expected at most {len(CONTENT) - 1}"):
+            replace(world.authorities, max_bytes=len(CONTENT) - 1).fetch(found, memory, deadline)
+
+
+def test_what_is_larger_than_a_lora_may_be_is_refused_before_anybody_makes_room(world: World, resolve: Resolve) -> None:
+    """Room is made of what others use, and a page may say any size."""
+    world.hub.publish("o/m", {"x.safetensors": CONTENT + b" "})
+    with pytest.raises(
+        SourceError, match=f"x.safetensors is {len(CONTENT) + 1} bytes.* Expected at most {len(CONTENT)}"
+    ):
+        resolve("hf:o/m", {})
+    assert world.asked().keys() == {"hub"}
 
 
 # A bare name.

@@ -3,15 +3,16 @@
 import pytest
 
 from klora.models import FAMILIES
-from klora.sources.authority import MAX_TRIGGER, MAX_TRIGGERS, trigger_words
+from klora.sources.authority import MAX_WORD, MAX_WORDS, plain_words
 from klora.sources.download import family_of
 
 NAMED = {
     "sdxl": ("SDXL 1.0", "SDXL 0.9", "SDXL Turbo", "SDXL Lightning", "SDXL 1.0 LCM", "Pony", "Illustrious", "NoobAI"),
     "flux": ("Flux.1 D", "Flux.1 S", "Flux.1 Krea", "Flux.1 Kontext"),
     "": ("SD 1.4", "SD 1.5", "SD 1.5 LCM", "SD 2.1 768", "SD 3", "SD 3.5 Large", "Flux.2 D", "Wan Video 14B t2v",
-         "Qwen", "Hunyuan Video", "HiDream", "SVD XT", "LTXV", "CogVideoX", "PixArt a", "AuraFlow", "Pony V7"),
-    None: (None, "", "Other", "SDXL", "Chroma", "stabilityai/stable-diffusion-xl-base-1.0",
+         "Qwen", "Hunyuan Video", "HiDream", "SVD XT", "LTXV", "CogVideoX", "PixArt a", "AuraFlow", "Pony V7",
+         "Kolors", "Chroma"),
+    None: (None, "", "Other", "SDXL", "stabilityai/stable-diffusion-xl-base-1.0",
            "black-forest-labs/FLUX.1-dev", "sd 1.5", "my SDXL 1.0", "SD 1.5\nPony"),
 }  # fmt: skip
 
@@ -23,18 +24,6 @@ def test_a_family_is_known_by_civitais_words_alone(family: str | None, said: str
 
 
 def test_words_are_those_that_can_stand_in_a_prompt() -> None:
-    said = [
-        " zork style, ",
-        "zork style",
-        "",
-        " , ",
-        "a\nb",
-        "\x1b[31m",
-        None,
-        3,
-        ["x"],
-        "é 猫",
-        "x" * (MAX_TRIGGER + 1),
-    ]
-    assert trigger_words(said) == ("zork style", "é 猫")
-    assert trigger_words([str(n) for n in range(99)]) == tuple(str(n) for n in range(MAX_TRIGGERS))
+    said = [" zork style, ", "zork style", "", " , ", "a\nb", "\x1b[31m", None, 3, ["x"], "é 猫", "x" * (MAX_WORD + 1)]
+    assert plain_words(said) == ("zork style", "é 猫")
+    assert plain_words([str(n) for n in range(99)]) == tuple(str(n) for n in range(MAX_WORDS))

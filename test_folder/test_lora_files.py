@@ -104,7 +104,8 @@ def test_who_owns_the_machine_may_name_any_path(root: Path, tmp_path: Path, monk
     monkeypatch.chdir(root)
     files = weights.LoRAFiles(anywhere=True)
     for path in ("../elsewhere.safetensors", str(tmp_path / "elsewhere.safetensors")):
-        assert read(files, path) == STYLE
+        assert read(files, path) == read(files, f"{path}#sha256={sha256(STYLE).upper()}") == STYLE
+        assert "has the sha256" in refusal(files, f"{path}#sha256={'0' * 64}")
     assert read(files, f"dog.safetensors#sha256={sha256(CONTENT)}") == CONTENT
     assert "has the sha256" in refusal(files, f"dog.safetensors#sha256={'0' * 64}")
 
@@ -207,7 +208,9 @@ def test_a_size_that_is_none_is_refused_by_whoever_needs_the_cache(
 def test_a_file_that_is_larger_than_the_cache_is_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.publish("o/m", {"x.safetensors": CONTENT})
     monkeypatch.setenv("KLORA_CACHE_GB", "0.00001")
-    assert refusal(weights.LoRAFiles(), "hf:o/m").startswith("style_lora: The LoRA cache is full: ")
+    assert "and the whole LoRA cache holds 10000. Expected a smaller file, or a larger cache." in refusal(
+        weights.LoRAFiles(), "hf:o/m"
+    )
 
 
 # What is lent.

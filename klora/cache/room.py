@@ -52,6 +52,11 @@ class Room:
         """See that so many bytes more fit: what was used longest ago goes, unless in use. Raises CacheFullError."""
         if self._lacking(wanted) <= 0:
             return
+        if wanted > self._max_bytes:
+            raise CacheFullError(
+                f"{wanted} bytes were asked for, and the whole LoRA cache holds {self._max_bytes}. "
+                "Expected a smaller file, or a larger cache."
+            )
         self._sweep_drafts()
         lacking = self._lacking(wanted)
         spare = sum(entry.size for entry in self._spare())

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from klora.errors import SourceError
 from klora.sources import civitai, hub, replicate, web
 from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, Download, NotFound
@@ -27,8 +28,15 @@ class Authorities:
     def resolve(self, reference: Reference, tokens: Mapping[str, str], deadline: Deadline) -> tuple[Download, ...]:
         """What a reference comes to now. tokens: of the user's, by authority, "hf", "civitai", "replicate".
 
-        Raises NotFound, Denied, Unreachable, or SourceError where it is no LoRA.
+        Raises NotFound, Denied, Unreachable, or SourceError where it is no LoRA, or larger than one may be.
         """
+        downloads = self._asked(reference, tokens, deadline)
+        for name, size in ((download.name, download.size or 0) for download in downloads):
+            if size > self.max_bytes:  # before anybody makes room for it
+                raise SourceError(f"{name} is {size} bytes long. Expected at most {self.max_bytes}.")
+        return downloads
+
+    def _asked(self, reference: Reference, tokens: Mapping[str, str], deadline: Deadline) -> tuple[Download, ...]:
         match reference:
             case HubFile():
                 return hub.resolve(reference, tokens.get("hf"), self.hub, self.network, deadline)

@@ -15,7 +15,7 @@ from klora.sources.retries import persistently
 
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_NAME = 80  # characters
-MAX_TRIGGERS, MAX_TRIGGER = 20, 200  # words, and the characters of one
+MAX_WORDS, MAX_WORD = 20, 200  # of an author's, and the characters of one
 
 
 def bearer(token: str | None, authority: str) -> dict[str, str]:
@@ -34,11 +34,11 @@ def file_name(path: str) -> str:
     return name[-MAX_NAME:].lstrip("._-") or "lora"
 
 
-def trigger_words(said: Iterable[Any]) -> tuple[str, ...]:
-    """What authors say calls a LoRA, as far as it can stand in a prompt and in a line of a log."""
+def plain_words(said: Iterable[Any]) -> tuple[str, ...]:
+    """What authors say calls a LoRA, or is its base, as far as it can stand in a prompt and in a line of a log."""
     words = [text.strip(" ,") for text in said if isinstance(text, str)]
-    plain = [word for word in words if word.isprintable() and 0 < len(word) <= MAX_TRIGGER]
-    return tuple(dict.fromkeys(plain))[:MAX_TRIGGERS]
+    plain = [word for word in words if word.isprintable() and 0 < len(word) <= MAX_WORD]
+    return tuple(dict.fromkeys(plain))[:MAX_WORDS]
 
 
 def redirection(url: str, headers: dict[str, str], net: Network, deadline: Deadline) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 from klora.errors import SourceError
-from klora.sources.authority import bearer, file_name, redirection, trigger_words, understood
+from klora.sources.authority import bearer, file_name, plain_words, redirection, understood
 from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, Download, NotFound
 from klora.sources.network import Network
@@ -101,8 +101,8 @@ def _read(answer: Any) -> _Version:
         number=int(answer["id"]),
         kind=str(answer["model"]["type"]),
         usage=str(answer.get("usageControl") or "Download"),
-        base_model=answer.get("baseModel") and str(answer["baseModel"]),
-        triggers=trigger_words(answer.get("trainedWords") or ()),
+        base_model=next(iter(plain_words([answer.get("baseModel")])), None),
+        triggers=plain_words(answer.get("trainedWords") or ()),
         files=tuple(_file(file) for file in answer["files"]),
     )
 

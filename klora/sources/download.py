@@ -10,7 +10,10 @@ from klora.errors import SourceError
 _FAMILIES = {
     "sdxl": re.compile(r"SDXL .*|Pony|Illustrious|NoobAI"),
     "flux": re.compile(r"Flux\.1 .*"),
-    "": re.compile(r"(SD [123]|Flux\.2|Wan|Hunyuan|Qwen|HiDream|SVD|LTXV|CogVideoX|PixArt|AuraFlow|Pony V7)\b.*"),
+    "": re.compile(
+        r"(SD [123]|Flux\.2|Wan|Hunyuan|Qwen|HiDream|SVD|LTXV|CogVideoX|PixArt|AuraFlow|Pony V7"
+        r"|Kolors|Chroma)\b.*"  # which have our layers' names and shapes, and other weights
+    ),
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from klora.errors import SourceError
-from klora.sources.authority import bearer, file_name, trigger_words, understood
+from klora.sources.authority import bearer, file_name, plain_words, understood
 from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, Download, NotFound
 from klora.sources.network import Network
@@ -103,8 +103,8 @@ def _read(answer: Any) -> _Repository:
         commit=_commit(answer["sha"]),
         files={str(file["rfilename"]): _file(file) for file in answer["siblings"]},
         gated=bool(answer.get("gated")),
-        base_model=next(_texts(card, "base_model"), None),
-        triggers=trigger_words((*_texts(card, "instance_prompt"), *_texts(card, "trigger"))),
+        base_model=next(iter(plain_words(_texts(card, "base_model"))), None),
+        triggers=plain_words((*_texts(card, "instance_prompt"), *_texts(card, "trigger"))),
     )
 
 

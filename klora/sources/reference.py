@@ -1,6 +1,6 @@
 """One grammar for whatever names a LoRA: text -> Reference. Looks nothing up and opens nothing.
 
-hf:owner/name[@revision][/path]   hf://...   a page or file of huggingface.co or hf.co
+hf:owner/name[@revision][/path]   hf://...   a page or file of huggingface.co or hf.co   huggingface.co/owner/name/path
 civitai:<version>[+<file>]   an AIR   a model page or download link of civitai.com, .green or .red
 replicate:owner/name[:version]   owner/name:version   a page of replicate.com
 owner/name   https://...   data:...;base64,...   path/in/the/folder.safetensors   ./any/path
@@ -33,9 +33,7 @@ _TAKEN = ("datasets", "spaces", "buckets", "collections", "models", "api", "docs
 
 _REVISION = r"(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+)"
 _HUB = re.compile(rf"(?P<repository>[^/@]+/[^/@]+)(?:@{_REVISION})?(?P<path>/.*)?")
-_HUB_PAGE = re.compile(
-    rf"/(?P<repository>[^/]+/[^/]+)(?:/(?:blob|resolve|raw|tree|blame)/{_REVISION}(?P<path>/.*)?)?/*"
-)
+_HUB_PAGE = re.compile(rf"/(?P<repository>[^/]+/[^/]+)(?:/(?:blob|resolve|raw|tree|blame)/{_REVISION})?(?P<path>/.*)?")
 _HUB_NAME = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
 _GIT_NAME = re.compile(r"(?!.*(?:\.\.|//))[A-Za-z0-9_][\w.+/-]*", re.ASCII)
 
@@ -129,7 +127,9 @@ def _hub(text: str) -> HubFile:
 
 def _hub_page(path: str, query: str) -> HubFile:
     found = _HUB_PAGE.fullmatch(path)
-    if found is None:
+    below = ((found and found["path"]) or "").strip("/")
+    # No page of the hub's: what flux-dev-lora is given, the path of a file right after the repository.
+    if found is None or (below and not found["revision"] and not below.lower().endswith(".safetensors")):
         raise SourceError("it is no page of a model's files. Expected huggingface.co/owner/name[/blob/revision/path].")
     return _hub_file(found)
 

@@ -25,7 +25,7 @@ _SECRET = re.compile(
     r"(?:x-(?:amz|goog|oss|cos|ms)|q)-.*"
     r"|se|sp|sv|st|sr|ss|srt|spr|sip|sig|sk(?:oid|tid|t|e|s|v)"
     r"|expires?|expiry|exp|policy|hash-algorithm|ex|is|hm|hdn(?:ts|tl|ea)"
-    r"|sign|code|pass|pwd|ticket|rlkey|(?:.*[-_])?key|.*(?:key-?(?:pair-?)?id|accessid|resourcekey|api-?key).*"
+    r"|sign|code|pass|pwd|pw|verify|ticket|rlkey|tempauth|(?:.*(?:[-_]|auth|access|pass|share))?key|.*(?:key-?(?:pair-?)?id|accessid|resourcekey|api-?key).*"
     r"|.*(?:token|secret|signature|passw|credential|session|jwt|hmac).*"
     r"|(?:.*[-_])?o?auth(?:orization|entication|[-_].*)?",
     re.IGNORECASE,

@@ -46,7 +46,10 @@ def test_an_answer_that_makes_no_sense_is_the_hubs_fault(
         resolve("hf:o/m")
 
 
-@pytest.mark.parametrize("card", [None, [], "text", {"base_model": 3, "instance_prompt": {}}, {"base_model": [None]}])
+@pytest.mark.parametrize(
+    "card",
+    [None, [], "text", {"base_model": 3, "instance_prompt": {}}, {"base_model": [None]}, {"base_model": "x" * 3000}],
+)
 def test_a_card_that_makes_no_sense_says_nothing(authority: Hub, resolve: Resolve, card: Any) -> None:
     authority.publish("o/m", {"x.safetensors": CONTENT}, card=card)
     [found] = resolve("hf:o/m")

@@ -50,6 +50,8 @@ HUB = {
     "https://huggingface.co:443/o/m": ROOT,
     "huggingface.co/o/m": ROOT,
     "huggingface.co/o/m/blob/main/x.safetensors": FILE,
+    "huggingface.co/o/m/x.safetensors": FILE,  # as flux-dev-lora is given it
+    "https://huggingface.co/o/m/a%20b/x.safetensors": DEEP,
     "hf.co/o/m": ROOT,
     "https://hf.co/o/m/resolve/main/x.safetensors": FILE,
     "  hf:o/m \n": ROOT,

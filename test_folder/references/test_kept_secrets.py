@@ -16,6 +16,8 @@ SIGNED = {
     "Discord": "ex=1&is=2&hm=CANARY",
     "own": "token=CANARY&access_token=CANARY&key=CANARY&api_key=CANARY&apikey=CANARY&auth=CANARY&Authorization=CANARY",
     "others": "hf_token=CANARY&client_secret=CANARY&password=CANARY&jwt=CANARY&X-Auth-Token=CANARY&%74oken=CANARY",
+    "Microsoft": "authkey=CANARY&tempauth=CANARY",
+    "Bunny": "AccessKey=CANARY&passkey=CANARY&verify=CANARY&pw=CANARY",
     "nameless": "CANARY-0123456789-0123456789",
 }
 

@@ -22,6 +22,8 @@ REFUSED = {
     "https://huggingface.co/o/m/tree": "no page of a model's files",
     "https://huggingface.co/datasets/o/m": "no page of a model's files",
     "https://huggingface.co/datasets/o": "the hub's datasets",
+    "https://huggingface.co/datasets/o/x.safetensors": "the hub's datasets",
+    "https://huggingface.co/o/m/x.bin": "no page of a model's files",
     "hf:datasets/o/m": "the hub's datasets",
     "hf:spaces/o/m": "the hub's spaces",
     "hf://buckets/o": "the hub's buckets",
