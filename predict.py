@@ -280,9 +280,8 @@ def _inputs(given: dict[str, Any]) -> dict[str, Any]:
     inputs = {name: value for name, value in given.items() if name not in ALIASES and name not in TOKENS}
     for alias, name in ALIASES.items():
         if alias in given and given[alias] != inputs.setdefault(name, given[alias]):
-            raise RequestError(
-                f"{alias} is {given[alias]!r} and {name} is {inputs[name]!r}. {alias} is {name}'s old name: give one."
-            )
+            # Without the values: signed links are keys.
+            raise RequestError(f"{alias} is an old name of {name}, of which another value is given, too. Give one.")
     uploads = {name: uploaded(name, inputs[name]) for name in ("image", "mask", "prompts") if name in inputs}
     return open_images(inputs | uploads)
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from klora.errors import RequestError
+from klora.errors import LoRAError, RequestError
 from klora.lora import LoRA, LowRank, Plan
 
 BLOCK_ELEMENTS = 1 << 20  # of dW at a time: 4 MB in fp32, a dozen with its working copies, whatever the layer's size
@@ -102,7 +102,7 @@ class Fusion:
     def gated(self, wins: Tensor, content_scale: float = 1.0, style_scale: float = 1.0) -> Plan:
         """The gates for a choice that has been made. wins: content_wins()'s bool [T, L]."""
         gates = torch.stack([wins * float(content_scale), ~wins * float(style_scale)], dim=-1)
-        return Plan(self.layers, (self.content, self.style), gates)
+        return Plan(self.layers, (self.content, self.style), gates, wins)
 
 
 def fuse(
@@ -122,6 +122,8 @@ def fuse(
     content_ranks, style_ranks = ({name: pair.rank for name, pair in lora.items()} for lora in (content, style))
     ks = {name: content_ranks.get(name, 1) * style_ranks.get(name, 1) for name in layers}
     (content_score, content_l1), (style_score, style_l1) = (_scores(lora, ks, device) for lora in (content, style))
+    if not torch.stack([content_l1, style_l1]).isfinite().all():
+        raise LoRAError("A LoRA's weights are so large that they overflow. Expected one that was trained.")
     return Fusion(tuple(layers), content, style, content_score, style_score, _gamma(content_l1, style_l1, gamma))
 
 

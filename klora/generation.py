@@ -18,7 +18,7 @@ from klora.layers import attached
 from klora.lora import LoRA, Plan, Words
 from klora.models.family import Conditioning, Family
 from klora.models.pace import paced
-from klora.words import taught
+from klora.words import spoken, taught
 
 Record = Callable[[str, Any], Any]
 """(name, number) -> ignored. Told what a run measured: fuse_seconds, denoise_seconds, style_share, ..."""
@@ -65,12 +65,15 @@ def generate(
     else:
         conditioning = _encoded(encode or plain_encoder(model), draws, request.negative_prompt)
     lap("encode_seconds")
+    begun: tuple[int, int] | None = None  # the first step that runs, for an image a later one, and the flips until then
     with attached(model.denoiser, plan) as gate, paced(model, request) as (in_full, means):
 
         def reached(step: int) -> None:
+            nonlocal begun
             before = gate.flips
             gate.set_step(step)
             in_full(gate.flips != before)  # what other LoRAs added is not what these would
+            begun = begun or (step, gate.flips)
             if step == steps:
                 lap("denoise_seconds")
             on_step(step, steps)
@@ -78,8 +81,11 @@ def generate(
         images = model.sample(conditioning, request, reached, [draw.seed for draw in draws])
     lap("decode_seconds")
     record("engine", gate.engine)
-    record("flips", gate.flips)
-    record("flips_per_step", round(gate.flips / steps, 2))
+    first, unused = begun or (0, 0)
+    record("flips", gate.flips - unused)
+    record("flips_per_step", round((gate.flips - unused) / (steps - first), 2))
+    if plan.content_wins is not None:
+        record("style_share", 1 - plan.content_wins[first:].double().mean().item())
     if peak := peak_bytes(device):
         record("peak_bytes", peak)
     if request.go_fast:
@@ -106,9 +112,9 @@ def _encoded_with_loras(
     with ExitStack() as loans:
         for component, encoder in model.text_encoders.items():
             loans.enter_context(attached(encoder, _constant(request, content, style, component)))
-        spoken = loans.enter_context(taught(model.pipe, _words(request, draws, content, style)))
-        said = [Draw(spoken(draw.prompt), draw.seed) for draw in draws]
-        return _encoded(plain_encoder(model), said, spoken(request.negative_prompt))
+        written = loans.enter_context(taught(model.pipe, _words(request, draws, content, style)))
+        said = [Draw(written(draw.prompt), draw.seed) for draw in draws]
+        return _encoded(plain_encoder(model), said, written(request.negative_prompt))
 
 
 def combine(
@@ -126,7 +132,6 @@ def combine(
         fusion = fuse(content, style, device=device if device and device.type == "cuda" else None)
         wins = fusion.content_wins(schedule, steps, request.style_bias)
         record("gamma", fusion.gamma)
-        record("style_share", 1 - wins.double().mean().item())
         return fusion.gated(wins, request.content_scale, request.style_scale)
     return _constant(request, content, style)
 
@@ -174,9 +179,8 @@ def _words(request: Request, draws: Sequence[Draw], content: LoRA | None, style:
     qualified: dict[str, Mapping[str, Tensor]] = {}
     for role, lora, _ in _acting(request, content, style):
         for word, parts in lora.words.items():
-            alone = re.compile(rf"(?<![\w:]){re.escape(word)}(?!\w)")
             said = (request.negative_prompt, *(draw.prompt for draw in draws))
-            if word in bare and any(map(alone.search, said)):
+            if word in bare and any(map(spoken([word]).search, said)):
                 raise RequestError(
                     f"Both LoRAs teach the word {word!r}. Write content:{word} or style:{word} in the prompt."
                 )
@@ -194,6 +198,9 @@ def _checked_steps(model: Family, request: Request) -> int:
         )
     if request.negative_prompt and not model.negative_prompts:
         raise RequestError(f"negative_prompt is given, but {model.name} takes none. Leave it empty, or use SDXL.")
+    guidance = model.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    if request.negative_prompt and guidance <= 1:
+        raise RequestError(f"negative_prompt is given, but guidance_scale {guidance:g} heeds none. Raise it above 1.")
     if request.scheduler and request.scheduler not in model.schedulers:
         raise RequestError(f"scheduler is {request.scheduler}, but {model.name} has its own. Leave it blank.")
     if request.image is not None and int(steps * request.prompt_strength) < 1:

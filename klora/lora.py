@@ -83,11 +83,13 @@ def _moved(layers: Mapping[str, LowRank], device: torch.device, dtype: torch.dty
 
 @dataclass(frozen=True)
 class Plan:
-    """Which LoRA acts where, when and how strongly.  gates: float [steps, layers, LoRAs]; one step means always."""
+    """Which LoRA acts where, when and how strongly.  gates: float [steps, layers, LoRAs]; one step means always.
+    content_wins: bool [steps, layers] where two LoRAs were chosen between."""
 
     layers: tuple[str, ...]
     loras: tuple[Mapping[str, LowRank], ...]
     gates: Tensor
+    content_wins: Tensor | None = None
 
     @classmethod
     def constant(cls, loras: tuple[Mapping[str, LowRank], ...], scales: tuple[float, ...]) -> "Plan":

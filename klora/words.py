@@ -5,7 +5,7 @@ The base's own tokenizers and embeddings are not changed: copies stand in for th
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,8 +62,13 @@ def _extended(table: nn.Embedding, rows: Mapping[int, Tensor], size: int) -> nn.
     return nn.Embedding.from_pretrained(weight, freeze=True)
 
 
+def spoken(words: Iterable[str]) -> re.Pattern[str]:
+    """Where a prompt has one of some words, one at least: whole, and not as a LoRA's own, "style:WORD", unless that is
+    one of them. The longest first: one may begin another."""
+    longest = sorted(words, key=len, reverse=True)
+    return re.compile(rf"(?<!\w)(?<!content:)(?<!style:)(?:{'|'.join(map(re.escape, longest))})(?!\w)")
+
+
 def _replaced(prompt: str, tokens: Mapping[str, list[str]]) -> str:
-    """The longest words first: one may begin another."""
-    for word in sorted(tokens, key=len, reverse=True):
-        prompt = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", " ".join(tokens[word]), prompt)
-    return prompt
+    """All at once: what stands for one word is no place to look for another."""
+    return spoken(tokens).sub(lambda found: " ".join(tokens[found[0]]), prompt) if tokens else prompt

@@ -1,5 +1,6 @@
 """Dataclass fields that say what they accept: the one place where a form's values are checked. Knows no form."""
 
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import field, fields
@@ -52,6 +53,8 @@ def _typed(name: str, value: Any, accepted: tuple[Any, ...]) -> Any:
         if kind is int and value == value // 1:  # neither 1.5 nor nan
             return int(value)
     elif kind not in _KINDS or type(value) is kind:
+        if kind is str and re.search("[\ud800-\udfff]", value):  # which JSON can spell, and no tokenizer read
+            raise RequestError(f"{name} has half a character in it. Expected text.")
         return value
     raise RequestError(f"{name} is {value!r}. Expected {_KINDS[kind]}.")
 

@@ -152,6 +152,8 @@ def open_image(name: str, path: Path, mode: str) -> Image.Image:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise RequestError(f"{name} has {file.width}x{file.height} pixels. Expected at most {MAX_PIXELS}.")
+            file.getexif()  # read now, and not written again, as Pillow would: odd tags break that
+            file.info.pop("exif", None)
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -159,5 +161,7 @@ def open_image(name: str, path: Path, mode: str) -> Image.Image:
                 backdrop = Image.new("RGBA", image.size, "white" if mode == "RGB" else "black")
                 image = Image.alpha_composite(backdrop, image.convert("RGBA"))
             return image.convert(mode)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
+    except RequestError:
+        raise
+    except Exception as error:  # of a damaged file Pillow raises whatever it stumbles on
         raise RequestError(f"{name} cannot be read as an image. Expected a PNG, JPEG or WebP file.") from error

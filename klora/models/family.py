@@ -15,7 +15,7 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from PIL import Image
 from torch import Tensor, nn
 
-from klora.errors import BaseModelError
+from klora.errors import BaseModelError, RequestError
 from klora.files.names import Inventory
 from klora.form.request import Request
 from klora.lora import LoRA
@@ -198,13 +198,9 @@ def quantization(component: str, kind: Quantized | None, dtype: torch.dtype) -> 
     if kind is None:
         return {}
     importlib.import_module("bitsandbytes")
-    backend, options = {
-        "int8": ("bitsandbytes_8bit", {"load_in_8bit": True}),
-        "nf4": (
-            "bitsandbytes_4bit",
-            {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype},
-        ),
-    }[kind]
+    four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    backends = {"int8": ("bitsandbytes_8bit", {"load_in_8bit": True}), "nf4": ("bitsandbytes_4bit", four_bits)}
+    backend, options = backends[kind]
     return {"quantization_config": diffusers.PipelineQuantizationConfig(backend, options, [component])}
 
 
@@ -247,7 +243,7 @@ def denoise(
     **options: Any,
 ) -> Tensor:
     """A diffusers pipeline's final latents, the seeds in one batch; what is left out is as of Family.sample. options:
-    what this pipeline alone takes."""
+    what this pipeline alone takes. Raises RequestError where they are no numbers: such an image would be black."""
     pipe.set_progress_bar_config(disable=True)
     steps = request.num_inference_steps or model.steps
     seeds = seeds or range(request.seed, request.seed + request.num_outputs)
@@ -263,6 +259,8 @@ def denoise(
             output_type="latent",
         ).images
     on_step(steps)
+    if not latents.isfinite().all():
+        raise RequestError("The latents overflowed: the LoRAs are too strong for this base. Lower their scales.")
     return latents
 
 

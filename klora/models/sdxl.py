@@ -138,7 +138,8 @@ class SDXL:
         scheduler = scheduler.from_config(self.pipe.scheduler.config, **options)
         width, height = request.size(self.native_size, self.size_multiple)
         pipeline, options = StableDiffusionXLPipeline, {"width": width, "height": height}
-        if request.image is not None:
+        # Without a mask strength 1 starts from noise alone, of which SDXL's last beta would leave a trace of the image.
+        if request.image is not None and (request.mask is not None or request.prompt_strength < 1):
             latents = self.encode_images(processor.preprocess(request.image, height, width)).mean
             image = {"image": latents, "strength": request.prompt_strength}
             if request.mask is None:  # this pipeline takes its size from the image

@@ -104,7 +104,7 @@ class Provenance:
         """For viewers: the prompts, and a line of "name: value" pairs. size: the image's, in pixels."""
         told = {
             "Steps": self.inputs["num_inference_steps"],
-            "Sampler": self.inputs.get("scheduler", "K_EULER"),
+            "Sampler": self.inputs.get("scheduler", "Euler"),
             "CFG scale": self.inputs["guidance_scale"],
             "Seed": self.seed,
             "Size": f"{size[0]}x{size[1]}",
@@ -222,14 +222,14 @@ def read_provenance(file: Path) -> Provenance:
         with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as image:
             xmp = image.info.get("xmp", b"").decode("utf-8", "replace")
             record = image.info.get("klora") or unescape(xmp.partition("<klora:made>")[2].partition("</klora:made>")[0])
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # of a damaged file Pillow raises whatever it stumbles on
         raise RequestError(f"{file.name} cannot be read as an image. Expected a PNG, JPEG or WebP file.") from error
     if not record:
         raise RequestError(f"{file.name} does not say how it was made. Expected an image as klora has written it.")
     try:
         told = json.loads(record)
         form, made = told["klora"], _read(told) if told["klora"] == FORM else None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise RequestError(
             f"{file.name} says how it was made in a record that is damaged. Expected klora's."
         ) from error

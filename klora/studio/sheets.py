@@ -1,4 +1,5 @@
-"""Several ways to fuse one pair on one contact sheet, from one seed and the same latents: only the fusion differs."""
+"""Several ways to fuse one pair on one contact sheet, from one seed and the same latents; each LoRA that acts adds its
+trigger to the prompt."""
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -31,7 +32,8 @@ class Way:
     @property
     def caption(self) -> str:
         """What stands below the label."""
-        return "" if self.style_share is None else f"style acts in {self.style_share:.0%}"
+        of = "" if self.request.image is None else " of the full schedule"
+        return "" if self.style_share is None else f"style acts in {self.style_share:.0%}{of}"
 
 
 def ways_of(request: Request, fusion: Fusion, steps: int) -> dict[str, list[Way]]:

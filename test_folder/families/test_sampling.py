@@ -71,9 +71,10 @@ def test_more_strength_goes_further_from_the_image(model: Family) -> None:
     assert distances[0] < distances[1] < distances[2]
 
 
-def test_full_strength_still_depends_on_nothing_but_seed_and_prompt_in_flux(models: dict[str, Family]) -> None:
-    """Rectified flow starts from pure noise at sigma 1; SDXL's last beta keeps a trace of the image."""
-    model = models["flux-schnell"]
+@pytest.mark.parametrize("base", ["sdxl", "flux-schnell"])
+def test_full_strength_depends_on_nothing_but_seed_and_prompt(models: dict[str, Family], base: str) -> None:
+    """Rectified flow starts from pure noise at sigma 1; SDXL's last beta would keep a trace of the image."""
+    model = models[base]
     one, other = (paint(model, image=image, prompt_strength=1.0) for image in (photo(), Image.new("RGB", (64, 64))))
     assert np.abs(one - other).max() <= 1
 

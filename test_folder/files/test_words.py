@@ -13,7 +13,7 @@ from klora.generation import generate
 from klora.lora import LoRA
 from klora.models import load_model
 from klora.models.family import Family
-from klora.words import taught
+from klora.words import _replaced, taught
 from test_folder.files.reading import GOOD, GOOD_FLUX, read
 from test_folder.variants import cog_sdxl, embeddings
 
@@ -85,6 +85,24 @@ def test_a_word_that_both_teach_must_say_whose_it_is(models: dict[str, Family], 
     with pytest.raises(RequestError, match="content:TOK or style:TOK"):
         generate(sdxl, Request("a toy", negative_prompt="TOK", num_inference_steps=1), content=lora, style=lora)
     assert generate(sdxl, Request("a content:TOK in style:TOK", num_inference_steps=1), content=lora, style=lora)
+
+    with pytest.raises(RequestError, match="content:TOK or style:TOK"):
+        generate(sdxl, Request("a photo of:TOK", num_inference_steps=1), content=lora, style=lora)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "read"),
+    [
+        ("content:TOK, style:TOK", "x y, style:TOK"),  # where the style LoRA does not act
+        ("a TOK in of:TOK, TOKEN", "a x y in of:x y, TOKEN"),
+        ("TOKs and 0", "z and w"),
+        ("TOK-0", "x y-w"),
+    ],
+)
+def test_all_words_are_replaced_at_once_and_another_loras_stay(model: Family, prompt: str, read: str) -> None:
+    """What stands for a word may hold another: "<klora0-0>" a taught "0"."""
+    tokens = {"TOK": ["x", "y"], "content:TOK": ["x", "y"], "TOKs": ["z"], "0": ["w"], "x": ["0"]}
+    assert _replaced(prompt, tokens) == read
 
 
 def test_a_bundled_embedding_is_read(model: Family, tmp_path: Path) -> None:

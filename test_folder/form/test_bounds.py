@@ -86,3 +86,9 @@ def test_a_blank_prompt_is_refused(prompt: str) -> None:
 )
 def test_inputs_that_contradict_each_other_are_refused(given: dict[str, Any], message: str) -> None:
     assert refusal(**given) == message
+
+
+def test_half_a_character_is_no_text() -> None:
+    """JSON can spell it; no tokenizer reads it."""
+    with pytest.raises(RequestError, match=r"^prompt has half a character in it\. Expected text\.$"):
+        Request("a \ud800 dog")

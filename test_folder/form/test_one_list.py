@@ -13,6 +13,7 @@ from PIL import Image
 
 import predict
 from klora import cli
+from klora.errors import RequestError
 from klora.form.request import Request
 
 FORM: Mapping[str, Any] = {
@@ -48,6 +49,15 @@ def test_an_old_name_is_deprecated_and_bounded_as_the_new_one(alias: str, name: 
     assert (old.ge, old.le, old.choices, old.default, old.deprecated) == (new.ge, new.le, new.choices, None, True)
     hints = get_type_hints(predict.Predictor.predict)
     assert hints[alias] == hints[name]
+
+
+@pytest.mark.parametrize("given", [("lora_weights", "content_lora"), ("lora_weights", "replicate_weights")])
+def test_two_values_of_one_input_are_refused_by_its_names_alone(given: tuple[str, str]) -> None:
+    """Links are keys."""
+    values = {name: f"https://a.example/x?X-Amz-Signature=CANARY{place}" for place, name in enumerate(given)}
+    with pytest.raises(RequestError, match="is an old name of content_lora") as error:
+        predict._inputs({"prompt": "x"} | values)
+    assert "CANARY" not in str(error.value) and str(error.value).split()[0] in given
 
 
 def test_every_token_of_the_form_is_a_secret() -> None:

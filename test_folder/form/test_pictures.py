@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from klora.errors import RequestError
 from klora.form.request import open_image
@@ -50,6 +51,21 @@ def test_an_upload_is_turned_as_its_exif_says(tmp_path: Path, orientation: int, 
     exif[0x0112] = orientation
     opened = open_image("image", save(tmp_path / "photo.png", stored, exif=exif), "RGB")
     assert np.array_equal(opened, stored if turn is None else stored.transpose(turn))
+
+
+def test_an_odd_tag_beside_the_orientation_hinders_nothing(tmp_path: Path) -> None:
+    """Pillow would write all tags again: a resolution unit that is a text is no number."""
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHI4s", 0x0128, 2, 2, b"2")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    path = save(tmp_path / "photo.jpg", Image.new("RGB", (8, 4)), exif=exif)
+    assert open_image("image", path, "RGB").size == (4, 8)
+
+
+def test_what_pillow_stumbles_on_is_refused_in_the_same_sentence(tmp_path: Path) -> None:
+    text = PngInfo()
+    text.add_text("workflow", "x" * 2_000_000, zip=True)  # more than Pillow unpacks: a ValueError
+    path = save(tmp_path / "photo.png", Image.new("RGB", (8, 4)), pnginfo=text)
+    assert upload_refusal(path) == "mask cannot be read as an image. Expected a PNG, JPEG or WebP file."
 
 
 RED = (255, 0, 0)

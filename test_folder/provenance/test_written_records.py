@@ -23,13 +23,14 @@ def parameters(file: Path) -> str:
 
 @pytest.mark.parametrize("output_format", FORMATS)
 def test_every_character_survives_in_prompts_of_ten_thousand(tmp_path: Path, output_format: str) -> None:
-    """Downwards, so that no two halves of a character stand as one: nobody can send a prompt with such a pair."""
-    for start in range(0, 0x110000, 10_000):
-        prompt = "".join(map(chr, reversed(range(start, min(start + 10_000, 0x110000)))))
+    """But for halves of characters, which no prompt has."""
+    whole = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    for start in range(0, len(whole), 10_000):
+        prompt = "".join(whole[start : start + 10_000])
         told = made(prompt=prompt)
         file = saved(told, tmp_path, output_format)
         assert read_provenance(file) == told
-        assert parameters(file).startswith(prompt.encode("utf-8", "replace").decode())
+        assert parameters(file).startswith(prompt)
 
 
 @pytest.mark.parametrize("output_format", FORMATS)
