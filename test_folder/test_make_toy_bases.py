@@ -48,7 +48,7 @@ def task(drawings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
 
 @each_base
 def test_the_stages_leave_a_base_that_serves_every_way_to_make_an_image(task: Callable[..., Task], base: str) -> None:
-    own = partial(task, base)
+    own = partial(task, base, batch=2)
     train_vae.train_vae(own(3))
     train_vae.train_decoder(own(3))
     train_vae.save_latents(own())
@@ -169,7 +169,7 @@ def test_drawings_are_the_scenes_in_their_order_and_others_in_every_style(drawin
 def test_text_encoders_learn_what_captions_name_and_a_new_denoiser_finds_them(
     task: Callable[..., Task], base: str
 ) -> None:
-    own = task(base, 60, 16)
+    own = task(base, 40, 8, 3e-3)
     train_vae.train_vae(own._replace(steps=1))
     before = train_denoiser.pipeline(own)
     train_denoiser.train_words(own)
