@@ -48,7 +48,7 @@ def train(
         default=None,
     ),
     instance_prompt: Optional[str] = Input(
-        description="The whole prompt of pictures without caption. Blank means one made of trigger_word and class_word.",
+        description="The whole prompt of pictures without caption, with [trigger] where the trigger word goes. Blank means one made of trigger_word and class_word.",
         default=None,
     ),
     autocaption: bool = Input(
@@ -108,7 +108,9 @@ def train(
     ),
     lr_warmup_steps: int = Input(description="Steps over which the learning rate rises.", ge=0, le=10000, default=0),
     weight_decay: float = Input(description="Weight decay.", ge=0, le=1, default=0.0001),
-    max_grad_norm: float = Input(description="Gradients are scaled down to this norm.", ge=0, le=1000, default=1.0),
+    max_grad_norm: float = Input(
+        description="Gradients are scaled down to this norm. 0 means not at all.", ge=0, le=1000, default=1.0
+    ),
     caption_dropout_rate: float = Input(
         description="Share of examples that see no caption, from 0 to 1.", ge=0, le=1, default=0.0
     ),
@@ -187,7 +189,7 @@ def train(
     checkpoint_interval: int = Input(description="Steps between checkpoints. 0 means none.", ge=0, le=10000, default=0),
     keep_checkpoints: int = Input(description="How many checkpoints are kept, the latest.", ge=1, le=100, default=2),
     resume_from: Optional[Path] = Input(
-        description="The tar of a training, finished or cancelled, with the same pictures: it goes on up to steps.",
+        description="The tar of a training, finished or broken off, with the same pictures: it goes on up to steps. What is left at its default here is as it was there.",
         default=None,
     ),
     hf_repo_id: Optional[str] = Input(
@@ -195,7 +197,9 @@ def train(
         default=None,
     ),
     hf_token: Optional[Secret] = Input(description="Hugging Face token with the right to write there.", default=None),
-    hf_private: bool = Input(description="Make that repository private.", default=True),
+    hf_private: bool = Input(
+        description="Make that repository private; one that is there and public is refused.", default=True
+    ),
     wandb_api_key: Optional[Secret] = Input(
         description="Weights & Biases key. Blank means that nothing is reported there.", default=None
     ),

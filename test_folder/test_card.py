@@ -164,6 +164,7 @@ class Hub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.refusals: dict[str, int] = {}  # the status by step; such an answer quotes the token, as the worst hub may
         self.asked: dict[str, tuple[str | None, list[Any]]] = {}  # Authorization and body by step
+        self.private = True  # the repository of this name
         self.addresses: set[tuple[str, int]] = set()  # that this process looked up
 
 
@@ -174,6 +175,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.asked[step] = token, body
         files = [file | REGULAR for file in (body or [{}])[0].get("files", ())]
         answer = {"url": PAGE, "commitOid": "0", "commitUrl": PAGE, "files": files}
+        answer |= {"id": REPO, "private": self.server.private}
         self.send_response(status := self.server.refusals.get(step, 200))
         self.end_headers()
         self.wfile.write(json.dumps(answer | ({"error": f"Not with {token}"} if status != 200 else {})).encode())
@@ -230,6 +232,16 @@ def test_the_repository_is_private_unless_asked_otherwise(hub: Hub, folder: Path
     card.push(folder, REPO, TOKEN, *given)
     (body,) = hub.asked["repos/create"][1]
     assert (f"{body['organization']}/{body['name']}", body["visibility"]) == (REPO, made)
+
+
+def test_a_public_repository_that_is_there_gets_nothing_that_was_meant_to_be_private(hub: Hub, folder: Path) -> None:
+    hub.private, hub.refusals = False, {"repos/create": 409}
+    assert refusal(card.push, folder, REPO, TOKEN) == (
+        f"hf_repo_id is '{REPO}', which is public, and hf_private is true. "
+        "Expected a private repository, or hf_private=false."
+    )
+    assert hub.asked.keys() == {"repos/create", f"models/{REPO}"}
+    assert card.push(folder, REPO, TOKEN, False) == f"{hub.url}/{REPO}"
 
 
 @pytest.mark.parametrize(("step", "status"), STEPS)

@@ -1,18 +1,15 @@
-"""A training from an upload to its tar, also by the `klora` command: what it leaves, taken up, interrupted, refused."""
+"""A training from an upload to its tar, also by the `klora` command: what it leaves, what it refuses, who hears it."""
 
 import io
 import json
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,22 +17,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load
-from typer.testing import CliRunner, Result
 
-import weights
-from klora import cli, load_model
+from klora import load_model
 from klora.errors import RequestError
 from klora.training.cache import encode_pictures
 from klora.training.config import TrainConfig
 from klora.training.dataset import Picture
-from klora.training.job import TrainingBase, run_training
-from klora.training.loop import Progress
 from klora.training.publishing import Publishing
+from test_folder.jobs import QUICK, entered, held, klora_train, trained, weights_of
 
 CPU = torch.device("cpu")
-QUICK = {"steps": 6, "learning_rate": 1e-3, "lora_rank": 4, "resolution": "64", "seed": 3, "sample_steps": 0,
-         "gradient_checkpointing": "off"}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -59,41 +50,6 @@ def without(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     with pytest.MonkeyPatch.context() as patch:
         entered(tmp_path_factory.mktemp("without"), bases, patch)
         return {base: weights_of(trained(class_word="toy", steps=3, base=base)) for base in ("sdxl", "flux-dev")}
-
-
-def entered(folder: Path, bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KLORA_MODELS", str(bases))
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.chdir(folder)
-    Path("pictures").mkdir()
-    for colour in ("red", "green", "blue"):
-        Image.new("RGB", (64, 64), colour).save(f"pictures/{colour}.png")
-        Path(f"pictures/{colour}.txt").write_text(f"a {colour} [trigger] toy")
-
-
-def trained(out: str = "lora.tar", upload: str = "pictures", **given: Any) -> dict[str, bytes]:
-    """What the tar of a training of tiny SDXL holds. What is handed in cannot be changed."""
-    resume = given.pop("resume_from", None)
-    base = TrainingBase(**weights.training_base(given.pop("base", "sdxl")))
-    options = {name: given.pop(name) for name in ("publishing", "on_progress") if name in given}
-    config = MappingProxyType(QUICK | given)
-    return held(run_training(base, Path(upload), config, Path(out), resume_from=resume, **options))
-
-
-def held(path: Path) -> dict[str, bytes]:
-    with tarfile.open(path) as tar:
-        return {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
-
-
-def weights_of(tar: Mapping[str, bytes], name: str = "lora.safetensors") -> dict[str, bytes]:
-    """By key; safetensors' header is not the same from one writing to the next."""
-    return {key: tensor.numpy().tobytes() for key, tensor in load(tar[name]).items()}
-
-
-def klora_train(*arguments: str, upload: str = "pictures") -> Result:
-    named = {name.replace("_", "-"): value for name, value in QUICK.items()}
-    options = [text for name, value in named.items() for text in (f"--{name}", str(value))]
-    return CliRunner().invoke(cli.app, ["train", upload, *options, *arguments])
 
 
 # What it leaves
@@ -146,70 +102,6 @@ def test_kohyas_file_is_the_same_lora(bases: Path, quick: Path) -> None:
     assert all(torch.equal(ours[n].B @ ours[n].A, kohyas[n].B @ kohyas[n].A) for n in ours)
 
 
-# Taken up again
-
-
-def test_a_tar_taken_up_again_is_the_same_training(quick: Path) -> None:
-    whole = trained(steps=12)
-    resumed = trained("rest.tar", steps=12, resume_from=quick)
-    assert weights_of(resumed) == weights_of(whole)
-    assert weights_of(resumed, "run.safetensors") == weights_of(whole, "run.safetensors")
-    assert [json.loads(line)["step"] for line in resumed["train.jsonl"].splitlines()] == list(range(13))
-
-
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit], ids=["interrupt", "exit"])
-def test_an_interruption_leaves_a_tar_that_can_be_taken_up(stop: type[BaseException], quick: Path) -> None:
-    def stop_at_4(progress: Progress) -> None:
-        if progress.step == 4:
-            raise stop
-
-    with pytest.raises(stop):
-        trained("left.tar", on_progress=stop_at_4)
-    resumed = trained("rest.tar", resume_from=Path("left.tar"))
-    assert weights_of(resumed) == weights_of(held(quick))
-
-
-def test_a_machine_that_is_taken_away_leaves_a_tar_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM, a little into the run."""
-
-    def taken_away(step: int, *_: Any) -> str:
-        if step == 4:
-            signal.raise_signal(signal.SIGTERM)
-        return ""
-
-    monkeypatch.setattr(cli, "progress_line", taken_away)
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert klora_train("--out", "left.tar").exit_code == 143
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert {"run.safetensors", "config.json", "train.jsonl"} <= held(Path("left.tar")).keys()
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"lora_rank": 8}, "lora_rank is 8, but resume_from was trained with 4. Expected that."),
-        ({"upload": "others"}, "input_images is not what resume_from was trained on. Expected the same."),
-        ({"base": "flux-dev"}, "base_model is not what resume_from was trained on. Expected the same."),
-        ({"steps": 6}, "steps is 6, and resume_from has done 6. Expected more."),
-        ({"resume_from": Path("no.tar")}, "resume_from cannot be read"),
-        ({"resume_from": Path("other.tar")}, "resume_from holds no config.json. Expected the tar of a training."),
-    ],
-    ids=["rank", "pictures", "base", "steps", "no tar", "another tar"],
-)
-def test_what_cannot_be_taken_up_is_refused(given: dict[str, Any], said: str, quick: Path) -> None:
-    Path("others").mkdir()
-    Image.new("RGB", (64, 64), "white").save("others/white.png")
-    Path("no.tar").write_bytes(b"no tar")
-    with tarfile.open("other.tar", "w") as tar:
-        tar.add("no.tar")
-    with pytest.raises(RequestError) as refusal:
-        trained("rest.tar", **{"resume_from": quick, "steps": 12} | given)
-    assert str(refusal.value).startswith(said)
-    assert not Path("rest.tar").exists()
-
-
 # Refused
 
 
@@ -237,6 +129,10 @@ def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(
         (("--steps", "0"), "--steps"),
         (("--resolution", "big"), "Error: resolution is 'big'"),
         (("--mask-mode", "clipseg", "--class-word", "toy"), "Error: The segmenter is not installed"),
+        (
+            ("--mask-mode", "provided"),
+            "Error: mask_mode is provided, and no picture has a mask. Expected NAME.mask.png",
+        ),
         (("--hf-repo-id", "me/dog"), "Error: hf_repo_id is 'me/dog' but hf_token is not given. Give it, too."),
         (("--hf-repo-id", "dog", "--hf-token", "hf_x"), "Error: hf_repo_id is 'dog'. Expected owner/name"),
         (("--wandb-api-key", "secret"), "Error: wandb_api_key is given and wandb is not installed."),
@@ -260,7 +156,10 @@ def test_autocaption_without_a_model_is_skipped_and_says_so(quick: Path, caplog:
     assert any(line.startswith("autocaption is skipped: ") for line in caplog.messages)
 
 
-def test_a_mask_makes_another_lora_and_what_is_outside_does_not_count(bases: Path, quick: Path) -> None:
+def test_a_mask_makes_another_lora_and_what_is_outside_does_not_count(
+    bases: Path, quick: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     model, mask = load_model("sdxl", bases / "sdxl", CPU), Image.new("L", (64, 64))
     mask.paste(255, (0, 0, 32, 64))
     data = {}
@@ -274,6 +173,7 @@ def test_a_mask_makes_another_lora_and_what_is_outside_does_not_count(bases: Pat
     assert torch.equal(example.views[0].mask[0], torch.tensor([1.0] * 4 + [0.0] * 4).expand(8, 8))
     Path("pictures/red.mask.png").write_bytes(data["mask"])
     assert weights_of(trained(mask_mode="provided")) != weights_of(held(quick))
+    assert "1 of 3 pictures have a mask" in caplog.messages
     Image.new("L", (64, 64)).save("pictures/red.mask.png")
     with pytest.raises(RequestError, match=r"^The mask of 'red\.png' is black in all that is kept of it\. Expected"):
         trained(mask_mode="provided", mask_min_weight=0.0)
@@ -299,6 +199,17 @@ def test_prior_preservation_makes_another_lora(
 )
 def test_a_kept_caption_has_the_class_word_in_the_triggers_place(caption: str, kept: str) -> None:
     assert TrainConfig(class_word="dog").kept_caption(caption) == kept
+
+
+def test_a_class_word_is_text_and_no_template() -> None:
+    assert TrainConfig(class_word="AC\\DC").kept_caption("a sbu AC\\DC shirt") == "a AC\\DC shirt"
+    assert TrainConfig(class_word="\\1").kept_caption("a sbu shirt") == "a \\1 shirt"
+
+
+def test_the_prompt_of_pictures_without_caption_has_the_trigger_which_is_not_kept() -> None:
+    config = TrainConfig(instance_prompt="a [trigger] dog", class_word="dog", prior_preservation="output")
+    assert (config.prompt, config.kept_caption(config.prompt)) == ("a sbu dog", "a dog")
+    assert TrainConfig(instance_prompt="a zwx dog", trigger_word="zwx").prompt == "a zwx dog"
 
 
 # Several processes, trackers

@@ -50,7 +50,7 @@ def encode_pictures(
             size = nearest_bucket(image.size, sizes)
             views = []
             for number, flip in _views(config):
-                draw = keyed_generator(config.seed, "crop", picture.name, number)
+                draw = keyed_generator(config.seed, "crop", picture.fingerprint, number)
                 crop = fit(image, size, mode=config.crop, flip=flip, generator=draw, mask=mask)
                 posterior = Posterior(*(part[0].float().cpu() for part in model.encode_images(crop.pixels[None])))
                 time_ids = torch.tensor(crop.time_ids, dtype=torch.float32)

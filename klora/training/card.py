@@ -183,14 +183,23 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def push(folder: Path, repo_id: str, token: str, private: bool = True) -> str:
-    """Upload all but the resume state; return the address. private: of a repository made here. Raises RequestError."""
+    """Upload all but the resume state; return the address. Raises RequestError.
+
+    private: makes a private repository, and refuses one of that name that is public.
+    """
     check_repo_id(repo_id)
     if not re.fullmatch(r"[!-~]+", token):  # a header cannot carry it, and the HTTP library would quote it
         raise RequestError(f"hf_repo_id is {repo_id!r}, but the token is blank or has spaces in it. Expected a token.")
     api = HfApi(token=token)
     try:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
+        # What is there stays as it is, and create_repo says nothing of it.
+        if private and not api.model_info(repo_id).private:
+            seen = f"hf_repo_id is {repo_id!r}, which is public, and hf_private is true"
+            raise RequestError(f"{seen}. Expected a private repository, or hf_private=false.")
         api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=[RESUME_STATE, f"*/{RESUME_STATE}"])
+    except RequestError:
+        raise
     except Exception as error:  # a hub out of reach raises what its HTTP library raises, a portal a JSON error
         # Not chained: the hub may quote the token in what it answers, and logs show causes.
         raise RequestError(f"hf_repo_id is {repo_id!r}, but {_refusal(error)}") from None

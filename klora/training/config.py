@@ -41,7 +41,9 @@ class TrainConfig:
     lora_type: str = ask("subject", "What the pictures have in common.", choices=tuple(TRIGGERS))
     trigger_word: str = ask("", "The word that will stand for it. Default: sbu for a subject, szn for a style.")
     class_word: str = ask("", "What the pictures show, in a word: dog, portrait.")
-    instance_prompt: str = ask("", "The prompt of pictures without caption. Default: made of the two words.")
+    instance_prompt: str = ask(
+        "", "The prompt of pictures without caption, with [trigger] in it. Default: made of the two words."
+    )
     autocaption: bool = ask(False, "Let a captioning model describe the pictures that have no caption.")
     autocaption_prefix: str = ask("", "Put in front of what the captioning model says.")
     autocaption_suffix: str = ask("", "Put behind what the captioning model says.")
@@ -60,7 +62,7 @@ class TrainConfig:
     lr_scheduler: str = ask("constant", "How the rate goes on.", choices=("constant", "linear", "cosine"))
     lr_warmup_steps: int = ask(0, "Steps over which the learning rate rises.", ge=0, le=10000)
     weight_decay: float = ask(1e-4, "Weight decay.", ge=0, le=1)
-    max_grad_norm: float = ask(1.0, "Gradients are scaled down to this norm.", ge=0, le=1000)
+    max_grad_norm: float = ask(1.0, "Gradients are scaled down to this norm. 0: not at all.", ge=0, le=1000)
     caption_dropout_rate: float = ask(0.0, "Share of examples that see no caption.", ge=0, le=1)
     mask_mode: str = ask("none", "What restricts learning to a part of the pictures.",
                          choices=("none", "provided", "clipseg"))  # fmt: skip
@@ -97,6 +99,9 @@ class TrainConfig:
             re.compile(self.layers_to_optimize_regex)
         except re.error as error:
             raise RequestError(f"layers_to_optimize_regex is no regular expression: {error}. Expected one.") from error
+        if not re.search(whole_word(self.trigger), self.prompt):
+            seen = f"instance_prompt is {self.instance_prompt!r}, without the trigger word {self.trigger!r}"
+            raise RequestError(f"{seen}. Expected [trigger] or that word in it.")
         if self.mask_mode == "clipseg" and not (self.mask_prompt or self.class_word):
             raise RequestError("mask_mode is clipseg but neither mask_prompt nor class_word is given. Give one.")
         if self.crop == "salience" and self.mask_mode == "none":
@@ -122,7 +127,7 @@ class TrainConfig:
     @property
     def prompt(self) -> str:
         """What a picture without a caption is called."""
-        return self.instance_prompt or self._filled(TEMPLATES[self.lora_type])
+        return self.instance_prompt.replace("[trigger]", self.trigger) or self._filled(TEMPLATES[self.lora_type])
 
     @property
     def prior_prompt(self) -> str:
@@ -135,8 +140,9 @@ class TrainConfig:
 
     def kept_caption(self, caption: str) -> str:
         """The caption under which to stay as the base is: with the class word where the trigger was."""
-        named = rf"(?<!\w){re.escape(self.trigger)}(?!\w)(\s+{re.escape(self.class_word)}(?!\w))?"
-        return self.class_prompt or re.sub(named, self.class_word, caption)
+        named = rf"{whole_word(self.trigger)}(\s+{re.escape(self.class_word)}(?!\w))?"
+        # By a function, because the word is no template: a backslash in it is one.
+        return self.class_prompt or re.sub(named, lambda found: self.class_word, caption)
 
     @property
     def samples(self) -> tuple[str, ...]:
@@ -154,3 +160,8 @@ class TrainConfig:
 
     def _filled(self, template: str) -> str:
         return template.format(trigger=self.trigger, word=self.class_word or WORDS[self.lora_type])
+
+
+def whole_word(word: str) -> str:
+    """A regular expression that finds it where it is no part of a longer word."""
+    return rf"(?<!\w){re.escape(word)}(?!\w)"

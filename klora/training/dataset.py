@@ -10,6 +10,7 @@ import struct
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from klora.errors import RequestError
 from klora.form.request import MAX_PIXELS
 from klora.training.archive import Intake, Limits, Skipped, unpack
+from klora.training.config import whole_word
 
 __all__ = ["Limits", "Picture", "Skipped", "captioned", "dataset_hash", "read_upload"]
 
@@ -42,6 +44,11 @@ class Picture:
     data: bytes
     caption: str | None
     mask: bytes | None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What is learnt from of it, image, caption and mask, whatever its name: equal where these are."""
+        return json.dumps([_sha256(self.data), self.caption, None if self.mask is None else _sha256(self.mask)])
 
     def open(self) -> Image.Image:
         """The picture as its maker saw it: RGB, turned as its EXIF says, over white, the first frame."""
@@ -74,16 +81,13 @@ def read_upload(path: Path, limits: Limits = Limits()) -> tuple[list[Picture], l
 
 def dataset_hash(pictures: Iterable[Picture]) -> str:
     """SHA-256 of what is learnt from, images, captions and masks, whatever their names and order."""
-    rows = sorted(
-        json.dumps([_sha256(p.data), p.caption, None if p.mask is None else _sha256(p.mask)]) for p in pictures
-    )
-    return _sha256("\n".join(rows).encode())
+    return _sha256("\n".join(sorted(picture.fingerprint for picture in pictures)).encode())
 
 
 def captioned(picture: Picture, trigger: str, template: str) -> str:
     """The picture's caption with the trigger in place of [trigger], or in front; without a caption, the template."""
     text = (picture.caption or template).replace("[trigger]", trigger)
-    if not picture.caption or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text):
+    if not picture.caption or re.search(whole_word(trigger), text):
         return text
     return f"{trigger}, {text}"
 
@@ -151,7 +155,7 @@ def _captions(texts: Sequence[str], pictures: Sequence[str], intake: Intake) -> 
     captions: dict[str, str] = {}
     for name in sorted(texts, key=_weakness):
         try:
-            entries = _entries(name, intake.files[name])
+            entries = _entries(name, intake)
         except (ValueError, RecursionError, csv.Error) as error:
             intake.skip(name, f"cannot be read: {error}")
             continue
@@ -193,17 +197,19 @@ def _weakness(name: str) -> tuple[int, str]:
     return (*SIDECARS, ".jsonl", ".csv").index(posixpath.splitext(name)[1].lower()), name
 
 
-def _entries(name: str, data: bytes) -> list[tuple[str, str]]:
+def _entries(name: str, intake: Intake) -> list[tuple[str, str]]:
     """Pairs of a path, with or without suffix, and a caption. Raises ValueError, RecursionError and csv.Error."""
+    data = intake.files[name]
     if len(data) > MAX_TEXT_BYTES:
         raise ValueError(f"it has more than {MAX_TEXT_BYTES} bytes")
     stem, suffix = posixpath.splitext(name)
     text = _text(data)
     match suffix.lower():
         case ".csv":
-            return _rows(name, list(csv.DictReader(io.StringIO(text, newline=""))))
+            return _rows(name, list(csv.DictReader(io.StringIO(text, newline=""))), intake)
         case ".jsonl":
-            return _rows(name, [json.loads(line) for line in text.splitlines() if line.strip()])
+            # Not by splitlines(), which also splits at what JSON allows in a text: U+2028, U+2029, U+0085.
+            return _rows(name, [json.loads(line) for line in text.split("\n") if line.strip()], intake)
         case ".json":
             caption = _first(json.loads(text), CAPTION_KEYS)
         case _:
@@ -214,11 +220,21 @@ def _entries(name: str, data: bytes) -> list[tuple[str, str]]:
     return [(stem, caption)] if caption else []
 
 
-def _rows(name: str, rows: Sequence[object]) -> list[tuple[str, str]]:
+def _rows(name: str, rows: Sequence[object], intake: Intake) -> list[tuple[str, str]]:
+    """The rows that can be read; those that cannot are reported one by one. Raises ValueError when none can."""
+    pairs, faults = [], []
+    for number, row in enumerate(rows, 1):
+        try:
+            pairs.append((_first(row, FILE_KEYS), _one_line(_first(row, CAPTION_KEYS))))
+        except ValueError as error:
+            faults.append(f"record {number} is {error}")
+    if faults and not pairs:
+        raise ValueError(faults[0])
+    for fault in faults:
+        intake.skip(name, fault)
     folder = posixpath.dirname(name)
-    pairs = [(posixpath.join(folder, _first(row, FILE_KEYS)), _first(row, CAPTION_KEYS)) for row in rows]
-    named = [(unicodedata.normalize("NFC", posixpath.normpath(file)), _one_line(text)) for file, text in pairs]
-    return [(file, caption) for file, caption in named if caption]
+    named = [(posixpath.normpath(posixpath.join(folder, file)), caption) for file, caption in pairs if caption]
+    return [(unicodedata.normalize("NFC", file), caption) for file, caption in named]
 
 
 def _one_line(text: str) -> str:
@@ -229,7 +245,7 @@ def _first(row: object, keys: Sequence[str]) -> str:
     """The value of the first of these keys. Raises ValueError when there is none, or no text."""
     found = [row[key] for key in keys if key in row] if isinstance(row, dict) else []
     if not found or not isinstance(found[0], str):
-        raise ValueError(f"a record without {', '.join(keys[:-1])} or {keys[-1]}")
+        raise ValueError(f"one without {', '.join(keys[:-1])} or {keys[-1]}")
     return found[0]
 
 

@@ -8,24 +8,21 @@ import hashlib
 import io
 import json
 import logging
-import shutil
-import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from PIL import Image
-from safetensors import SafetensorError
 
 from klora import __version__
 from klora.device import default_device
-from klora.errors import RequestError
+from klora.errors import KLoRAError, RequestError
 from klora.form.request import Request
 from klora.generation import generate
 from klora.lora import LoRA, save_lora
@@ -36,15 +33,12 @@ from klora.training.config import TrainConfig
 from klora.training.dataset import Picture, dataset_hash, read_upload
 from klora.training.kohya import save_kohya
 from klora.training.loop import Load, OnProgress, Progress, train_lora
+from klora.training.memory import held
 from klora.training.publishing import Publishing
+from klora.training.taken_up import FACTS, LOG, TakenUp, taken_up
+from klora.training.writing import require_place, tarred, whole, writing
 
 logger = logging.getLogger(__name__)
-
-LOG, FACTS = "train.jsonl", "config.json"
-MAX_STATE_BYTES = 8 << 30
-# What a run that is taken up again may be told anew; all else is as it was.
-FREE = {"steps", "sample_prompts", "sample_interval", "sample_steps", "checkpoint_interval", "keep_checkpoints",
-        "precision", "gradient_checkpointing", "compile"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,31 +68,38 @@ def run_training(
 ) -> Path:
     """Train a LoRA and write a tar of all that comes of it to out. Raises KLoRAError.
 
-    given: TrainConfig's fields.   resume_from: such a tar, whose training goes on.   An interruption leaves a tar, too,
-    from which the training can go on, once a step is done.
+    given: TrainConfig's fields.   resume_from: such a tar, whose training goes on; it may be out itself.   However a
+    training ends, a tar is left once it has saved anything of its own, with the LoRA as it stood then, from which it
+    can go on; before that, what was at out stays.
     """
     # Several processes, which `accelerate launch` starts, train together; the first one writes and tells.
     state = PartialState(cpu=default_device().type == "cpu")
     publishing = publishing if publishing and state.is_main_process else Publishing()
+    if state.is_main_process:
+        require_place(out)
     with tempfile.TemporaryDirectory(prefix="klora-train-") as name:
-        folder = Path(name)
+        # Apart, so that what is only taken up is never handed back as if it were a result.
+        folder, earlier = Path(name, "results"), Path(name, "earlier")
         try:
-            config = _resumed(given, resume_from, folder) if resume_from else TrainConfig(**given)
+            before = taken_up(resume_from, earlier) if resume_from else None
+            config = before.config(given) if before else TrainConfig(**given)
+            folder.mkdir()
             with publishing.tracked(config) as track:
                 heard: list[OnProgress] = [partial(_log, folder / LOG), on_progress, track]
                 heard = heard if state.is_main_process else []
                 facts = {"hf_repo_id": publishing.hf_repo_id}
-                _train(base, upload, config, folder, state, heard, facts, resuming=resume_from is not None)
+                _train(base, upload, config, folder, state, heard, facts, before)
             publishing.push(folder)
-            return _tarred(folder, out) if state.is_main_process else out
-        except (OSError, SafetensorError) as error:
-            raise RequestError(
-                f"The training could not be written: {error}. Expected more room on the disk."
-            ) from error
+            return tarred(folder, out) if state.is_main_process else out
         except BaseException as error:
-            if state.is_main_process and (folder / RESUME_STATE).is_file() and not isinstance(error, Exception):
-                _tarred(folder, out)
-                logger.info("interrupted; resume_from=%s goes on from here", out)
+            if not state.is_main_process or not (folder / RESUME_STATE).is_file():
+                raise
+            tarred(folder, out)
+            left = f"What was learnt is in {out}, which resume_from takes up."
+            logger.info("%s", left)
+            if isinstance(error, KLoRAError):
+                raise type(error)(f"{error} {left}") from error
+            error.add_note(left)
             raise
 
 
@@ -110,16 +111,13 @@ def _train(
     state: PartialState,
     heard: Sequence[OnProgress],
     facts: Mapping[str, Any],
-    *,
-    resuming: bool,
+    before: TakenUp | None,
 ) -> None:
-    """Fill the folder. facts: what to say of the training besides what is found here."""
+    """Fill the folder. facts: what to say of the training besides what is found here; before: its first part."""
     if state.num_processes > 1:
         [config] = broadcast_object_list([config])  # a seed that was chosen at random
     family = FAMILIES[base.family]
-    pictures, skipped = read_upload(upload)
-    for item in skipped:
-        logger.info("skipped %s: %s", item.name, item.reason)
+    pictures = _read(upload, config)
     facts = {**facts, **dataclasses.asdict(config)} | {
         "base": base.name,
         "family": family.name,
@@ -134,38 +132,61 @@ def _train(
         "klora": __version__,
     }
     logger.info("%d pictures, seed %d", len(pictures), config.seed)
-    if resuming:
-        _check_same(folder, facts)
-    (folder / FACTS).write_text(json.dumps(facts, indent=2))
+    if before:
+        before.check_same(facts)
+        before.carry(config, folder)
+    with writing():
+        (folder / FACTS).write_text(json.dumps(facts, indent=2))
+    if config.layers_to_optimize_regex:
+        facts = {**facts, "lora_targets": ""}  # the expression took their place
     load: Load = partial(load_model, base.family, base.path)
-    lora = train_lora(
+    train_lora(
         load,
         _annotated(pictures, config, base.annotators, state.device),
         config,
         folder,
         class_pictures=lambda: _class_pictures(load, config, state.device),
-        resume=folder / RESUME_STATE if resuming else None,
+        resume=before.state if before else None,
         on_progress=lambda progress: [listener(progress) for listener in heard],
+        on_saved=lambda step, lora: _write_lora(folder, lora, {**facts, "steps": step}, family.component),
     )
     if state.is_main_process:
-        _write_results(folder, lora, facts, family.component, base.licence, config)
+        _write_card(folder, facts, base.licence, config)
 
 
-def _write_results(
-    folder: Path, lora: LoRA, facts: Mapping[str, Any], component: str, licence: str, config: TrainConfig
-) -> None:
-    if config.layers_to_optimize_regex:
-        facts = {**facts, "lora_targets": ""}  # the expression took their place
+def _read(upload: Path, config: TrainConfig) -> list[Picture]:
+    """The pictures in an order that their content makes, because draws are by number: names are labels."""
+    pictures, skipped = read_upload(upload)
+    for item in skipped:
+        logger.info("skipped %s: %s", item.name, item.reason)
+    if config.mask_mode == "provided":
+        masks = sum(picture.mask is not None for picture in pictures)
+        if not masks:
+            raise RequestError(
+                "mask_mode is provided, and no picture has a mask. Expected NAME.mask.png beside NAME.png."
+            )
+        logger.info("%d of %d pictures have a mask", masks, len(pictures))
+    return sorted(pictures, key=lambda picture: picture.fingerprint)
+
+
+def _write_lora(folder: Path, lora: LoRA, facts: Mapping[str, Any], component: str) -> None:
+    """Both files of it. facts: steps are those done."""
     kept = ("base", "family", "repository", "trigger", "prompt", "klora", *SETTINGS)
     modules = hashlib.sha256("\n".join(sorted(lora)).encode()).hexdigest()
     metadata = {name: str(facts[name]) for name in kept} | {"modules": str(len(lora)), "modules_sha256": modules}
-    save_lora(folder / "lora.safetensors", LoRA(lora.layers, metadata=metadata), component, torch.float16)
-    save_kohya(folder / "lora_kohya.safetensors", lora, component, metadata, torch.float16)
+    with whole(folder / "lora.safetensors") as part:
+        save_lora(part, LoRA(lora.layers, metadata=metadata), component, torch.float16)
+    with whole(folder / "lora_kohya.safetensors") as part:
+        save_kohya(part, lora, component, metadata, torch.float16)
+
+
+def _write_card(folder: Path, facts: Mapping[str, Any], licence: str, config: TrainConfig) -> None:
     last = sorted((folder / "samples").glob(f"step_{config.steps:06}_*.png"))
-    if last:
-        _sheet(folder / "samples", config).save(folder / "contact_sheet.png")
     card = model_card(facts, licence, [path.relative_to(folder).as_posix() for path in last])
-    (folder / "README.md").write_text(card)
+    with writing():
+        if last:
+            _sheet(folder / "samples", config).save(folder / "contact_sheet.png")
+        (folder / "README.md").write_text(card)
 
 
 def _sheet(samples: Path, config: TrainConfig) -> Image.Image:
@@ -197,7 +218,8 @@ def _class_pictures(load: Load, config: TrainConfig, device: torch.device) -> li
     """What the base draws of the class, to be kept."""
     if config.prior_preservation != "class_images":
         return []
-    model, made = load(device=device), list[Picture]()
+    dtype, quantized = held(config.precision, device)
+    model, made = load(device=device, dtype=dtype, quantized=quantized), list[Picture]()
     while len(made) < config.num_class_images:
         count = min(4, config.num_class_images - len(made))
         request = Request(config.prior_prompt, num_outputs=count, seed=(config.seed + len(made)) % (1 << 32))
@@ -210,50 +232,5 @@ def _class_pictures(load: Load, config: TrainConfig, device: torch.device) -> li
 
 
 def _log(path: Path, progress: Progress) -> None:
-    with path.open("a") as log:
+    with writing(), path.open("a") as log:
         log.write(json.dumps(dataclasses.asdict(progress) | {"seconds_left": progress.seconds_left}) + "\n")
-
-
-def _resumed(given: Mapping[str, Any], tar: Path, folder: Path) -> TrainConfig:
-    """The config of the training that a tar holds, and what it may be told anew; its state, in the folder."""
-    _unpack(tar, folder)
-    saved = json.loads((folder / FACTS).read_text())
-    names = {item.name: item.default for item in dataclasses.fields(TrainConfig)}
-    for name, value in given.items():
-        if name not in FREE and value not in (saved[name], names[name]):
-            raise RequestError(f"{name} is {value!r}, but resume_from was trained with {saved[name]!r}. Expected that.")
-    anew = {name: value for name, value in given.items() if name in FREE}
-    return TrainConfig(**{name: saved[name] for name in names} | anew)
-
-
-def _unpack(tar: Path, folder: Path) -> None:
-    wanted = {RESUME_STATE, FACTS, LOG}
-    try:
-        with tarfile.open(tar) as archive:
-            members = [m for m in archive if m.name in wanted and m.isfile() and m.size <= MAX_STATE_BYTES]
-            for member in members:
-                with (folder / member.name).open("wb") as file:
-                    shutil.copyfileobj(cast(IO[bytes], archive.extractfile(member)), file)
-    except (tarfile.TarError, EOFError) as error:
-        raise RequestError("resume_from cannot be read as a tar. Expected the tar of a training.") from error
-    if lacking := wanted - {path.name for path in folder.iterdir()}:
-        raise RequestError(f"resume_from holds no {min(lacking)}. Expected the tar of a training.")
-
-
-def _check_same(folder: Path, facts: Mapping[str, Any]) -> None:
-    before = json.loads((folder / FACTS).read_text())
-    for name, what in (("base", "base_model"), ("dataset", "input_images")):
-        if before[name] != facts[name]:
-            raise RequestError(f"{what} is not what resume_from was trained on. Expected the same.")
-
-
-def _tarred(folder: Path, path: Path) -> Path:
-    """The folder in a tar, which appears whole."""
-    part = path.with_suffix(".part")
-    try:
-        with tarfile.open(part, "w") as tar:
-            for file in sorted(folder.rglob("*")):
-                tar.add(file, file.relative_to(folder).as_posix(), recursive=False)
-        return part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -31,6 +31,7 @@ from klora.training.draw import Draw, Material
 from klora.training.memory import Mode, check_precision, choose
 from klora.training.objective import Objective
 from klora.training.run import Run, new_run, require_optimizer
+from klora.training.writing import whole
 
 Load = Callable[..., Family]
 """klora.models.load_model of one base: takes device, dtype, parts and quantized."""
@@ -64,6 +65,8 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], Any]
+OnSaved = Callable[[int, LoRA], Any]
+"""Takes the steps done, and the LoRA as it stands then."""
 
 
 def train_lora(
@@ -75,12 +78,15 @@ def train_lora(
     class_pictures: Callable[[], Sequence[Picture]] = tuple,
     resume: Path | None = None,
     on_progress: OnProgress = lambda progress: None,
+    on_saved: OnSaved = lambda step, lora: None,
 ) -> LoRA:
     """Fit a LoRA to pictures. class_pictures: makes what the base should go on to draw, for prior preservation; called
     once all that can be refused beforehand has been.
 
     folder: gets samples/ and checkpoints/ on the way, and run.safetensors, from which `resume` takes the run up again;
-    that file is written at checkpoints, at the end, and when an exception interrupts the loop.   Raises RequestError.
+    that file is written at checkpoints, before samples, at the end, and when an exception interrupts the loop, if there
+    is anything new then and all of it is numbers.   on_saved: hears after each such writing what it holds.
+    Raises RequestError.
     """
     require_optimizer(config)
     accelerator = Accelerator(mixed_precision="no", cpu=default_device().type == "cpu")
@@ -108,7 +114,7 @@ def train_lora(
             denoiser.compile_repeated_blocks(dynamic=True)
         wrapped = accelerator.prepare(objective, device_placement=[False])
         draw = Draw(material, config, model.recipe.times, accelerator.device)
-        _Loop(model, run, objective, wrapped, draw, config, accelerator, folder).fit(on_progress)
+        _Loop(model, run, objective, wrapped, draw, config, accelerator, folder, on_saved, run.step).fit(on_progress)
     return run.lora()
 
 
@@ -152,6 +158,8 @@ class _Loop:
     config: TrainConfig
     accelerator: Accelerator
     folder: Path
+    on_saved: OnSaved
+    saved: int  # the step that is to be had from a file
     _losses: list[Tensor] = field(default_factory=list)
 
     def fit(self, on_progress: OnProgress) -> None:
@@ -169,7 +177,7 @@ class _Loop:
                 if self._keep():
                     since = time.perf_counter()
         except BaseException:
-            if run.whole and run.step:
+            if run.whole and run.finite:
                 self._save()
             raise
         self._save()
@@ -205,16 +213,17 @@ class _Loop:
         return Progress(self.run.step, steps, loss, fixed_loss, self.run.schedule.get_last_lr()[0], speed)
 
     def _keep(self) -> bool:
-        """Leave samples and a checkpoint where they are due; whether anything was."""
+        """Leave samples and a checkpoint where they are due, the run before them; whether anything was."""
         step, config = self.run.step, self.config
         last, main = step == config.steps, self.accelerator.is_main_process
         sampling = config.sample_steps and (last or (config.sample_interval and step % config.sample_interval == 0))
         saving = config.checkpoint_interval and step % config.checkpoint_interval == 0
+        if sampling or saving:
+            self._save()
+        if main and saving:
+            self._checkpoint()
         if main and sampling:
             self._sample()
-        if main and saving:
-            self._save()
-            self._checkpoint()
         if sampling or saving:
             self.accelerator.wait_for_everyone()
         return bool(sampling or saving)
@@ -231,17 +240,27 @@ class _Loop:
                     name: part.to(denoiser.device, denoiser.dtype) for name, part in self.draw.texts[prompt].items()
                 }
                 [image] = self.model.sample(text, request, lambda step: None)
-                image.save(self.folder / "samples" / f"step_{self.run.step:06}_{number}.png")
+                with whole(self.folder / "samples" / f"step_{self.run.step:06}_{number}.png") as part:
+                    image.save(part, "PNG")
 
     def _save(self) -> None:
+        """Write the run, unless this step of it is written already. What is no number never replaces what is."""
+        step = self.run.step
+        if step == self.saved:
+            return
+        if not self.run.finite:
+            raise RequestError(f"What was learnt by step {step} is no number. Expected one: lower learning_rate.")
         if self.accelerator.is_main_process:
             self.run.save(self.folder / "run.safetensors")
+            self.on_saved(step, self.run.lora())
+        self.saved = step
 
     def _checkpoint(self) -> None:
         """The LoRA so far; only the latest ones are kept."""
         folder = self.folder / "checkpoints"
         folder.mkdir(exist_ok=True)
-        save_lora(folder / f"lora_{self.run.step:06}.safetensors", self.run.lora(), self.model.component, torch.float16)
+        with whole(folder / f"lora_{self.run.step:06}.safetensors") as part:
+            save_lora(part, self.run.lora(), self.model.component, torch.float16)
         for old in sorted(folder.glob("lora_*.safetensors"))[: -self.config.keep_checkpoints]:
             old.unlink()
 

@@ -48,9 +48,9 @@ def choose(
     )
     modes = list(_allowed(config, device))
     for precision, recompute in modes:
-        dtype = _dtype(precision, device)
-        held = weights * BYTES_PER_WEIGHT[precision] + trained * TRAINED_BYTES + WORKSPACE_BYTES
-        needed = held if len(modes) == 1 else held + peak_bytes(dtype, recompute)
+        dtype, quantized = held(precision, device)
+        kept = weights * BYTES_PER_WEIGHT[precision] + trained * TRAINED_BYTES + WORKSPACE_BYTES
+        needed = kept if len(modes) == 1 else kept + peak_bytes(dtype, recompute)
         if needed <= 0.9 * free_bytes:
             break
     logger.info(
@@ -59,8 +59,13 @@ def choose(
         "" if len(modes) == 1 else f", {needed / 1e9:.1f} GB needed", free_bytes / 1e9,
         "compiled" if compiled else "not compiled",
     )  # fmt: skip
-    quantized: Quantized | None = precision if precision in ("int8", "nf4") else None  # type: ignore[assignment]
     return Mode(dtype, quantized, recompute, compiled)
+
+
+def held(precision: str, device: torch.device) -> tuple[torch.dtype, Quantized | None]:
+    """What the denoiser computes in, and how its weights are stored where that is not the same. "auto": the usual."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision, default_dtype(device))
+    return dtype, precision if precision in ("int8", "nf4") else None  # type: ignore[return-value]
 
 
 def check_precision(config: TrainConfig, device: torch.device) -> bool:
@@ -83,8 +88,3 @@ def _allowed(config: TrainConfig, device: torch.device) -> Iterator[tuple[str, b
         for recompute in (False, True):
             if config.gradient_checkpointing in ("auto", "on" if recompute else "off"):
                 yield precision, recompute
-
-
-def _dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What the denoiser computes in."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision, default_dtype(device))

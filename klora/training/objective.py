@@ -51,7 +51,11 @@ class Objective(nn.Module):
         self._snr_gamma, self._prior_weight = snr_gamma, prior_weight
 
     def forward(self, batch: Batch, prior: Batch | None = None) -> Tensor:
-        """The mean loss, float32 []: of the batch, and of what is to be kept, by its weight."""
+        """The mean loss, float32 []: of the batch, and of what is to be kept, by its weight.
+
+        Pictures of the class are learnt as others are. The distance to the base's own output is plain: it is to be
+        nothing at every noise level and outside of the mask too, and so neither snr_gamma nor the mask is in it.
+        """
         # The base's pass comes before those that gradients go through, because the gate takes part in them.
         kept = (batch.latents, batch.noise, batch.times, batch.kept or {})
         base = self._base(*kept) if batch.kept else None

@@ -26,7 +26,7 @@ class Publishing:
 
     hf_repo_id: str = ask("", "Hugging Face repository, owner/name, to which the LoRA is uploaded.")
     hf_token: str = ask("", "Hugging Face token with the right to write there.")
-    hf_private: bool = ask(True, "Make the repository private.")
+    hf_private: bool = ask(True, "Make the repository private; one that is there and public is refused.")
     wandb_api_key: str = ask("", "Weights & Biases key: report the training there.")
     wandb_project: str = ask("klora", "Weights & Biases project.")
     wandb_run: str = ask("", "Weights & Biases name of the run. Default: one of its own.")

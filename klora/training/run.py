@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from klora.errors import RequestError
 from klora.lora import LoRA, LowRank
 from klora.training.config import TrainConfig
+from klora.training.writing import whole
 
 OPTIMIZERS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
     "adamw": ("torch.optim", "AdamW", {"fused": True}),
@@ -51,9 +52,15 @@ class Run:
         """All that is trained."""
         return [factor for pair in self.layers.values() for factor in (pair.A, pair.B)]
 
+    @property
+    def finite(self) -> bool:
+        """Whether all of it is numbers."""
+        return bool(torch.stack([parameter.isfinite().all() for parameter in self.parameters]).all())
+
     def advance(self, max_grad_norm: float) -> None:
-        """Take one step by the gradients that have gathered."""
-        nn.utils.clip_grad_norm_(self.parameters, max_grad_norm)
+        """Take one step by the gradients that have gathered. max_grad_norm: 0 leaves them as they are."""
+        if max_grad_norm:
+            nn.utils.clip_grad_norm_(self.parameters, max_grad_norm)
         self.whole = False
         self.optimizer.step()
         self.schedule.step()
@@ -84,11 +91,11 @@ class Run:
             return LoRA({name: LowRank(A, B * self.scale) for name, (A, B) in pairs.items()})
 
     def save(self, path: Path) -> None:
-        """Write the run to one file, which appears whole."""
+        """Write the run to one file, which appears whole. Raises RequestError."""
         tensors: dict[str, Tensor] = {}
         facts = {"step": self.step, "state": _flattened(self._state(), "", tensors)}
-        save_file(tensors, path.with_suffix(".part"), {"run": json.dumps(facts)})
-        path.with_suffix(".part").replace(path)
+        with whole(path) as part:
+            save_file(tensors, part, {"run": json.dumps(facts)})
 
     def load(self, path: Path) -> None:
         """Take a run up where save() left it. Raises RequestError."""
@@ -101,12 +108,19 @@ class Run:
                     parameter.copy_(value)
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
+            self._follow_schedule()
             if self.ema:
                 self.ema.load_state_dict(state["ema"])
                 self.ema.to(self.parameters[0].device)
         except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise RequestError(f"resume_from cannot be taken up: {error}. Expected the tar of a training.") from error
         self.step = facts["step"]
+
+    def _follow_schedule(self) -> None:
+        """The rates of this step by the law as it is now: the optimiser's are those of a law that may have ended."""
+        groups = zip(self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
+        for group, rate, law in groups:
+            group["lr"] = rate * law(self.schedule.last_epoch)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -115,6 +129,15 @@ class Run:
             "schedule": self.schedule.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
         }
+
+
+def saved_step(path: Path) -> int:
+    """How many steps a saved run has done. Raises RequestError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return int(json.loads(file.metadata()["run"])["step"])
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise RequestError(f"resume_from cannot be taken up: {error}. Expected the tar of a training.") from error
 
 
 def new_run(layers: Mapping[str, LowRank], config: TrainConfig, learning_rate: float, scale: float) -> Run:

@@ -1,5 +1,6 @@
 """What a training is shown: pictures, captions and halves of them; and that its steps are the textbook's."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,14 @@ def test_a_flip_shows_both_sides(sdxl: Load) -> None:
     image.paste("white", (0, 0, 32, 64))
     batches = drawn(sdxl, [Picture("0.png", png(image), None, None)], config(horizontal_flip=True), 20)
     assert len({round(float(batch.latents[..., :4].mean()), 2) for batch in batches}) == 2
+
+
+def test_random_crops_are_of_the_picture_and_not_of_its_name(sdxl: Load) -> None:
+    image = Image.linear_gradient("L").resize((64, 256)).convert("RGB")  # of which a half is left out
+    picture = Picture("0.png", png(image), None, None)
+    ours, theirs = (drawn(sdxl, [replace(picture, name=name)], config(crop="random"), 8) for name in ("a", "b"))
+    assert all(torch.equal(one.latents, other.latents) for one, other in zip(ours, theirs, strict=True))
+    assert len({batch.conditioning["time_ids"].numpy().tobytes() for batch in ours}) > 1
 
 
 def test_center_cuts_squares(sdxl: Load, pictures: list[Picture]) -> None:

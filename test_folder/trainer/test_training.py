@@ -252,7 +252,8 @@ def test_the_published_recipe_is_the_default_on_sdxl() -> None:
      ("learning_rate", float("nan")),
      ("lora_type", "face"), ("lora_targets", "some"), ("resolution", "63"), ("resolution", "big"), ("seed", None),
      ("layers_to_optimize_regex", "("), ("lr_scheduler", "step"), ("mask_mode", "clipseg"), ("crop", "salience"),
-     ("prior_preservation", "output"), ("trigger_word", 3), ("horizontal_flip", "yes")],
+     ("prior_preservation", "output"), ("trigger_word", 3), ("horizontal_flip", "yes"), ("instance_prompt", "a dog"),
+     ("instance_prompt", "a sbuffer")],
 )  # fmt: skip
 def test_an_absurd_setting_is_refused_in_a_sentence(field: str, value: object) -> None:
     with pytest.raises(RequestError, match=rf"^{field}.*(\. Expected .*|\. Give one)\.$|^{field} needs .*\.$"):

@@ -87,6 +87,23 @@ def test_a_caption_for_no_picture_is_reported(tmp_path: Path) -> None:
     }
 
 
+def test_a_record_that_cannot_be_read_is_left_out_alone(tmp_path: Path) -> None:
+    table = b"file_name,text\na.png,ay\nb.png\nc.png,see\n"
+    pictures, skipped = read_upload(
+        in_zip(tmp_path, {"captions.csv": table, **dict.fromkeys(["a.png", "b.png", "c.png"], PNG)})
+    )
+    assert [p.caption for p in pictures] == ["ay", None, "see"]
+    assert reasons(skipped) == {"captions.csv": "record 2 is one without caption, text or prompt"}
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_a_line_of_metadata_ends_where_json_lines_do(tmp_path: Path, separator: str) -> None:
+    lines = [{"file_name": name, "text": f"one{separator}two"} for name in ("a.png", "b.png")]
+    metadata = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines).encode()
+    files = {**dict.fromkeys(["a.png", "b.png"], PNG), "metadata.jsonl": metadata}
+    assert captions(tmp_path, files) == {"a.png": "one two", "b.png": "one two"}
+
+
 @pytest.mark.parametrize(
     ("name", "data"),
     [

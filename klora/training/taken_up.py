@@ -1,0 +1,129 @@
+"""A training that goes on from the tar that one has left. Knows neither the base nor the pictures."""
+
+import dataclasses
+import json
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from lzma import LZMAError
+from pathlib import Path
+from typing import IO, Any, cast
+
+from klora.errors import RequestError
+from klora.training.card import RESUME_STATE
+from klora.training.config import TrainConfig
+from klora.training.run import saved_step
+from klora.training.writing import writing
+
+LOG, FACTS = "train.jsonl", "config.json"
+MAX_BYTES = 8 << 30  # of all that is unpacked
+# What a run that is taken up again may be told anew; all else is as it was.
+FREE = {"steps", "sample_prompts", "sample_interval", "sample_steps", "checkpoint_interval", "keep_checkpoints",
+        "precision", "gradient_checkpointing", "compile"}  # fmt: skip
+_NEEDED = (RESUME_STATE, FACTS, LOG)
+_MADE = re.compile(r"samples/step_\d{6}_\d+\.png|checkpoints/lora_\d{6}\.safetensors")
+_DEFAULTS: Mapping[str, Any] = {item.name: item.default for item in dataclasses.fields(TrainConfig)}
+_OURS = "Expected the tar of a training"
+
+
+@dataclasses.dataclass(frozen=True)
+class TakenUp:
+    """What a tar holds of a training. folder: where it was unpacked; was: its settings; facts: its config.json;
+    step: how far it came."""
+
+    folder: Path
+    was: TrainConfig
+    facts: Mapping[str, Any]
+    step: int
+
+    @property
+    def state(self) -> Path:
+        """The file that the run goes on from."""
+        return self.folder / RESUME_STATE
+
+    def config(self, given: Mapping[str, Any]) -> TrainConfig:
+        """The training's own settings, and what it may be told anew. Raises RequestError for what it may not.
+
+        A form sends every field, so that one at its default is taken as not given; but the default of steps is meant
+        where the training had come to its end.
+        """
+        asked = {name: value for name, value in given.items() if value != _DEFAULTS[name]}
+        if self.was.steps <= self.step < _DEFAULTS["steps"]:
+            asked.setdefault("steps", _DEFAULTS["steps"])
+        for name, value in asked.items():
+            if name not in FREE and value != (before := getattr(self.was, name)):
+                raise RequestError(f"{name} is {value!r}, but resume_from was trained with {before!r}. Expected that.")
+        return dataclasses.replace(self.was, **asked)
+
+    def check_same(self, facts: Mapping[str, Any]) -> None:
+        """Refuse another base and other pictures. Raises RequestError."""
+        for name, what in (("base", "base_model"), ("dataset", "input_images")):
+            if self.facts[name] != facts[name]:
+                raise RequestError(f"{what} is not what resume_from was trained on. Expected the same.")
+
+    def carry(self, config: TrainConfig, results: Path) -> None:
+        """Move into the results what was made on the way: the log up to the step, checkpoints, and samples unless
+        their prompts are others now. Raises RequestError."""
+        same = ("samples",) if self.was.samples == config.samples else ()
+        with writing():
+            (results / LOG).write_text("".join(_lines(self.folder / LOG, self.step)))
+            for name in ("checkpoints", *same):
+                if (self.folder / name).is_dir():
+                    (self.folder / name).rename(results / name)
+
+
+def taken_up(tar: Path, folder: Path) -> TakenUp:
+    """Unpack a training's tar into a folder, all but its LoRA. Raises RequestError."""
+    _unpack(tar, folder)
+    if lacking := [name for name in sorted(_NEEDED) if not (folder / name).is_file()]:
+        raise RequestError(f"resume_from holds no {lacking[0]}. {_OURS}.")
+    try:
+        facts = json.loads((folder / FACTS).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"resume_from holds a {FACTS} that cannot be read. {_OURS}.") from error
+    if lacking := sorted({*_DEFAULTS, "base", "dataset"}.difference(facts if isinstance(facts, dict) else ())):
+        raise RequestError(f"resume_from holds a {FACTS} without {lacking[0]}. {_OURS} by this version.")
+    was = TrainConfig(**{name: facts[name] for name in _DEFAULTS})
+    return TakenUp(folder, was, facts, saved_step(folder / RESUME_STATE))
+
+
+def _unpack(tar: Path, folder: Path) -> None:
+    room = MAX_BYTES
+    with _reading(), tarfile.open(tar) as archive:
+        for member in archive:
+            if not member.isfile() or not (member.name in _NEEDED or _MADE.fullmatch(member.name)):
+                continue
+            room -= member.size
+            if room < 0:
+                raise RequestError(f"resume_from holds more than {MAX_BYTES} bytes. {_OURS}.")
+            _write(cast(IO[bytes], archive.extractfile(member)), folder / member.name)
+
+
+def _write(source: IO[bytes], path: Path) -> None:
+    """Reading and writing fail for different reasons, and are told apart."""
+    with writing():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    for chunk in iter(partial(source.read, 1 << 20), b""):
+        with writing(), path.open("ab") as file:
+            file.write(chunk)
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    try:
+        yield
+    except (tarfile.TarError, EOFError, zlib.error, LZMAError, OSError) as error:
+        raise RequestError(f"resume_from cannot be read as a tar. {_OURS}.") from error
+
+
+def _lines(log: Path, step: int) -> Iterator[str]:
+    """Those of a log up to a step: it may have gone on after the last saving."""
+    try:
+        for line in log.read_text().splitlines(keepends=True):
+            if json.loads(line)["step"] <= step:
+                yield line
+    except (ValueError, KeyError, TypeError) as error:
+        raise RequestError(f"resume_from holds a {LOG} that cannot be read. {_OURS}.") from error

@@ -1,0 +1,57 @@
+"""Writing what comes of a training: files that appear whole, and one sentence where they cannot. Knows no torch."""
+
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from klora.errors import RequestError
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """In which only files are written. Raises RequestError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RequestError(f"The training could not be written: {error}. Expected more room on the disk.") from error
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Another name, beside the path, to write a file under; it takes the path's place when all of it is there, and is
+    gone when it is not. Raises RequestError."""
+    part = _part(path)
+    try:
+        with writing():
+            yield part
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def require_place(out: Path) -> None:
+    """Make the folder of a file that will be written after hours of work. Raises RequestError where none can be."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _part(out).touch()
+        _part(out).unlink()
+    except OSError as error:
+        raise RequestError(
+            f"out is {str(out)!r}, where no file can be made: {error}. Expected a place to write."
+        ) from error
+
+
+def tarred(folder: Path, out: Path) -> Path:
+    """The folder in a tar. Raises RequestError."""
+    with whole(out) as part, tarfile.open(part, "w") as tar:
+        for file in sorted(folder.rglob("*")):
+            tar.add(file, file.relative_to(folder).as_posix(), recursive=False)
+    return out
+
+
+def _part(path: Path) -> Path:
+    # The whole name, so that dog.v1 and dog.v2 do not share one, and none is the path itself.
+    return path.with_name(f".{path.name}.part")

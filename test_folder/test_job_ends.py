@@ -1,0 +1,120 @@
+"""How a training ends that does not succeed: what it has saved is in its tar, and what it says tells so."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from klora.errors import RequestError
+from klora.training import job, loop, objective
+from klora.training.config import TrainConfig
+from klora.training.loop import Progress
+from klora.training.writing import whole
+from test_folder.jobs import entered, held, trained, weights_of
+
+LEFT = "What was learnt is in left.tar, which resume_from takes up."
+
+
+@pytest.fixture(autouse=True)
+def shell(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working folder with a folder of pictures, and the tiny bases installed."""
+    entered(tmp_path, bases, monkeypatch)
+
+
+# Where it is written
+
+
+def test_the_tars_folder_is_made_and_no_name_is_in_its_way() -> None:
+    trained("nowhere/robot.part", steps=1)
+    assert [path.name for path in Path("nowhere").iterdir()] == ["robot.part"]
+
+
+def test_a_place_where_nothing_can_be_written_is_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(job, "read_upload", None)
+    Path("file").touch()
+    with pytest.raises(
+        RequestError, match=r"^out is 'file/robot\.tar', where no file can be made: .* Expected a place"
+    ):
+        trained("file/robot.tar")
+
+
+def test_files_that_are_written_at_once_share_no_part() -> None:
+    with whole(Path("dog.v1")) as first, whole(Path("dog.v2")) as second:
+        first.write_text("1")
+        second.write_text("2")
+    assert (Path("dog.v1").read_text(), Path("dog.v2").read_text()) == ("1", "2")
+
+
+# Broken off
+
+
+def test_what_fails_after_the_last_step_leaves_all_that_was_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
+    finished = trained(steps=2)
+
+    def out_of_memory(self: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(loop._Loop, "_sample", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        trained("left.tar", steps=2, sample_steps=1)
+    assert error.value.__notes__ == [LEFT]
+    left = held(Path("left.tar"))
+    assert weights_of(left) == weights_of(finished)
+    assert weights_of(left, "run.safetensors") == weights_of(finished, "run.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("reports", "said"),
+    [(4, "The loss is nan at step 3. Expected a number"), (1, "What was learnt by step 3 is no number. Expected one")],
+    ids=["reported", "between two reports"],
+)
+def test_a_loss_that_is_no_number_leaves_the_last_state_that_is(
+    reports: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, step = objective.errors, loop._Loop._step
+
+    def wrong_from_3_on(self: Any) -> torch.Tensor:
+        if self.run.step == 2:
+            monkeypatch.setattr(objective, "errors", lambda *given: right(*given) * torch.nan)
+        return step(self)
+
+    monkeypatch.setattr(loop, "REPORTS", reports)
+    monkeypatch.setattr(loop._Loop, "_step", wrong_from_3_on)
+    with pytest.raises(RequestError) as error:
+        trained("left.tar", steps=4, checkpoint_interval=1)
+    assert str(error.value) == f"{said}: lower learning_rate. {LEFT}"
+    left = held(Path("left.tar"))
+    assert left.keys() >= {"checkpoints/lora_000002.safetensors", "config.json", "lora_kohya.safetensors"}
+    assert b'"steps":"2"' in left["lora.safetensors"]
+    assert all(tensor.isfinite().all() for tensor in load(left["run.safetensors"]).values())
+
+
+def test_what_fails_before_anything_is_saved_leaves_nothing() -> None:
+    def fail(progress: Progress) -> None:
+        raise RuntimeError("at once")
+
+    with pytest.raises(RuntimeError, match=r"^at once$") as error:
+        trained("left.tar", on_progress=fail)
+    assert not hasattr(error.value, "__notes__")
+    assert [path.name for path in Path().iterdir()] == ["pictures"]
+
+
+# What is promised at the start
+
+
+def test_pictures_of_the_class_are_drawn_by_the_base_as_it_will_be_held() -> None:
+    asked: dict[str, Any] = {}
+
+    def loading(**options: Any) -> Any:
+        asked.update(options)
+        raise KeyboardInterrupt
+
+    for precision, held_as in {"bf16": (torch.bfloat16, None), "nf4": (torch.float32, "nf4")}.items():
+        config = TrainConfig(prior_preservation="class_images", class_word="toy", precision=precision)
+        with pytest.raises(KeyboardInterrupt):
+            job._class_pictures(loading, config, torch.device("cpu"))
+        assert (asked["dtype"], asked["quantized"]) == held_as

@@ -1,0 +1,185 @@
+"""A training that goes on from the tar that one has left: the same training, whatever broke it off, and refused where
+it would be another."""
+
+import io
+import json
+import shutil
+import signal
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from klora import cli
+from klora.errors import RequestError
+from klora.training import job, taken_up
+from klora.training.config import TrainConfig
+from klora.training.loop import Progress
+from test_folder.jobs import entered, held, klora_train, trained, weights_of
+
+
+@pytest.fixture(autouse=True)
+def shell(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working folder with a folder of pictures, and the tiny bases installed."""
+    entered(tmp_path, bases, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def quick(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tar of a training of those pictures by QUICK alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        entered(tmp_path_factory.mktemp("quick"), bases, patch)
+        trained("quick.tar")
+        return Path("quick.tar").resolve()
+
+
+def steps_of(tar: Mapping[str, bytes]) -> str:
+    """What the LoRA's header says that it was trained for."""
+    header = tar["lora.safetensors"]
+    return json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])["__metadata__"]["steps"]
+
+
+# The same training
+
+
+def test_a_tar_taken_up_again_is_the_same_training(quick: Path) -> None:
+    whole = trained(steps=12)
+    resumed = trained("rest.tar", steps=12, resume_from=quick)
+    assert weights_of(resumed) == weights_of(whole)
+    assert weights_of(resumed, "run.safetensors") == weights_of(whole, "run.safetensors")
+    assert [json.loads(line)["step"] for line in resumed["train.jsonl"].splitlines()] == list(range(13))
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit], ids=["interrupt", "exit"])
+def test_an_interruption_leaves_a_tar_that_can_be_taken_up_in_its_place(stop: type[BaseException], quick: Path) -> None:
+    def stop_at_4(progress: Progress) -> None:
+        if progress.step == 4:
+            raise stop
+
+    with pytest.raises(stop):
+        trained("left.tar", on_progress=stop_at_4)
+    assert steps_of(held(Path("left.tar"))) == "4"
+    resumed = trained("left.tar", resume_from=Path("left.tar"))
+    assert weights_of(resumed) == weights_of(held(quick))
+    assert [path.name for path in Path().iterdir() if path.name != "pictures"] == ["left.tar"]
+
+
+def test_a_machine_that_is_taken_away_leaves_a_tar_that_goes_on_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM, a little into the run: no setting has to be said again, and nothing that was made is lost."""
+
+    def taken_away(step: int, *_: Any) -> str:
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return ""
+
+    options = ("--steps", "4", "--checkpoint-interval", "2", "--sample-interval", "2", "--sample-steps", "1")
+    options += ("--sample-prompts", "a sbu toy", "--precision", "fp32")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert klora_train(*options, "--out", "whole.tar").exit_code == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(cli, "progress_line", taken_away)
+            assert klora_train(*options, "--out", "left.tar").exit_code == 143
+        again = CliRunner().invoke(cli.app, ["train", "pictures", "--resume-from", "left.tar", "--out", "left.tar"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert again.exit_code == 0, again.output
+    whole, resumed = held(Path("whole.tar")), held(Path("left.tar"))
+    assert weights_of(resumed) == weights_of(whole)
+    assert {"samples/step_000002_0.png", "checkpoints/lora_000002.safetensors"} < resumed.keys() == whole.keys()
+    for name in ("config.json", "contact_sheet.png", "README.md"):
+        assert resumed[name] == whole[name], name
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [(taken_up, "_write"), (job, "load_model"), (torch.optim.AdamW, "step")],
+    ids=["unpacking", "loading", "the first step"],
+)
+def test_what_is_interrupted_before_it_has_gone_on_leaves_the_tar_as_it_was(
+    where: Any, name: str, quick: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(quick, "lora.tar")
+    done = getattr(where, name)
+
+    def broken_off(*given: Any, **options: Any) -> Any:
+        if name != "load_model":
+            done(*given, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, name, broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        trained("lora.tar", steps=12, resume_from=Path("lora.tar"))
+    assert Path("lora.tar").read_bytes() == quick.read_bytes()
+
+
+def test_names_of_pictures_change_nothing(quick: Path) -> None:
+    for old, new in (("red", "z"), ("green", "a"), ("blue", "m")):
+        for suffix in (".png", ".txt"):
+            Path(f"pictures/{old}{suffix}").rename(f"pictures/{new}{suffix}")
+    assert weights_of(trained()) == weights_of(held(quick))
+
+
+@pytest.mark.parametrize(
+    ("was", "step", "given", "steps"),
+    [(90, 30, 1000, 90), (90, 90, 1000, 1000), (90, 30, 60, 60), (1233, 1233, 1000, 1233), (1000, 400, 1000, 1000)],
+)
+def test_steps_at_their_default_are_meant_where_the_training_had_come_to_its_end(
+    was: int, step: int, given: int, steps: int
+) -> None:
+    before = taken_up.TakenUp(Path(), TrainConfig(steps=was), {}, step)
+    assert before.config({"steps": given}).steps == steps
+
+
+# Refused
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"lora_rank": 8}, "lora_rank is 8, but resume_from was trained with 4. Expected that."),
+        ({"upload": "others"}, "input_images is not what resume_from was trained on. Expected the same."),
+        ({"base": "flux-dev"}, "base_model is not what resume_from was trained on. Expected the same."),
+        ({"steps": 6}, "steps is 6, and resume_from has done 6. Expected more."),
+        ({"resume_from": Path("no.tar")}, "resume_from cannot be read as a tar. Expected the tar of a training."),
+        ({"resume_from": Path("pictures")}, "resume_from cannot be read as a tar. Expected the tar of a training."),
+        ({"resume_from": Path("other.tar")}, "resume_from holds no config.json. Expected the tar of a training."),
+    ],
+    ids=["rank", "pictures", "base", "steps", "no tar", "a folder", "another tar"],
+)
+def test_what_cannot_be_taken_up_is_refused(given: dict[str, Any], said: str, quick: Path) -> None:
+    Path("others").mkdir()
+    Image.new("RGB", (64, 64), "white").save("others/white.png")
+    Path("no.tar").write_bytes(b"no tar")
+    with tarfile.open("other.tar", "w") as tar:
+        tar.add("no.tar")
+    with pytest.raises(RequestError) as refusal:
+        trained("rest.tar", **{"resume_from": quick, "steps": 12} | given)
+    assert str(refusal.value) == said
+    assert not Path("rest.tar").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("config.json", b'{"steps": ', "resume_from holds a config.json that cannot be read. "),
+        ("config.json", b'{"steps": 6}', "resume_from holds a config.json without autocaption. "),
+        ("config.json", b"[]", "resume_from holds a config.json without autocaption. "),
+        ("train.jsonl", b"step 6\n", "resume_from holds a train.jsonl that cannot be read. "),
+        ("run.safetensors", b"\1" * 99, "resume_from cannot be taken up: "),
+    ],
+)
+def test_a_damaged_part_is_refused_by_name(name: str, data: bytes, said: str, quick: Path) -> None:
+    with tarfile.open("damaged.tar", "w") as tar:
+        for member, content in {**held(quick), name: data}.items():
+            header = tarfile.TarInfo(member)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    with pytest.raises(RequestError) as refusal:
+        trained("rest.tar", steps=12, resume_from=Path("damaged.tar"))
+    assert str(refusal.value).startswith(said) and "Expected the tar of a training" in str(refusal.value)
