@@ -3,6 +3,7 @@
 A verb imports what it needs when it runs: torch takes seconds, and help, completion and misspelt options need none.
 """
 
+import errno
 import logging
 import signal
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from PIL import Image, ImageChops
+from PIL import Image
 
 import weights
 from klora.bulk.batches import Bulk
@@ -30,6 +31,7 @@ from klora.training.publishing import Publishing
 if TYPE_CHECKING:
     from klora.bulk.batch import Draw
     from klora.studio import Studio
+    from klora.training.loop import Progress
 
 app = typer.Typer(help="K-LoRA: one LoRA's subject in another LoRA's style.", no_args_is_help=True)
 
@@ -72,6 +74,7 @@ def reproduce(
 ) -> None:
     """Make an image again, from what its file tells of how it was made, and say whether the pixels are the same."""
     from klora.studio import save_images
+    from klora.studio.likeness import difference
     from klora.studio.provenance import read_provenance
 
     made = read_provenance(original)
@@ -89,19 +92,8 @@ def reproduce(
         raise SafetyError(f"The safety checker withheld image {made.place}. Expected the checker that it had passed.")
     (path,) = save_images({made.place: images[made.place]}, out, request)
     typer.echo(path)
-    _tell_difference(original, path)
-
-
-def _tell_difference(original: Path, made: Path) -> None:
-    with Image.open(original) as first, Image.open(made) as second:
-        pair = first.convert("RGB"), second.convert("RGB")
-    if pair[0].size != pair[1].size:
-        typer.echo(f"Warning: it is {pair[1].width}x{pair[1].height}, and {original.name} is not.", err=True)
-    elif pair[0].tobytes() == pair[1].tobytes():
-        typer.echo(f"the same pixels as {original.name}")
-    else:
-        most = max(ImageChops.difference(*pair).tobytes())
-        typer.echo(f"Warning: its pixels differ from those of {original.name} by up to {most} of 255.", err=True)
+    other = difference(original, path)
+    typer.echo(f"Warning: {other}" if other else f"the same pixels as {original.name}", err=bool(other))
 
 
 def train(
@@ -115,17 +107,14 @@ def train(
     from klora.training.job import TrainingBase, run_training
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leaves a tar, as Ctrl-C does
-    publishing = {item.name: given.pop(item.name) for item in fields(Publishing) if item.name in given}
-    tar = run_training(
-        TrainingBase(**weights.training_base(base_model)),
-        pictures,
-        given,
-        out,
-        resume_from=resume_from,
-        publishing=Publishing(**publishing),
-        on_progress=lambda progress: typer.echo(progress_line(progress.step, progress.steps, str(progress))),
-    )
-    typer.echo(tar)
+    base = TrainingBase(**weights.training_base(base_model))
+    publishing = Publishing(**{item.name: given.pop(item.name) for item in fields(Publishing) if item.name in given})
+
+    def tell(progress: "Progress") -> None:
+        typer.echo(progress_line(progress.step, progress.steps, str(progress)))
+
+    run_training(base, pictures, given, out, resume_from=resume_from, publishing=publishing, on_progress=tell)
+    typer.echo(out)
 
 
 def generate(
@@ -143,11 +132,12 @@ def generate(
     """Make an image for each line of a prompt file: 00000.png, with its caption in 00000.txt, and how it was made in
     00000.json. The same command goes on where it was interrupted."""
     from klora.bulk.run import run
+    from klora.studio.digests import digests
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     bulk = Bulk(**{item.name: given.pop(item.name) for item in fields(Bulk) if item.name in given})
     common = open_images({**given, "seed": seed, "output_format": output_format})
-    made = run(read_prompts(prompts, common), bulk, out, open_studio, typer.echo)
+    made = run(read_prompts(prompts, common), bulk, out, open_studio, typer.echo, digests)
     if made.faults:
         raise typer.Exit(1)
 
@@ -212,8 +202,7 @@ def _studio() -> "Studio":
 
 def _bases() -> dict[str, tuple[str, Path]]:
     """{installed base: (family, folder)}."""
-    bases = {name: weights.find_base(name) for name in weights.installed_bases() if weights.BASES[name].family}
-    return {name: (base.family, base.path) for name, base in bases.items()}
+    return {name: weights.find_base(name)[1:] for name in weights.installed_bases()}
 
 
 def _command(verb: Callable[..., None], *forms: type, without: Collection[str] = ()) -> None:
@@ -223,12 +212,21 @@ def _command(verb: Callable[..., None], *forms: type, without: Collection[str] =
         try:
             weights.use_toys_if_no_bases()
             verb(**{name: value for name, value in given.items() if value is not None})
-        except KLoRAError as error:
-            typer.echo(f"Error: {error}", err=True)
+        except (KLoRAError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in (None, errno.EPIPE):  # no file's: a mistake, or a pipe
+                raise
+            typer.echo(f"Error: {_told(error)}", err=True)
             raise typer.Exit(1) from error
 
     run.__signature__ = options_of(verb, *forms, without=without)  # type: ignore[attr-defined]
     app.command(verb.__name__, help=verb.__doc__)(run)
+
+
+def _told(error: KLoRAError | OSError) -> str:
+    """In one sentence."""
+    if isinstance(error, KLoRAError):
+        return str(error)
+    return f"{error.filename or 'A file'} cannot be read or written: {error.strerror}. Expected a path that can be."
 
 
 _command(fuse, Request)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, wait
 from typing import Any
 
-from playground.connection import Connection, Run, refusal
+from playground.connection import Connection, Patience, Run, refusal
 from playground.errors import PlaygroundError
 
 POLL_SECONDS = 0.25
@@ -72,14 +72,18 @@ class CogServer:
         return answer
 
     def _live(self, name: str, asked: "Future[tuple[int, Any]]", stop: threading.Event) -> Iterator[Run]:
-        last = Run("starting")
+        last, patience = Run("starting"), Patience()  # if the server is gone, what was asked fails by itself
         while not wait([asked], POLL_SECONDS).done:
-            if stop.is_set():
-                self._cancel(name)  # again each time: the request may not have begun when it first was
-            status, answer = self.connection.call("PUT", self._address(name), NO_FORM_ACCEPTS)
-            last = Run.told_by(answer) if status == 202 else last
+            last = patience.answer(lambda: self._polled(name, stop)) or last
             if not last.ended:
                 yield last
+
+    def _polled(self, name: str, stop: threading.Event) -> Run | None:
+        """How far it is, where the server says so. Raises PlaygroundError."""
+        if stop.is_set():
+            self._cancel(name)  # again each time: the request may not have begun when it first was
+        status, answer = self.connection.call("PUT", self._address(name), NO_FORM_ACCEPTS)
+        return Run.told_by(answer) if status == 202 else None
 
     def _cancel(self, name: str) -> None:
         self.connection.call("POST", f"{self._address(name)}/cancel")

@@ -1,9 +1,10 @@
 """JSON over HTTP with one server, and how a request to it stands. Knows no kind of server and no page."""
 
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import requests
@@ -11,8 +12,10 @@ import requests
 from playground.errors import PlaygroundError
 
 SECONDS = 30.0  # for whatever is no prediction
+SILENT_SECONDS = 120.0  # after which a server that answers no poll is taken to be gone
 _PROGRESS = re.compile(r"^\s*\d+%\s*\|.*?\|\s*(\d+)/(\d+)(?:, *)?(.*)$", re.MULTILINE)  # as tqdm writes it
 _WRAPPING = re.compile(r"^(?:(?:Prediction|Training) failed: )+(?:\w+Error: )?")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,25 @@ class Connection:
         if self._token:
             request.headers["Authorization"] = f"Bearer {self._token}"
         return request
+
+
+class Patience:
+    """With a server that is asked again and again how a request stands: a poll that is lost says nothing of a request
+    that may have run for hours."""
+
+    def __init__(self) -> None:
+        self._heard = time.monotonic()
+
+    def answer(self, poll: Callable[[], T | None]) -> T | None:
+        """What it answers; None where none comes. Raises PlaygroundError where none has for SILENT_SECONDS."""
+        try:
+            answer = poll()
+        except PlaygroundError:
+            if time.monotonic() > self._heard + SILENT_SECONDS:
+                raise
+            return None
+        self._heard = time.monotonic()
+        return answer
 
 
 def refusal(status: int, answer: Any) -> str:

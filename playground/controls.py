@@ -70,4 +70,4 @@ def _number(field: Field, said: dict[str, Any]) -> gr.components.Component:
         shown = "" if field.default is None else f"{field.default:g}"
         bounds = f"{field.minimum:g} to {field.maximum:g}" if field.minimum is not None and field.maximum else ""
         return gr.Textbox(shown, placeholder=bounds, max_lines=1, **said)
-    return gr.Slider(field.minimum, field.maximum, start, step=1 if field.kind is Kind.INTEGER else 0.05, **said)
+    return gr.Slider(field.minimum, field.maximum, start, step=field.step, **said)

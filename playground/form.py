@@ -1,16 +1,19 @@
 """A server's form as data: what its OpenAPI document says of each input. Knows no input by name."""
 
 import base64
+import math
 import mimetypes
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from playground.errors import PlaygroundError
 
+COARSEST = Decimal("0.05")  # of a slider's steps, where its bounds and its beginning need no finer one
 _BLANK_MEANS = re.compile(r"Blank means (-?\d+(?:\.\d+)?)\.(?= |$)")
 
 
@@ -41,6 +44,15 @@ class Field:
         """The number that a blank stands for, where the description says so."""
         means = _BLANK_MEANS.search(self.description)
         return float(means[1]) if means and self.default is None else None
+
+    @property
+    def step(self) -> float:
+        """Of a slider: so fine that its bounds, and where it begins, are places on it."""
+        if self.kind is Kind.INTEGER:
+            return 1
+        start = self.blank if self.default is None else self.default
+        ends = [Decimal(str(end)).normalize() for end in (self.minimum, self.maximum, start) if end is not None]
+        return float(min(COARSEST, *(Decimal(1).scaleb(int(end.as_tuple().exponent)) for end in ends)))
 
 
 def read_form(schemas: Mapping[str, Any], component: str) -> list[Field]:
@@ -76,11 +88,14 @@ def _sent(field: Field, value: Any) -> Any:
         return data_uri(Path(value))
     if field.kind not in (Kind.INTEGER, Kind.NUMBER):
         return value
+    kind, wanted = (int, "a whole number") if field.kind is Kind.INTEGER else (float, "a finite number")
     try:
-        return int(value) if field.kind is Kind.INTEGER else float(value)
-    except ValueError:
-        wanted = "a whole number" if field.kind is Kind.INTEGER else "a number"
-        raise PlaygroundError(f"{field.name} is {value!r}. Expected {wanted}.") from None
+        number = kind(value)
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not -math.inf < number < math.inf:  # which JSON cannot say
+        raise PlaygroundError(f"{field.name} is {value!r}. Expected {wanted}.")
+    return number
 
 
 def _field(name: str, said: Mapping[str, Any], schemas: Mapping[str, Any], required: bool) -> Field:

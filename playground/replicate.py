@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from playground.connection import Connection, Run, refusal
+from playground.connection import Connection, Patience, Run, refusal
 from playground.errors import PlaygroundError
 
 POLL_SECONDS = 1.0
@@ -31,14 +31,14 @@ class ReplicateModel:
         status, answer = self.connection.call("POST", self._predictions, body)
         if status not in (200, 201, 202):
             raise PlaygroundError(refusal(status, answer))
-        urls, state = answer["urls"], Run.told_by(answer)
+        urls, state, patience = answer["urls"], Run.told_by(answer), Patience()
         try:
             while not state.ended:
                 yield state
                 if stop.wait(POLL_SECONDS):
-                    self.connection.call("POST", urls["cancel"])
+                    patience.answer(lambda: self.connection.call("POST", urls["cancel"]))
                     time.sleep(POLL_SECONDS)
-                state = Run.told_by(self.connection.get(urls["get"]))
+                state = patience.answer(lambda: Run.told_by(self.connection.get(urls["get"]))) or state
         finally:
             if not state.ended:
                 self.connection.call("POST", urls["cancel"])

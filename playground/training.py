@@ -13,6 +13,7 @@ from playground.form import Field, inputs_of
 from playground.fusion import FusionTab
 from playground.outputs import files_of, samples_in
 from playground.progress import Server, Ticket, bar, followed, note, problem
+from playground.trained import handed_over
 
 VISIBLE = (
     "input_images", "base_model", "lora_type", "trigger_word", "class_word", "steps", "resolution", "lora_rank", "seed",
@@ -77,7 +78,7 @@ class TrainingTab:
         self._cancel.click(lambda ticket: ticket and ticket.stop.set(), self._ticket, None, queue=False, **private)
         trained = self._fusing.trained
         for name, button in self._use.items():
-            button.click(_handed_over, [self._result, trained], [self._fusing.loras[name], trained], **private)
+            button.click(handed_over, [self._result, trained], [self._fusing.loras[name], trained], **private)
 
     def _trained(self, ticket: Ticket | None, address: str, *values: Any) -> Iterator[Update]:
         ticket = (ticket or Ticket()).replace()
@@ -108,11 +109,3 @@ class TrainingTab:
             self._tar: gr.DownloadButton(value=tar.saved(self._folder), visible=True),
             **{button: gr.Button(interactive=fits) for button in self._use.values()},
         }
-
-
-def _handed_over(result: tuple[str, str], trained: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-    """(what stands in the field, what such texts stand for): a URL for itself, a data URI behind a short name."""
-    label, given = result
-    if not given.startswith("data:"):
-        return given, dict(trained)
-    return label, {**trained, label: given}

@@ -8,6 +8,7 @@ import os
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def spread(
         handler = signal.getsignal(signal.SIGTERM)
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="WARNING")
         signal.signal(signal.SIGTERM, handler)  # which Ray has replaced by one with another status
-    crew = _Crew(ray, opened, Folder(folder.path.resolve()))
+    crew = _Crew(ray, opened, replace(folder, path=folder.path.resolve()))
     try:
         yield from crew.work(batches, workers)
     finally:
@@ -100,7 +101,7 @@ class _Crew:
                 self._hire(gpus)
                 continue
             except self._ray.exceptions.RayTaskError as error:
-                raise error.cause if isinstance(error.cause, KLoRAError) else error from None
+                raise error.cause if isinstance(error.cause, KLoRAError | OSError) else error from None
             self._idle.append(worker)
             if batch:
                 yield outcome

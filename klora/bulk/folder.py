@@ -5,8 +5,8 @@ The .json is written last, and says that the image is done. With .txt beside .pn
 
 import json
 import tarfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -27,22 +27,29 @@ _LONGEST = 80  # characters of a value that are shown
 
 @dataclass(frozen=True)
 class Folder:
-    """Where the images of a prompt file go. Several may write to it at once, each its own images."""
+    """Where the images of a prompt file go. Several may write to it at once, each its own images.
+
+    sha256: in hex, of each file of the local LoRAs, by reference: a path alone does not tell which images are its own.
+    """
 
     path: Path
+    sha256: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def done(self, job: Job) -> bool:
         """Whether its image is there, or was withheld. Raises RequestError where it is another request's."""
-        record = self._place(job, "json")
+        record, files = self._place(job, "json"), self._files(job)
         try:
             told = json.loads(record.read_bytes())
-            asked, withheld = told["asked"], told.get("withheld", False)
+            asked, withheld, loras = told["asked"], told.get("withheld", False), told.get("loras", {})
+            used = {name: loras[name]["sha256"] for name in files if name in loras}
         except FileNotFoundError:
             return False
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RequestError(f"{record} is no record of klora generate. Expected an empty folder.") from error
         if asked != (wanted := asked_of(job.request)):
             raise RequestError(f"{record} is another request's: {_difference(asked, wanted, job.line)}")
+        if used != (now := {name: files[name] for name in used}):
+            raise RequestError(f"{record} was made with a file of another sha256: {_difference(used, now, job.line)}")
         return withheld or self.shows(job)
 
     def shows(self, job: Job) -> bool:
@@ -61,7 +68,13 @@ class Folder:
 
     def withhold(self, job: Job) -> None:
         """Write that the safety checker has withheld a job's image, so that it is not made again."""
-        self._mark(job, {"klora": FORM, "seed": job.request.seed, "withheld": True})
+        loras = {name: {"sha256": digests} for name, digests in self._files(job).items()}
+        self._mark(job, {"klora": FORM, "seed": job.request.seed, "withheld": True, "loras": loras})
+
+    def _files(self, job: Job) -> dict[str, list[str]]:
+        """The sha256 of its LoRAs' files, by input, as far as they are known."""
+        loras = job.request.loras.items()
+        return {name: list(self.sha256[reference]) for name, reference in loras if reference in self.sha256}
 
     def _mark(self, job: Job, told: dict[str, Any]) -> None:
         record = {**told, "line": job.line, "asked": asked_of(job.request)}

@@ -1,7 +1,7 @@
 """Batches of jobs -> files in a folder; what happened is told as it happens, and summed up. Knows no model."""
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -12,15 +12,26 @@ from klora.bulk.folder import Folder
 from klora.bulk.lines import PromptFile, by_line
 
 Outcomes = Generator[Outcome, None, None]
+Digests = Callable[[Iterable[str]], Mapping[str, Sequence[str]]]
+"""References of LoRAs -> {reference: sha256 of each of its files, in hex}, of those that name local files."""
 
 
-def run(prompts: PromptFile, bulk: Bulk, out: Path, opened: Callable[[], Draw], tell: Callable[[str], None]) -> Outcome:
+def run(
+    prompts: PromptFile,
+    bulk: Bulk,
+    out: Path,
+    opened: Callable[[], Draw],
+    tell: Callable[[str], None],
+    digests: Digests = lambda references: {},
+) -> Outcome:
     """Make the images of a prompt file that are not there yet, and say so, batch by batch. Raises KLoRAError for what
     stops all of them; what has been made stays.
 
     opened: what makes images, once it is needed; on a cluster each worker calls it, so that it must be a module's.
+    digests: where local files may be named, lest images of another file under the same name be taken for these.
     """
-    jobs, folder = bulk.jobs(prompts), Folder(out)
+    jobs = bulk.jobs(prompts)
+    folder = Folder(out, digests({reference for job in jobs for reference in job.request.loras.values()}))
     out.mkdir(parents=True, exist_ok=True)
     if prompts.empty:
         tell(f"Skipped empty lines: {', '.join(map(str, prompts.empty))}.")

@@ -1,5 +1,6 @@
 """Batches spread over a Ray cluster: a real one of this machine, and one that does what a test needs."""
 
+import errno
 import os
 import signal
 import sys
@@ -142,7 +143,7 @@ class Cluster:
     def get(self, call: Any) -> Any:
         try:
             return call()
-        except KLoRAError as error:
+        except (KLoRAError, OSError) as error:
             raise FailedError(error) from error
 
     def kill(self, worker: Any) -> None:
@@ -178,6 +179,15 @@ def test_a_batch_whose_workers_die_is_given_up_after_some_tries_and_the_rest_is_
     assert sorted(pictures(tmp_path / "out")) == ["00000.png", "00001.png", "00004.png"]
     assert len(cluster.hired) == 2 + TRIES and cluster.gone == 2
     assert runs(prompts, drawing=deadly(draw, PROMPTS[2], TRIES - 1), ray=True)[-1].startswith("2 images made")
+
+
+def test_a_workers_full_disk_is_what_the_command_hears_of(cluster: Cluster, runs: Runs, prompts: PromptFile) -> None:
+    def full(asked: Sequence[Request]) -> Mapping[int, Image.Image]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left on device") as failed:
+        runs(prompts, drawing=full, ray=True)
+    assert failed.value.errno == errno.ENOSPC
 
 
 def test_each_gpu_has_a_worker_or_else_each_node_and_never_more_than_batches(

@@ -8,6 +8,7 @@ import pytest
 
 from playground.errors import PlaygroundError
 from playground.form import Field, Kind, inputs_of, read_form
+from playground.trained import handed_over
 from test_folder.speaking.answering import SCHEMAS
 
 
@@ -44,3 +45,39 @@ def test_a_number_that_is_none_is_refused() -> None:
     seed = Field("seed", Kind.INTEGER, "", None, required=False)
     with pytest.raises(PlaygroundError, match=r"seed is 'seven'\. Expected a whole number\."):
         inputs_of([seed], ["seven"])
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-Infinity", "1e999", "half"])
+def test_a_number_that_json_cannot_say_is_refused_by_its_inputs_name(text: str) -> None:
+    decay = Field("weight_decay", Kind.NUMBER, "", None, required=False)
+    with pytest.raises(PlaygroundError, match=rf"^weight_decay is '{text}'\. Expected a finite number\.$"):
+        inputs_of([decay], [text])
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", float("inf"), float("nan"), "2.5"])
+def test_no_whole_number_is_one_that_is_no_number(value: Any) -> None:
+    seed = Field("seed", Kind.INTEGER, "", None, required=False)
+    with pytest.raises(PlaygroundError, match=r"Expected a whole number\.$"):
+        inputs_of([seed], [value])
+
+
+def test_a_slider_comes_to_a_standstill_at_its_bounds_and_at_its_beginning() -> None:
+    fields = [field for form in ("Input", "TrainingInput") for field in read_form(SCHEMAS, form)]
+    numbers = {field.name: field for field in fields if field.kind in (Kind.INTEGER, Kind.NUMBER)}
+    for field in numbers.values():
+        starts = (field.default, field.blank, field.maximum)
+        places = [(end - field.minimum) / field.step for end in starts if end is not None]
+        assert all(abs(place - round(place)) < 1e-6 * max(1, place) for place in places), field.name
+    steps = {name: numbers[name].step for name in ("weight_decay", "ema_decay", "content_scale", "alpha", "steps")}
+    assert steps == {"weight_decay": 0.0001, "ema_decay": 0.0001, "content_scale": 0.05, "alpha": 0.05, "steps": 1}
+    assert isinstance(numbers["steps"].step, int)
+
+
+def test_two_loras_of_one_name_stay_two() -> None:
+    name, first, second = "trained here: subject, 0.5 MB", "data:;base64,AAAA", "data:;base64,BBBB"
+    content, trained = handed_over((name, first), {})
+    style, trained = handed_over((name, second), trained)
+    assert (content, style) == (name, f"{name} (2)")
+    assert (trained[content], trained[style]) == (first, second)
+    assert handed_over((name, second), trained) == (style, trained), "the same again has the same name"
+    assert handed_over((name, "https://example.com/lora.tar"), trained) == ("https://example.com/lora.tar", trained)

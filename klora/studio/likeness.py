@@ -1,0 +1,20 @@
+"""An image that was made again, held against the first. Knows nothing of how either was made."""
+
+from pathlib import Path
+
+from PIL import Image, ImageChops
+
+ROUNDING = 3  # levels of 255, by which an image that was drawn in a batch may differ from the same drawn alone
+
+
+def difference(original: Path, made: Path) -> str:
+    """In one sentence, how the second image file differs from the first; "" where the pixels are the same."""
+    with Image.open(original) as first, Image.open(made) as second:
+        pair = first.convert("RGB"), second.convert("RGB")
+    if pair[0].size != pair[1].size:
+        return f"it is {pair[1].width}x{pair[1].height}, and {original.name} is not."
+    most = max(ImageChops.difference(*pair).tobytes())
+    if not most:
+        return ""
+    batched = ", as those of an image from a prompt file may, which was drawn in a batch" if most <= ROUNDING else ""
+    return f"its pixels differ from those of {original.name} by up to {most} of 255{batched}."

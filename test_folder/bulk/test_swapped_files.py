@@ -1,0 +1,91 @@
+"""A LoRA file that is another one under the same name: its images are not mixed with those of the first."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from klora import cli
+from klora.bulk.folder import Folder
+from klora.errors import RequestError
+from klora.studio.digests import digests
+from test_folder.bulk.prompting import contents, read, written
+
+OPTIONS = ("--num-inference-steps", "2", "--disable-safety-checker", "--model", "sdxl")
+
+
+def generated(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, ["generate", *arguments, *OPTIONS])
+
+
+def swapped(file: Path) -> tuple[str, str]:
+    """Replace a LoRA by one with other bytes and the same layers. Its sha256 before and after."""
+    before = file.read_bytes()
+    after = (file.parent / "content.safetensors").read_bytes()
+    assert before != after
+    file.write_bytes(after)
+    return hashlib.sha256(before).hexdigest(), hashlib.sha256(after).hexdigest()
+
+
+@pytest.mark.parametrize("count", ["1", "2"], ids=["all is there", "one is lacking"])
+def test_images_of_a_file_that_was_replaced_are_refused(shell: Path, count: str) -> None:
+    written(shell / "p.txt", "a dog", "a cat")
+    mine = ("p.txt", "--style-lora", "style.safetensors", "--batch-size", "1")
+    assert generated(*mine, "--count", "1").exit_code == 0
+    before, first = contents(shell / "out"), (shell / "style.safetensors").read_bytes()
+    old, new = swapped(shell / "style.safetensors")
+    result = generated(*mine, "--count", count)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == (
+        f"Error: out/00000.json was made with a file of another sha256: its style_lora is ['{old}'], and that of line "
+        f"1 is ['{new}']. Expected the same, or another folder.\n"
+    )
+    assert contents(shell / "out") == before
+    (shell / "style.safetensors").write_bytes(first)
+    assert generated(*mine, "--count", count).stdout.splitlines()[-1].endswith("1 were there before.")
+
+
+def test_a_file_that_was_written_again_as_it_was_is_the_same(shell: Path) -> None:
+    written(shell / "p.txt", "a dog")
+    assert generated("p.txt", "--style-lora", "style.safetensors").exit_code == 0
+    (shell / "style.safetensors").write_bytes((shell / "style.safetensors").read_bytes())
+    assert generated("p.txt", "--style-lora", "style.safetensors").stdout.splitlines()[-1].startswith("0 images made")
+
+
+def test_a_withheld_image_is_withheld_of_that_file_alone(tmp_path: Path) -> None:
+    file = tmp_path / "mine.safetensors"
+    [job] = read(written(tmp_path / "p.txt", "a dog"), content_lora=str(file)).jobs()
+    file.write_bytes(b"one")
+    Folder(tmp_path, digests([str(file)])).withhold(job)
+    assert Folder(tmp_path, digests([str(file)])).done(job)
+    file.write_bytes(b"another")
+    with pytest.raises(RequestError, match="was made with a file of another sha256: its content_lora is"):
+        Folder(tmp_path, digests([str(file)])).done(job)
+
+
+def test_records_without_files_are_still_read(tmp_path: Path) -> None:
+    file = tmp_path / "mine.safetensors"
+    file.write_bytes(b"one")
+    [job] = read(written(tmp_path / "p.txt", "a dog"), content_lora=str(file)).jobs()
+    folder = Folder(tmp_path, digests([str(file)]))
+    folder.withhold(job)
+    record = tmp_path / "00000.json"
+    told = json.loads(record.read_text())
+    record.write_text(json.dumps({name: value for name, value in told.items() if name != "loras"}))
+    assert folder.done(job)
+    record.write_text(json.dumps({**told, "loras": {"content_lora": "no mapping"}}))
+    with pytest.raises(RequestError, match="is no record of klora generate"):
+        folder.done(job)
+
+
+def test_what_is_no_readable_lora_on_this_machine_has_no_digest(tmp_path: Path) -> None:
+    two, file = tmp_path / "two", tmp_path / "mine.safetensors"
+    two.mkdir()
+    for place in (file, two / "a.safetensors", two / "b.safetensors"):
+        place.write_bytes(b"weights")
+    pinned = f"{file}#sha256={hashlib.sha256(b'weights').hexdigest()}"
+    odd = (str(two), str(tmp_path / "none"), "hf:owner/name", "data:;base64," + "A" * 10_000, "a\0b")
+    digest = (hashlib.sha256(b"weights").hexdigest(),)
+    assert digests([str(file), pinned, *odd]) == {str(file): digest, pinned: digest}
