@@ -83,11 +83,10 @@ class Connection:
             answer = requests.request(
                 method, url, json=body, auth=self._sign, timeout=(10, seconds), allow_redirects=False
             )
+            is_json = "json" in answer.headers.get("Content-Type", "")
+            return answer.status_code, answer.json() if is_json else answer.text
         except requests.RequestException as error:  # its text may hold headers
             raise PlaygroundError(f"{_shown(self.url)} does not answer: {type(error).__name__}.") from None
-        if "json" in answer.headers.get("Content-Type", ""):
-            return answer.status_code, answer.json()
-        return answer.status_code, answer.text
 
     def get(self, address: str) -> Any:
         """The JSON there. Raises PlaygroundError."""

@@ -147,8 +147,8 @@ class TrainConfig:
     @property
     def samples(self) -> tuple[str, ...]:
         """The prompts of the sample images."""
-        named = tuple(line.strip() for line in self.sample_prompts.splitlines() if line.strip())
-        return named or tuple(self._filled(scene) for scene in SCENES[self.lora_type])
+        named = (line.strip().replace("[trigger]", self.trigger) for line in self.sample_prompts.splitlines())
+        return tuple(filter(None, named)) or tuple(self._filled(scene) for scene in SCENES[self.lora_type])
 
     def targets(self, names: Iterable[str]) -> list[str]:
         """Those of a denoiser's linear layers that are to be adapted. Raises RequestError when none is."""

@@ -80,6 +80,15 @@ def test_where_the_request_itself_breaks_off_it_has_failed() -> None:
     assert server.paths("POST") == []
 
 
+def test_an_answer_that_breaks_off_is_none() -> None:
+    broken = (200, b'{"status": ', {"Content-Type": "application/json"})
+    with (
+        answering(lambda *_: broken) as server,
+        pytest.raises(PlaygroundError, match=r"does not answer: JSONDecodeError"),
+    ):
+        Connection(server.url).get("/openapi.json")
+
+
 def test_a_prediction_on_replicate_outlives_a_poll_that_is_dropped() -> None:
     states = iter(["processing", "", "succeeded"])
 

@@ -217,7 +217,7 @@ def test_samples_show_the_lora_and_disturb_nothing(load: Load, pictures: list[Pi
     settings = config(steps=4, lora_alpha=10.0, ema_decay=0.5)
     plain = train_lora(load, pictures, settings, tmp_path)
     (tmp_path / "sampled").mkdir()
-    sampling = {"sample_steps": 2, "sample_interval": 2, "sample_prompts": "a sbu toy\n\n a dog "}
+    sampling = {"sample_steps": 2, "sample_interval": 2, "sample_prompts": "a [trigger] toy\n\n a dog "}
     sampled = train_lora(load, pictures, dataclasses.replace(settings, **sampling), tmp_path / "sampled")
     files = sorted(path.name for path in (tmp_path / "sampled" / "samples").iterdir())
     assert files == ["step_000002_0.png", "step_000002_1.png", "step_000004_0.png", "step_000004_1.png"]
