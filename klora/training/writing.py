@@ -40,7 +40,7 @@ def require_place(out: Path) -> None:
         _part(out).unlink()
     except OSError as error:
         raise RequestError(
-            f"out is {str(out)!r}, where no file can be made: {error}. Expected a place to write."
+            f"out is {str(out)!r}, where no file can be made: {error.strerror}. Expected a place to write."
         ) from error
 
 
