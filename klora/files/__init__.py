@@ -18,7 +18,7 @@ from klora.files.embeddings import taught
 from klora.files.factors import converted_sides, modules, pairs, weightless
 from klora.files.names import Inventory, Rename, located
 from klora.files.origin import stranger
-from klora.files.report import report, triggers
+from klora.files.report import is_trigger, report
 from klora.lora import LoRA
 
 
@@ -36,9 +36,7 @@ def read_lora(path: Path, inventory: Inventory, rename: Rename, widths: Mapping[
         ordered = {part: {n: found[part, n] for n in names if (part, n) in found} for part, names in inventory.items()}
         layers = ordered.pop(next(iter(inventory)))
         texts = {part: layers for part, layers in ordered.items() if layers}
-        metadata = dict(contents.metadata)
-        metadata.pop("lora_adapter_metadata", None)
-        if metadata.get("trigger") not in triggers(metadata):  # no word for prompts
-            metadata.pop("trigger", None)
+        told = {key: text for key, text in contents.metadata.items() if key != "lora_adapter_metadata"}
+        metadata = {key: text for key, text in told.items() if key != "trigger" or is_trigger(text)}
         lora = LoRA(layers, texts, metadata, taught(contents, widths))
         return replace(lora, report=report(contents, spelled, lora, error))

@@ -26,9 +26,9 @@ def with_alphas(found: Mapping[Place, LowRank], contents: Contents) -> dict[Plac
     if sum((in_tensors, "lora_alpha" in header, not beside.keys().isdisjoint(_ALPHA.values()))) > 1:
         raise LoRAError("states alpha in its tensors and in its metadata. Expected one of the two.")
     try:
-        config = dict(json.loads(header))
-        config |= {f"{part}.{key}": value for part in {part for part, _ in found} for key, value in beside.items()}
-        return {(part, name): _scaled(part, name, pair, config) for (part, name), pair in found.items()}
+        told = dict(json.loads(header))
+        configs = {part: _checked(_of_part(told, part) | dict(beside)) for part in {part for part, _ in found}}
+        return {(part, name): _scaled(name, pair, configs[part]) for (part, name), pair in found.items()}
     except LoRAError:
         raise
     except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -37,25 +37,37 @@ def with_alphas(found: Mapping[Place, LowRank], contents: Contents) -> dict[Plac
         ) from error
 
 
-def _scaled(part: str, name: str, pair: LowRank, config: Mapping[str, Any]) -> LowRank:
-    own = {key.removeprefix(f"{part}."): value for key, value in config.items() if key.startswith(f"{part}.")}
-    kind = str(own.get("peft_type") or "LORA")
-    if kind not in _ALPHA:
+def _of_part(told: Mapping[str, Any], part: str) -> dict[str, Any]:
+    return {key.removeprefix(f"{part}."): value for key, value in told.items() if key.startswith(f"{part}.")}
+
+
+def _checked(config: dict[str, Any]) -> dict[str, Any]:
+    """One component's config, of a kind whose pairs are all there is to it. Raises LoRAError."""
+    if (kind := _kind(config)) not in _ALPHA:
         raise LoRAError(f"is PEFT's {kind[:40]}. Expected {', '.join(_ALPHA)}.")
-    if own.get("use_dora"):
+    if config.get("use_dora"):
         raise LoRAError("has use_dora in its adapter metadata. Expected LoRA without magnitudes.")
-    if _MOVED.search(str(own.get("init_lora_weights"))):
+    if _MOVED.search(begun := str(config.get("init_lora_weights"))):
         raise LoRAError(
-            f"has init_lora_weights {str(own['init_lora_weights'])[:40]!r}, which changes the base's weights. Expected "
-            "pairs for the base as it was published."
+            f"has init_lora_weights {begun[:40]!r}, which changes the base's weights. Expected pairs for the "
+            "base as it was published."
         )
-    alpha = _of_layer(name, own, _ALPHA[kind], "alpha_pattern")
+    return config
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    return str(config.get("peft_type") or "LORA")
+
+
+def _scaled(name: str, pair: LowRank, config: Mapping[str, Any]) -> LowRank:
+    kind = _kind(config)
+    alpha = _of_layer(name, config, _ALPHA[kind], "alpha_pattern")
     if alpha is None:
         return pair
     if kind == "LORA":
-        return scaled(name, pair, float(alpha), math.sqrt(pair.rank) if own.get("use_rslora") else pair.rank)
+        return scaled(name, pair, float(alpha), math.sqrt(pair.rank) if config.get("use_rslora") else pair.rank)
     # PEFT divides by the rank that it was given, which is not the pair's, also where no factor is thin.
-    if (rank := int(_of_layer(name, own, "r", "rank_pattern"))) < 1:
+    if (rank := int(_of_layer(name, config, "r", "rank_pattern"))) < 1:
         raise ValueError(f"r {rank}")
     return scaled(name, pair, float(alpha), rank)
 

@@ -66,11 +66,15 @@ def report(contents: Contents, spelled: Mapping[str, Module], lora: LoRA, inexac
 
 
 def triggers(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """Words that a file's metadata says call it, the surest first; from a trainer's captions the most frequent tags.
-    Only such as can stand in a prompt and in a line of a log."""
+    """Words that a file's metadata says call it, the surest first; from a trainer's captions the most frequent tags."""
     said = [metadata.get(key, "") for key in ("trigger", "modelspec.trigger_phrase", "ss_trigger", "instance_prompt")]
     words = (*said, *_tags(metadata.get("ss_tag_frequency", "")))
-    return tuple(dict.fromkeys(word for word in words if word.isprintable() and 0 < len(word) <= MAX_TRIGGER))
+    return tuple(dict.fromkeys(filter(is_trigger, words)))
+
+
+def is_trigger(word: str) -> bool:
+    """Whether it can stand in a prompt and in a line of a log."""
+    return word.isprintable() and 0 < len(word) <= MAX_TRIGGER
 
 
 def stated_alphas(path: Path) -> dict[float, int]:

@@ -24,24 +24,9 @@ from klora.training.cache import encode_pictures
 from klora.training.config import TrainConfig
 from klora.training.dataset import Picture
 from klora.training.publishing import Publishing
-from test_folder.jobs import QUICK, entered, held, klora_train, trained, weights_of
+from test_folder.jobs.short import QUICK, entered, held, klora_train, trained, weights_of
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def shell(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working folder with a folder of pictures, and the tiny bases installed."""
-    entered(tmp_path, bases, monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def quick(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tar of a training of those pictures by QUICK alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        entered(tmp_path_factory.mktemp("quick"), bases, patch)
-        trained("quick.tar")
-        return Path("quick.tar").resolve()
 
 
 @pytest.fixture(scope="module")

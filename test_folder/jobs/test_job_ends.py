@@ -12,15 +12,9 @@ from klora.training import job, loop, objective
 from klora.training.config import TrainConfig
 from klora.training.loop import Progress
 from klora.training.writing import whole
-from test_folder.jobs import entered, held, trained, weights_of
+from test_folder.jobs.short import held, trained, weights_of
 
 LEFT = "What was learnt is in left.tar, which resume_from takes up."
-
-
-@pytest.fixture(autouse=True)
-def shell(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working folder with a folder of pictures, and the tiny bases installed."""
-    entered(tmp_path, bases, monkeypatch)
 
 
 # Where it is written

@@ -20,22 +20,7 @@ from klora.errors import RequestError
 from klora.training import job, taken_up
 from klora.training.config import TrainConfig
 from klora.training.loop import Progress
-from test_folder.jobs import entered, held, klora_train, trained, weights_of
-
-
-@pytest.fixture(autouse=True)
-def shell(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working folder with a folder of pictures, and the tiny bases installed."""
-    entered(tmp_path, bases, monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def quick(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tar of a training of those pictures by QUICK alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        entered(tmp_path_factory.mktemp("quick"), bases, patch)
-        trained("quick.tar")
-        return Path("quick.tar").resolve()
+from test_folder.jobs.short import held, klora_train, trained, weights_of
 
 
 def steps_of(tar: Mapping[str, bytes]) -> str:
