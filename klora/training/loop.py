@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from klora.device import default_device, free_bytes
+from klora.device import default_device, free_bytes, trainable_attention
 from klora.errors import RequestError
 from klora.form.request import Request
 from klora.layers import trainable
@@ -108,7 +108,7 @@ def train_lora(
     denoiser: Any = model.denoiser.requires_grad_(False)
     if mode.checkpointing:
         denoiser.enable_gradient_checkpointing()
-    with trainable(denoiser, layers) as gate:
+    with trainable_attention(), trainable(denoiser, layers) as gate:
         objective = Objective(model, gate.fill_(run.scale), config.snr_gamma, config.prior_loss_weight)
         if mode.compiled:
             denoiser.compile_repeated_blocks(dynamic=True)

@@ -60,6 +60,21 @@ def test_the_base_is_as_it_was_and_every_layer_has_learnt(load: Load, pictures: 
     assert all(pair.B.abs().max() > 0 and pair.A.dtype == torch.float32 for pair in lora.values())
 
 
+def test_nothing_is_trained_through_cudnn_attention(load: Load, pictures: list[Picture], tmp_path: Path) -> None:
+    """Whose backward pass fails on an H200; checkpointing, which calls layers from the backward pass, included."""
+    allowed, before = set[bool](), torch.backends.cuda.cudnn_sdp_enabled()
+
+    def watched(**options: Any) -> Family:
+        model = load(**options)
+        for block in model.denoiser.modules() if model.denoiser is not None else ():
+            if type(block).__name__ in ("Attention", "FluxAttention"):
+                block.register_forward_pre_hook(lambda *_: allowed.add(torch.backends.cuda.cudnn_sdp_enabled()))
+        return model
+
+    train_lora(watched, pictures, config(steps=2, gradient_checkpointing="on"), tmp_path)
+    assert allowed == {False} and torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
 def test_encoders_are_gone_before_the_denoiser_comes(load: Load, pictures: list[Picture], tmp_path: Path) -> None:
     alive: list[tuple[str, weakref.ref[Any]]] = []
 
