@@ -52,7 +52,7 @@ def test_every_subject_and_style_has_a_lora_of_at_most_3_mb_that_names_its_trigg
         assert loaded(base).read_lora(file).metadata["trigger"] in ("sbu", "szn")
 
 
-# On SDXL this style acts in nearly all layers, unless it is held back or begins.
+# A setting at which each base shows both of this pair.
 @pytest.mark.parametrize(("base", "fused"), [("sdxl", "K-LoRA s*"), ("flux-dev", "K-LoRA s, style_bias 0.85")])
 def test_each_way_to_fuse_shows_what_it_should(base: str, fused: str) -> None:
     """Content alone the subject, style alone the style, and K-LoRA more of the one than style alone and more of the
