@@ -1,10 +1,7 @@
 """Which device to run on, in which dtype, and how much of its memory is free. Knows nothing of models."""
 
-from contextlib import AbstractContextManager
-
 import psutil
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def default_device() -> torch.device:
@@ -17,13 +14,6 @@ def default_device() -> torch.device:
 def default_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on CUDA; float32 elsewhere (bfloat16 on a CPU is tens of times slower)."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def trainable_attention() -> AbstractContextManager[None]:
-    """Within it attention is not cuDNN's, which torch likes best on an H100 or H200: its backward reads memory that is
-    not its own at FLUX.1's 4,608 tokens (torch 2.11, seen on an H200), and is no number at other lengths with a mask
-    (pytorch/pytorch issue 196678). What runs forward alone keeps it."""
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def free_bytes(device: torch.device) -> int:

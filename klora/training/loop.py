@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from klora.device import default_device, free_bytes, trainable_attention
+from klora.device import default_device, free_bytes
 from klora.errors import RequestError
 from klora.form.request import Request
 from klora.layers import trainable
@@ -29,7 +29,7 @@ from klora.training.cost import step_memory
 from klora.training.dataset import Picture, captioned
 from klora.training.draw import Draw, Material
 from klora.training.memory import Mode, check_precision, choose
-from klora.training.objective import Objective
+from klora.training.objective import Objective, trainable_attention
 from klora.training.run import Run, new_run, require_optimizer
 from klora.training.writing import whole
 

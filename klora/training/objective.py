@@ -5,11 +5,12 @@ A family contributes predict().   Shape legend: N examples, C channels, H and W 
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from klora.models.family import Conditioning, Family, Prediction
@@ -111,6 +112,13 @@ def shifted(times: Tensor, tokens: int) -> Tensor:
     256 tokens to 1.15 at 4096, a token being 2 x 2 cells."""
     shift = math.exp(0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256))
     return shift * times / (1 + (shift - 1) * times)
+
+
+def trainable_attention() -> AbstractContextManager[None]:
+    """Within it attention is not cuDNN's, which torch likes best on an H100 or H200: its backward reads memory that is
+    not its own at FLUX.1's 4,608 tokens (torch 2.11, seen on an H200), and is no number at other lengths with a mask
+    (pytorch/pytorch issue 196678). What runs forward alone keeps it."""
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 @contextmanager
