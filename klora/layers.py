@@ -2,7 +2,7 @@
 
 Both LoRAs are stacked along the rank and the rank is gated:
 
-    y = W x + b + B (g * (A x))        A = [A_1; A_2; ...]  [R, I]     B = [B_1, B_2, ...]  [O, R]     g  [R]
+    y = W x + b + B (g * A) x        A = [A_1; A_2; ...]  [R, I]     B = [B_1, B_2, ...]  [O, R]     g  [R, 1]
 
 Two engines, equal up to rounding:   gated   computes that formula; needs little memory, works on any base weight.
                                      merged  gives each touched layer an active weight W + B diag(g) A, rewritten only
@@ -46,16 +46,16 @@ class Planner(Protocol):
 
 
 class LoRALinear(nn.Module):
-    """base(x) + B (gate * (A x)); serves training (gate of ones), one LoRA, a weighted sum and a switching pair.
+    """base(x) + B A x, for inference, in three kernels; one LoRA, a weighted sum and a switching pair.
 
-    lora_A [R, I], lora_B [O, R], gate [R]. The factors are cast to the activation's dtype, so trained ones stay fp32.
+    lora_A [R, I], lora_B [O, R]; their values may change between calls. Cast to the activations' dtype, which they have
+    but beside quantised weights.
     """
 
-    def __init__(self, base: nn.Linear, lora_A: Tensor, lora_B: Tensor, gate: Tensor) -> None:
+    def __init__(self, base: nn.Linear, lora_A: Tensor, lora_B: Tensor) -> None:
         super().__init__()
         self.base = base
         self.lora_A, self.lora_B = lora_A, lora_B
-        self.gate = gate
         # Pipelines and text encoders ask a linear for these.
         self.in_features, self.out_features = base.in_features, base.out_features
 
@@ -68,7 +68,23 @@ class LoRALinear(nn.Module):
         return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.linear(x, self.lora_A.to(x.dtype)) * self.gate.to(x.dtype)
+        y: Tensor = self.base(x)  # of this call alone, and so added to where it lies
+        hidden = F.linear(x, self.lora_A.to(x.dtype)).reshape(-1, self.lora_A.shape[0])
+        return y.reshape(-1, self.out_features).addmm_(hidden, self.lora_B.to(x.dtype).t()).view(y.shape)
+
+
+class TrainableLinear(LoRALinear):
+    """base(x) + gate B A x, for training: gradients reach lora_A and lora_B, which may be float32.
+
+    gate []: one for many layers, 0 for the base alone.
+    """
+
+    def __init__(self, base: nn.Linear, lora_A: Tensor, lora_B: Tensor, gate: Tensor) -> None:
+        super().__init__(base, lora_A, lora_B)
+        self.gate = gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.linear(x, self.lora_A.to(x.dtype)) * self.gate
         return self.base(x) + F.linear(hidden, self.lora_B.to(x.dtype))
 
 
@@ -114,19 +130,21 @@ def attached(
         if engine == "merged":
             yield Gate(plan, engine, _lend_merged(linears, plan, pairs, loans))
         else:
-            yield Gate(plan, engine, _lend_gated(denoiser, plan, pairs, loans))
+            yield Gate(plan, engine, _lend_gated(denoiser, plan, linears, pairs, loans))
 
 
 @contextmanager
 def trainable(denoiser: nn.Module, layers: Mapping[str, LowRank]) -> Iterator[Tensor]:
     """Lend low-rank pairs to a module as they are, so that gradients reach their own A and B.
 
-    layers: {module name: pair}, A and B nn.Parameters on the module's device, in any float dtype. Yields all their
-    gates as one tensor of ones; zeros make the module the base again.
+    layers: {module name: pair}, A and B nn.Parameters on the module's device, in any float dtype. Yields the gate of
+    all, a one []; zero makes the module the base again.
     """
+    gate = torch.ones((), device=next((pair.A.device for pair in layers.values()), None))
     with lending() as loans:
-        gates = _lend_linears(loans, denoiser, layers)
-        yield gates.fill_(1)
+        for name, pair in layers.items():
+            _lend_linear(loans, denoiser, name, TrainableLinear(_linear(denoiser, name), pair.A, pair.B, gate))
+        yield gate
 
 
 @contextmanager
@@ -182,29 +200,34 @@ def _merge(weight: Tensor, pairs: Pairs, gates: list[float], out: Tensor) -> Non
         torch.addmm(weight, both.B, both.A, out=out)
 
 
-def _lend_gated(denoiser: nn.Module, plan: Plan, pairs: list[Pairs], loans: list[Loan]) -> Apply:
-    stacked = [_stacked([pair for pair in own if pair is not None]) for own in pairs]
-    everywhere = _lend_linears(loans, denoiser, dict(zip(plan.layers, stacked, strict=True)))
-    ranks = torch.tensor([[pair.rank if pair else 0 for pair in own] for own in pairs], dtype=torch.long)
-    gates = plan.gates.float().flatten(1).repeat_interleave(ranks.flatten(), dim=1).to(everywhere.device)
+def _lend_gated(
+    denoiser: nn.Module, plan: Plan, linears: list[nn.Linear], pairs: list[Pairs], loans: list[Loan]
+) -> Apply:
+    """A LoRALinear in the place of each layer, whose A holds the gates: g * (A x) is (g * A) x, at no cost per step."""
+    rows: list[
+        list[tuple[Tensor, Tensor, int]]
+    ] = []  # of each layer: (an A, its place in the stacked one, whose it is)
+    for name, linear, own in zip(plan.layers, linears, pairs, strict=True):
+        acting = [(pair, lora) for lora, pair in enumerate(own) if pair is not None]
+        stacked = _stacked([pair for pair, _ in acting])
+        places = stacked.A.split([pair.rank for pair, _ in acting])
+        rows.append([(pair.A, place, lora) for (pair, lora), place in zip(acting, places, strict=True)])
+        _lend_linear(loans, denoiser, name, LoRALinear(linear, stacked.A, stacked.B))
+    gates = plan.gates.cpu()
 
     def apply(step: int, changed: list[int]) -> None:
-        everywhere.copy_(gates[step])
+        own = gates[step].tolist()
+        written = [(place, A, own[index][lora]) for index in changed for A, place, lora in rows[index]]
+        places, pristine, factors = (list(column) for column in zip(*written, strict=True))
+        torch._foreach_copy_(places, pristine)  # of one size or another, in a launch or two
+        torch._foreach_mul_(places, factors)
 
     return apply
 
 
-def _lend_linears(loans: list[Loan], denoiser: nn.Module, layers: Mapping[str, LowRank]) -> Tensor:
-    """Swap a LoRALinear in for each layer. Returns their gates, zeros [sum of ranks]: one buffer, so that a step is one
-    copy and, the addresses never changing, compiled code never retraces."""
-    ranks = [pair.rank for pair in layers.values()]
-    device = next((pair.A.device for pair in layers.values()), None)
-    everywhere = torch.zeros(sum(ranks), device=device)
-    for (name, pair), gate in zip(layers.items(), everywhere.split(ranks), strict=True):
-        path, _, child = name.rpartition(".")
-        linear = LoRALinear(_linear(denoiser, name), pair.A, pair.B, gate)
-        lend(loans, denoiser.get_submodule(path)._modules, child, linear)
-    return everywhere
+def _lend_linear(loans: list[Loan], denoiser: nn.Module, name: str, linear: LoRALinear) -> None:
+    path, _, child = name.rpartition(".")
+    lend(loans, denoiser.get_submodule(path)._modules, child, linear)
 
 
 def _placed(lora: Mapping[str, LowRank], linears: list[nn.Linear]) -> Mapping[str, LowRank]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from klora.fusion import Fusion, Schedule, fuse
-from klora.layers import Engine, attached
+from klora.layers import Engine, LoRALinear, attached
 from klora.lora import LowRank
 from test_folder import tiny
 
@@ -50,7 +50,7 @@ def products(fusion: Fusion | None, engine: Engine = "merged") -> tuple[int, lis
     """Floating-point operations of matrix products: of lending, and of each step with its flips."""
     block, x = Block(), torch.randn(TOKENS, 16)
     totals = []
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:
         with attached(block, fusion, SCHEDULE, steps=STEPS, engine=engine) if fusion else nullcontext() as gate:
             for step in range(STEPS):
                 totals.append(counter.get_total_flops())
@@ -59,6 +59,11 @@ def products(fusion: Fusion | None, engine: Engine = "merged") -> tuple[int, lis
                 block(x)
         totals.append(counter.get_total_flops())
     return totals[0], [after - before for before, after in pairwise(totals)]
+
+
+def addmm_flops(total: torch.Size, left: torch.Size, right: torch.Size, **_: object) -> int:
+    """Of the product that is added to where the total lies, which torch's counter does not know."""
+    return 2 * left[0] * left[1] * right[1]
 
 
 def flips(fusion: Fusion) -> Tensor:
@@ -120,6 +125,11 @@ def test_what_a_captured_graph_reads_stays_where_it_is(fusion: Fusion, engine: E
 
 
 def addresses(block: nn.Module) -> dict[str, int]:
-    """Of every parameter, and of every gate, which is none."""
-    gates = {name: module.gate for name, module in block.named_modules() if hasattr(module, "gate")}
-    return {name: tensor.data_ptr() for name, tensor in [*block.named_parameters(), *gates.items()]}
+    """Of every parameter, and of every factor that is lent, which is none."""
+    factors = {
+        f"{name}.{factor}": getattr(module, factor)
+        for name, module in block.named_modules()
+        for factor in ("lora_A", "lora_B")
+        if isinstance(module, LoRALinear)
+    }
+    return {name: tensor.data_ptr() for name, tensor in [*block.named_parameters(), *factors.items()]}
