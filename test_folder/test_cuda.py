@@ -83,6 +83,18 @@ def test_a_seed_means_the_same_image_and_both_engines_draw_it(
     assert engines == ["merged"] * 3 + ["gated"]
 
 
+@pytest.mark.parametrize(("outputs", "inputs", "rank"), [(64, 128, 8), (70, 130, 3), (200, 336, 40)])
+def test_a_merge_in_one_kernel_is_the_sum_rounded_once(outputs: int, inputs: int, rank: int) -> None:
+    merge = pytest.importorskip("merging").merge
+    weight, lora_A, lora_B = (
+        torch.randn(shape, device=CUDA).bfloat16() for shape in ((outputs, inputs), (rank, inputs), (outputs, rank))
+    )
+    out = torch.full_like(weight, torch.nan)
+    merge(weight, lora_A, lora_B, 0.7, out)
+    exact = weight.double() + 0.7 * (lora_B.double() @ lora_A.double())
+    torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=1e-4)
+
+
 @pytest.mark.parametrize("inputs", [{}, {"num_outputs": 2}, {"scheduler": "PNDM", "guidance_scale": 1.0}], ids=str)
 def test_a_recorded_denoiser_draws_the_very_image(
     model: Family, loras: Path, monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Any]
