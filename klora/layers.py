@@ -13,6 +13,7 @@ Knows no fusion, no pipeline and no file. The base's own parameters are never wr
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, Protocol, Self
 
 import torch
@@ -73,21 +74,6 @@ class LoRALinear(nn.Module):
         return y.reshape(-1, self.out_features).addmm_(hidden, self.lora_B.to(x.dtype).t()).view(y.shape)
 
 
-class TrainableLinear(LoRALinear):
-    """base(x) + gate B A x, for training: gradients reach lora_A and lora_B, which may be float32.
-
-    gate []: one for many layers, 0 for the base alone.
-    """
-
-    def __init__(self, base: nn.Linear, lora_A: Tensor, lora_B: Tensor, gate: Tensor) -> None:
-        super().__init__(base, lora_A, lora_B)
-        self.gate = gate
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = F.linear(x, self.lora_A.to(x.dtype)) * self.gate
-        return self.base(x) + F.linear(hidden, self.lora_B.to(x.dtype))
-
-
 class Gate:
     """What attached() yields: moves the attached LoRAs to a denoising step."""
 
@@ -130,21 +116,7 @@ def attached(
         if engine == "merged":
             yield Gate(plan, engine, _lend_merged(linears, plan, pairs, loans))
         else:
-            yield Gate(plan, engine, _lend_gated(denoiser, plan, linears, pairs, loans))
-
-
-@contextmanager
-def trainable(denoiser: nn.Module, layers: Mapping[str, LowRank]) -> Iterator[Tensor]:
-    """Lend low-rank pairs to a module as they are, so that gradients reach their own A and B.
-
-    layers: {module name: pair}, A and B nn.Parameters on the module's device, in any float dtype. Yields the gate of
-    all, a one []; zero makes the module the base again.
-    """
-    gate = torch.ones((), device=next((pair.A.device for pair in layers.values()), None))
-    with lending() as loans:
-        for name, pair in layers.items():
-            _lend_linear(loans, denoiser, name, TrainableLinear(_linear(denoiser, name), pair.A, pair.B, gate))
-        yield gate
+            yield Gate(plan, engine, _lend_gated(denoiser, plan, pairs, loans))
 
 
 @contextmanager
@@ -200,34 +172,32 @@ def _merge(weight: Tensor, pairs: Pairs, gates: list[float], out: Tensor) -> Non
         torch.addmm(weight, both.B, both.A, out=out)
 
 
-def _lend_gated(
-    denoiser: nn.Module, plan: Plan, linears: list[nn.Linear], pairs: list[Pairs], loans: list[Loan]
-) -> Apply:
-    """A LoRALinear in the place of each layer, whose A holds the gates: g * (A x) is (g * A) x, at no cost per step."""
-    rows: list[
-        list[tuple[Tensor, Tensor, int]]
-    ] = []  # of each layer: (an A, its place in the stacked one, whose it is)
-    for name, linear, own in zip(plan.layers, linears, pairs, strict=True):
+def _lend_gated(denoiser: nn.Module, plan: Plan, pairs: list[Pairs], loans: list[Loan]) -> Apply:
+    """A LoRALinear in the place of each layer, whose A holds the gates: B (g * (A x)) is B (g * A) x, at no cost per
+    step. Its factors never change their place, so that compiled code is not traced again."""
+    rows: list[list[tuple[Tensor, Tensor, int]]] = []  # of each layer: (its place in the stacked A, an A, whose it is)
+    for name, own in zip(plan.layers, pairs, strict=True):
         acting = [(pair, lora) for lora, pair in enumerate(own) if pair is not None]
-        stacked = _stacked([pair for pair, _ in acting])
-        places = stacked.A.split([pair.rank for pair, _ in acting])
-        rows.append([(pair.A, place, lora) for (pair, lora), place in zip(acting, places, strict=True)])
-        _lend_linear(loans, denoiser, name, LoRALinear(linear, stacked.A, stacked.B))
+        both = _stacked([pair for pair, _ in acting])
+        places = both.A.split([pair.rank for pair, _ in acting])
+        rows.append([(place, pair.A, lora) for place, (pair, lora) in zip(places, acting, strict=True)])
+        lend_linear(loans, denoiser, name, partial(LoRALinear, lora_A=both.A, lora_B=both.B))
     gates = plan.gates.cpu()
 
     def apply(step: int, changed: list[int]) -> None:
         own = gates[step].tolist()
-        written = [(place, A, own[index][lora]) for index in changed for A, place, lora in rows[index]]
+        written = [(place, A, own[index][lora]) for index in changed for place, A, lora in rows[index]]
         places, pristine, factors = (list(column) for column in zip(*written, strict=True))
-        torch._foreach_copy_(places, pristine)  # of one size or another, in a launch or two
+        torch._foreach_copy_(places, pristine)  # all in a launch or two
         torch._foreach_mul_(places, factors)
 
     return apply
 
 
-def _lend_linear(loans: list[Loan], denoiser: nn.Module, name: str, linear: LoRALinear) -> None:
+def lend_linear(loans: list[Loan], module: nn.Module, name: str, adapted: Callable[[nn.Linear], LoRALinear]) -> None:
+    """Put adapted(linear) in the place of a module's linear layer, until lending() ends. Raises LoRAError."""
     path, _, child = name.rpartition(".")
-    lend(loans, denoiser.get_submodule(path)._modules, child, linear)
+    lend(loans, module.get_submodule(path)._modules, child, adapted(_linear(module, name)))
 
 
 def _placed(lora: Mapping[str, LowRank], linears: list[nn.Linear]) -> Mapping[str, LowRank]:

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from klora.layers import trainable
 from klora.lora import LowRank
 from klora.models import FAMILIES, load_model
 from klora.models.family import Family, Prediction, linear_shapes
 from klora.training.objective import Batch, Objective, draw_noise, draw_times, errors, shifted
+from klora.training.trainable import trainable
 from test_folder import tiny
 
 CPU = torch.device("cpu")

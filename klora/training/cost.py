@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from klora.layers import trainable
 from klora.lora import LowRank
 from klora.models.family import Conditioning, Family
 from klora.training.objective import Batch, Objective
+from klora.training.trainable import trainable
 
 
 class Memory(NamedTuple):

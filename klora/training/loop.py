@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from klora.device import default_device, free_bytes
 from klora.errors import RequestError
 from klora.form.request import Request
-from klora.layers import trainable
 from klora.lora import LoRA, LowRank, save_lora
 from klora.models.family import Family, linear_shapes
 from klora.training.cache import encode_pictures, encode_texts, keyed_generator
@@ -31,6 +30,7 @@ from klora.training.draw import Draw, Material
 from klora.training.memory import Mode, check_precision, choose
 from klora.training.objective import Objective, trainable_attention
 from klora.training.run import Run, new_run, require_optimizer
+from klora.training.trainable import trainable
 from klora.training.writing import whole
 
 Load = Callable[..., Family]

@@ -43,7 +43,7 @@ class Batch(NamedTuple):
 
 
 class Objective(nn.Module):
-    """The loss as a module, so that accelerate can run it on several processes. gate: the LoRAs' (layers.trainable)."""
+    """The loss as a module, so that accelerate can run it on several processes. gate: the LoRAs' (trainable())."""
 
     def __init__(self, model: Family, gate: Tensor, snr_gamma: float | None = None, prior_weight: float = 1.0) -> None:
         super().__init__()

@@ -9,13 +9,13 @@ from peft import LoraConfig
 from PIL import Image
 
 from klora import FAMILIES
-from klora.layers import trainable
 from klora.models.family import Family, linear_shapes
 from klora.training.config import TrainConfig
 from klora.training.dataset import Picture
 from klora.training.draw import Draw
 from klora.training.loop import Load, encode, new_layers, train_lora
 from klora.training.objective import Batch, Objective
+from klora.training.trainable import trainable
 from test_folder.trainer.material import CPU, QUICK, config, png
 
 
