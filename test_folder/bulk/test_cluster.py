@@ -42,6 +42,7 @@ def ray(bases: Path) -> Iterator[Any]:
         tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as own,
     ):
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # Ray's own 15 starves them beside other tests
         patch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
         patch.setenv("KLORA_MODELS", str(bases))
         ray = pytest.importorskip("ray")
