@@ -5,6 +5,7 @@ A verb imports what it needs when it runs: torch takes seconds, and help, comple
 
 import errno
 import logging
+import os
 import signal
 import sys
 import time
@@ -210,6 +211,8 @@ def _command(verb: Callable[..., None], *forms: type, without: Collection[str] =
 
     def run(**given: Any) -> None:
         try:
+            if out := given.get("out"):
+                _check_writable(out)
             weights.use_toys_if_no_bases()
             verb(**{name: value for name, value in given.items() if value is not None})
         except (KLoRAError, OSError) as error:
@@ -220,6 +223,13 @@ def _command(verb: Callable[..., None], *forms: type, without: Collection[str] =
 
     run.__signature__ = options_of(verb, *forms, without=without)  # type: ignore[attr-defined]
     app.command(verb.__name__, help=verb.__doc__)(run)
+
+
+def _check_writable(out: Path) -> None:
+    """Raise RequestError where nothing can be written, before the work is done that would be."""
+    nearest = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not os.access(nearest, os.W_OK) or (nearest != out and not nearest.is_dir()):
+        raise RequestError(f"out is {str(out)!r}, but {nearest} cannot be written to. Expected a path that can be.")
 
 
 def _told(error: KLoRAError | OSError) -> str:

@@ -13,7 +13,6 @@ from klora.files.shelf import Shelf
 from klora.report import inspection
 
 REFUSED = "Error: {} cannot be read or written: {}. Expected a path that can be.\n"
-NO_FOLDER = REFUSED.format("afile/sub", "Not a directory")
 QUICK = ("--num-inference-steps", "2", "--disable-safety-checker", "--model", "sdxl")
 PAIR = ("content.safetensors", "style.safetensors")
 VERBS = {
@@ -57,11 +56,14 @@ def shell(bases: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("verb", OUTS)
-def test_an_out_below_a_file_is_one_line_and_status_one(shell: Path, verb: str) -> None:
+def test_an_out_below_a_file_is_refused_before_any_work(
+    shell: Path, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (shell / "afile").touch()
+    monkeypatch.setattr("weights.LoRAFiles", None)  # nothing is read
     result = run(*VERBS[verb], "--out", OUTS[verb])
-    assert (result.exit_code, result.stderr.splitlines(keepends=True)[-1]) == (1, NO_FOLDER)
-    assert "Traceback" not in result.stderr
+    said = f"out is {OUTS[verb]!r}, but {shell / 'afile'} cannot be written to. Expected a path that can be."
+    assert (result.exit_code, result.stderr) == (1, f"Error: {said}\n")
 
 
 @pytest.mark.parametrize(
