@@ -15,7 +15,11 @@ PROGRAMS = [ROOT / name for name in ("predict.py", "train.py", "weights.py")]
 PACKAGE = sorted((ROOT / "klora").rglob("*.py"))
 PLAYGROUND = sorted((ROOT / "playground").glob("*.py"))
 FILES = [path for path in PROGRAMS if path.exists()] + PACKAGE + PLAYGROUND
-FAMILIES = [path for path in PACKAGE if path.parent.name == "models" and path.name not in ("__init__.py", "family.py")]
+FAMILIES = [
+    path
+    for path in PACKAGE
+    if path.parent.name == "models" and path.name not in ("__init__.py", "family.py", "prompts.py")
+]
 
 # Library: the only files that may import it, by their beginning.
 BORDERS = {
@@ -44,7 +48,8 @@ LAYERS = {
     "klora/files/": {"klora.errors", "klora.lora", *FILES_OF_LORAS},
     "klora/fusion.py": {"klora.errors", "klora.lora"},
     "klora/layers.py": {"klora.errors", "klora.device", "klora.lora"},
-    "klora/words.py": {"klora.layers", "klora.lora"},
+    "klora/generation/acting.py": {"klora.errors", "klora.form.request", "klora.fusion", "klora.lora"},
+    "klora/generation/words.py": {"klora.layers", "klora.lora"},
     "klora/sources/": {"klora.errors", *ROOMS["sources"]},
     "klora/cache/": {
         *("klora.errors", *ROOMS["cache"]),
@@ -63,16 +68,18 @@ LAYERS = {
         *("klora.bases.table", "klora.sources.reference"),
     },
     "klora/training/kohya.py": {"klora.errors", "klora.lora"},
+    "klora/training/trainable.py": {"klora.layers", "klora.lora"},
     "klora/form/request.py": {"klora.errors", "klora.form.fields"},
     "klora/form/pair.py": {"klora.errors", "klora.form.fields", "klora.form.request"},
     "klora/models/": {
         *("klora.errors", "klora.device", "klora.lora", "klora.form.request", "klora.models.family"),
-        *FILES_OF_LORAS,
+        *("klora.models.prompts", *FILES_OF_LORAS),
     },
     "klora/report/numbers.py": {"klora.errors", "klora.fusion", "klora.lora"},
     "klora/report/advice.py": {"klora.fusion", "klora.report.numbers"},
     "klora/report/picture.py": {"klora.report.numbers"},
     "klora/report/__init__.py": {"klora.fusion", "klora.report.advice", "klora.report.numbers"},
+    "klora/models/prompts.py": {"klora.errors"},
     "klora/models/pace.py": {"klora.device", "klora.layers", "klora.form.request", "klora.models.family"},
     "playground/": {"playground", *(f"playground.{path.stem}" for path in PLAYGROUND)},  # and nothing of klora
     "weights.py": {"klora.errors", *ROOMS["bases"], *ROOMS["cache"], *ROOMS["sources"]},
@@ -251,7 +258,7 @@ def lines_of_code(path: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("room", "most"), [("klora", 1000), ("models", 650), ("files", 740), ("report", 620), ("bulk", 480)]
+    ("room", "most"), [("klora", 850), ("models", 690), ("files", 740), ("report", 620), ("bulk", 480)]
 )
 def test_a_room_has_no_more_lines_of_code_than_fit_in_a_head(room: str, most: int) -> None:
     assert sum(lines_of_code(path) for path in PACKAGE if path.parent.name == room) < most

@@ -51,9 +51,9 @@ def lora(model: Family, rank: int, folder: Path, seed: int = 0, layers: int | No
 
 def made(model: Family, facts: dict[str, Any] | None = None, **inputs: Any) -> np.ndarray:
     loras = {name: inputs.pop(name) for name in ("content", "style") if name in inputs}
-    given = {"seed": 3, "num_inference_steps": 6, "width": 64, "height": 64} | inputs
+    given = {"prompt": "a dog", "seed": 3, "num_inference_steps": 6, "width": 64, "height": 64} | inputs
     record = facts.__setitem__ if facts is not None else lambda name, value: None
-    return np.stack([np.asarray(image) for image in generate(model, Request("a dog", **given), record=record, **loras)])
+    return np.stack([np.asarray(image) for image in generate(model, Request(**given), record=record, **loras)])
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def backend(ran: list[int]) -> Callable[..., Any]:
 def test_no_request_waits_for_a_compiler(
     load: Callable[[str], Family], family: str, tmp_path: Path, ran: list[int], backend: Callable[..., Any]
 ) -> None:
-    """After set-up no LoRA, rank, scale, schedule, size or number of images makes a graph, and compiled code runs."""
+    """After set-up no LoRA, rank, scale, schedule, prompt, size or batch makes a graph, and compiled code runs."""
     model = load(family)
     pairs = [(lora(model, a, tmp_path), lora(model, b, tmp_path, seed=1)) for a, b in ((2, 4), (8, 1))]
     compile_blocks(model, backend)
@@ -191,7 +191,7 @@ def test_no_request_waits_for_a_compiler(
     for content, style in pairs:
         for inputs in (
             {"pattern": "s"},
-            {"fusion": "sum", "content_scale": 0.5, "width": 128},
+            {"fusion": "sum", "content_scale": 0.5, "width": 128, "prompt": "a dog " * 60},
             {"fusion": "content", "num_outputs": 2, "height": 96},
             {"num_outputs": 3, "num_inference_steps": 3, "width": 96, "height": 160},
         ):

@@ -1,6 +1,6 @@
 """Words that a LoRA file teaches the text encoders: a cog-sdxl tar's embeddings.pti and OneTrainer's bundle_emb.
 
-Knows nothing of how they are lent (klora.words).
+Knows nothing of how they are lent (klora.generation.words).
 """
 
 import re

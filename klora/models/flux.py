@@ -30,6 +30,7 @@ from klora.models.family import (
     quantization,
     word_widths,
 )  # fmt: skip
+from klora.models.prompts import check_length
 
 
 class Flux:
@@ -78,9 +79,14 @@ class Flux:
         return read_lora(path, self._inventory, rename, word_widths(self))
 
     def encode_prompt(self, prompts: list[str], negative_prompts: list[str] | None = None) -> Conditioning:
-        """negative_prompts have no effect: a guidance-distilled model steers away from nothing."""
+        """negative_prompts have no effect: a guidance-distilled model steers away from nothing.
+
+        CLIP, of which the pooled output alone is taken, reads the beginning. Raises RequestError for what T5 would cut.
+        """
         device = self.pipe.text_encoder.device
         length = min(512 if self._guided else 256, self.pipe.tokenizer_2.model_max_length)
+        for prompt in prompts:
+            check_length(self.pipe.tokenizer_2, prompt, length - 1)  # T5 reads an end, too
         embeds, pooled, _ = self.pipe.encode_prompt(prompts, None, device=device, max_sequence_length=length)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 

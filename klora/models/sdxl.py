@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +34,7 @@ from klora.models.family import (
     quantization,
     word_widths,
 )  # fmt: skip
+from klora.models.prompts import pieces
 
 
 class SDXL:
@@ -95,10 +97,22 @@ class SDXL:
         return read_lora(path, self._inventory, rename, word_widths(self))
 
     def encode_prompt(self, prompts: list[str], negative_prompts: list[str] | None = None) -> Conditioning:
-        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-        device = self.pipe.text_encoder.device
-        encoded = self.pipe.encode_prompt(prompts, device=device, negative_prompt=negative_prompts)
-        return dict(zip(names, encoded, strict=True))
+        """A prompt of more tokens than CLIP reads is read in pieces, which follow one another; the first is pooled.
+        What has fewer pieces than the longest is followed by what the encoders make of nothing."""
+        device, steered = self.pipe.text_encoder.device, negative_prompts is not None
+        read = [pieces(self.pipe.tokenizer, text) for text in (*prompts, *(negative_prompts or ()))]
+        encoded = []
+        for turn in zip_longest(*read, fillvalue=""):
+            wanted, unwanted = list(turn[: len(prompts)]), list(turn[len(prompts) :])
+            part = self.pipe.encode_prompt(wanted, device=device, negative_prompt=unwanted if steered else None)
+            encoded.append(part)
+        embeds, negative_embeds, pooled, negative_pooled = zip(*encoded, strict=True)
+        return {
+            "prompt_embeds": torch.cat(embeds, dim=1),
+            "negative_prompt_embeds": torch.cat(negative_embeds, dim=1),
+            "pooled_prompt_embeds": pooled[0],
+            "negative_pooled_prompt_embeds": negative_pooled[0],
+        }
 
     def encode_images(self, pixels: Tensor) -> Posterior:
         vae = self.pipe.vae

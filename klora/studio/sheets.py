@@ -11,12 +11,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from klora.form.request import Request
 from klora.fusion import Fusion, Schedule
-from klora.generation import Record
+from klora.generation import OnStep, Record
 
 SWEEP = (0.5, 0.7, 1.0, 1.4, 2.0)  # of style_bias
 LEGIBLE = 192  # pixels that a cell is wide at least; smaller images are enlarged by a whole number
-
-OnStep = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

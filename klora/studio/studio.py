@@ -22,7 +22,7 @@ from klora.files.report import stated_alphas
 from klora.files.shelf import Shelf, keep_scores
 from klora.form.request import Request
 from klora.fusion import Fusion, Schedule, fuse
-from klora.generation import Draw, Record, draws_of, generate
+from klora.generation import Draw, OnStep, Record, draws_of, generate
 from klora.lora import LoRA
 from klora.models import FAMILIES, origin_of
 from klora.models.family import Family
@@ -31,7 +31,7 @@ from klora.report import Report, report_on
 from klora.report.numbers import Counts
 from klora.studio.bases import ResidentBases
 from klora.studio.provenance import Place, Provenance, UsedLoRA, canonical, settled, stamp
-from klora.studio.sheets import OnStep, contact_sheet, draw_ways, tallied, ways_of
+from klora.studio.sheets import contact_sheet, draw_ways, tallied, ways_of
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

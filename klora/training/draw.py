@@ -74,8 +74,15 @@ class Draw:
     def _conditioning(self, captions: Sequence[str], views: Sequence[View]) -> dict[str, Tensor]:
         texts = [self.texts[caption] for caption in captions]
         names = [name for name in texts[0] if not name.startswith("negative")]
-        parts = {name: torch.cat([text[name] for text in texts]) for name in names}
+        parts = {name: _rows([text[name] for text in texts], self.texts[""][name]) for name in names}
         return parts | {"time_ids": torch.stack([view.time_ids for view in views])}
+
+
+def _rows(parts: Sequence[Tensor], blank: Tensor) -> Tensor:
+    """Parts [1, T, ...] as rows of one tensor; shorter ones are followed by what the encoders make of nothing."""
+    length = max(part.shape[1] for part in parts)
+    padding = ([blank] * ((length - part.shape[1]) // blank.shape[1]) for part in parts)
+    return torch.cat([torch.cat([part, *blanks], dim=1) for part, blanks in zip(parts, padding, strict=True)])
 
 
 class _Deck:

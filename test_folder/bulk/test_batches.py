@@ -1,5 +1,6 @@
 """Different prompts in one batch are the images that they would be alone."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 DRAWS = [One(prompt, seed) for prompt, seed in zip(PROMPTS, (7, 3, (1 << 32) - 1), strict=True)]
 
 
-def compared(model: Family, asked: Request, **loras: Any) -> None:
+def compared(model: Family, asked: Request, draws: Sequence[One] = DRAWS, **loras: Any) -> None:
     """Together and alone."""
-    together = generate(model, asked, draws=DRAWS, **loras)
-    alone = [generate(model, replace(asked, prompt=one.prompt, seed=one.seed), **loras)[0] for one in DRAWS]
+    together = generate(model, asked, draws=draws, **loras)
+    alone = [generate(model, replace(asked, prompt=one.prompt, seed=one.seed), **loras)[0] for one in draws]
     assert [far(*pair) <= ONE_LEVEL for pair in zip(together, alone, strict=True)] == [True, True, True]
     assert min(far(alone[0], alone[1]), far(alone[1], alone[2])) > 5 * ONE_LEVEL
 
@@ -48,6 +49,19 @@ def test_three_prompts_in_a_batch_are_the_three_images(models: dict[str, Family]
     model = models[family]
     pair = {role: model.read_lora(loras / f"{family}_{role}.safetensors") for role in ("content", "style")}
     compared(model, Request("unused", num_inference_steps=3, **given), **pair)
+
+
+def test_one_that_is_read_in_two_pieces_leaves_the_others_as_they_are(models: dict[str, Family], loras: Path) -> None:
+    model, (first, second, third) = models["sdxl"], DRAWS
+    content, style = (model.read_lora(loras / f"sdxl_{role}.safetensors") for role in ("content", "style"))
+    asked, flips = Request("unused", num_inference_steps=3, negative_prompt="rain"), set[int]()
+    draws = [first, second._replace(prompt=f"{second.prompt} {'and a cat ' * 30}"), third]
+    compared(model, asked, draws, content=content, style=style)
+    for these in (draws, DRAWS):
+        facts = dict[str, Any]()
+        generate(model, asked, draws=these, content=content, style=style, record=facts.__setitem__)
+        flips.add(facts["flips"])
+    assert len(flips) == 1 and min(flips) > 0
 
 
 def test_a_word_that_a_lora_teaches_is_read_in_each_prompt(models: dict[str, Family], loras: Path) -> None:

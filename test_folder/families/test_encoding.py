@@ -1,11 +1,20 @@
 """Images and prompts are encoded as diffusers does."""
 
-import numpy as np
-import torch
+from typing import Any
 
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from examples.tokenizers import clip_tokenizer
+from klora.errors import RequestError
 from klora.form.request import Request
 from klora.models.family import Family
-from test_folder.families.painting import PROMPT, photo, pixels_of, reconstruction
+from klora.models.prompts import pieces
+from test_folder.families.painting import PROMPT, paint, photo, pixels_of, reconstruction
 
 
 def test_encoded_images_are_the_posterior_as_the_denoiser_scales_it(model: Family) -> None:
@@ -40,6 +49,84 @@ def test_prompt_is_encoded_as_the_pipeline_does(model: Family) -> None:
     assert torch.equal(seen[names[0]], meant[0])
     assert torch.equal(seen[names[1]], meant[2 if model.component == "unet" else 1])
     assert not torch.equal(seen["prompt_embeds"][0], seen["prompt_embeds"][1])
+
+
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def in_rows(tokenizer: Any, ids: list[int], rows: int) -> Tensor:
+    """Token ids as CLIP wants them: 75 in a row, the beginning before them, the end and padding behind."""
+    room = tokenizer.model_max_length - 2
+    pieces = [ids[row * room : (row + 1) * room] for row in range(rows)]
+    ends = [[tokenizer.eos_token_id] + [tokenizer.pad_token_id] * (room - len(piece)) for piece in pieces]
+    return torch.tensor([[tokenizer.bos_token_id, *piece, *end] for piece, end in zip(pieces, ends, strict=True)])
+
+
+def test_a_long_prompt_of_sdxl_is_read_in_rows_of_75_tokens(sdxl: Family) -> None:
+    """Against both encoders themselves; "dog" is one token."""
+    long, short = " ".join(["dog"] * 100 + ["castle"] * 60), "a cat"
+    seen = sdxl.encode_prompt([long, short], ["rain", "rain"])
+    states, pooled = [], None
+    for component, encoder in sdxl.text_encoders.items():
+        tokenizer = getattr(sdxl.pipe, component.replace("text_encoder", "tokenizer"))
+        ids = ids_of(tokenizer, long)
+        rows = -(-len(ids) // 75)
+        assert rows == 3 and len(ids_of(tokenizer, "dog")) == len(ids_of(tokenizer, "castle")) == 1
+        with torch.no_grad():
+            told = [
+                encoder(in_rows(tokenizer, i, rows), output_hidden_states=True) for i in (ids, ids_of(tokenizer, short))
+            ]
+        states.append(torch.stack([one.hidden_states[-2].flatten(0, 1) for one in told]))
+        pooled = torch.stack([one[0][0] for one in told])
+    torch.testing.assert_close(seen["prompt_embeds"], torch.cat(states, dim=-1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen["pooled_prompt_embeds"], pooled, rtol=1e-4, atol=1e-5)
+    alone = sdxl.encode_prompt([short], ["rain"])
+    assert seen["negative_prompt_embeds"].shape == (2, 3 * 77, 64)
+    rows = {"prompt_embeds": seen["prompt_embeds"][1:, :77]}
+    rows["negative_pooled_prompt_embeds"] = seen["negative_pooled_prompt_embeds"][1:]
+    for name, row in rows.items():
+        torch.testing.assert_close(row, alone[name], rtol=1e-4, atol=1e-5)
+
+
+def test_what_sdxl_is_asked_for_last_is_in_the_image(sdxl: Family) -> None:
+    first = "a photo of " + "a dog and " * 40
+    images = [paint(sdxl, prompt=first + last) for last in ("a cat", "a castle")]
+    assert (images[0] != images[1]).any()
+
+
+@pytest.mark.parametrize(("base", "most"), [("sdxl", 600), ("flux-dev", 511), ("flux-schnell", 255)])
+def test_more_than_a_base_reads_is_refused(models: dict[str, Family], base: str, most: int) -> None:
+    models[base].encode_prompt(["dog " * most])
+    with pytest.raises(
+        RequestError, match=rf"^The prompt 'dog dog .*'\.\.\. has {most + 1} tokens\. Expected at most {most}"
+    ):
+        models[base].encode_prompt(["dog " * (most + 1)])
+
+
+TEXT = st.text(alphabet="ab ,.!?日本語é😀👩\u200d🚀\n\t<>w0", max_size=300)
+
+
+@given(text=TEXT)
+@example(text="x" * 400)
+@example(text="日本語" * 40)
+@settings(max_examples=200, derandomize=True, deadline=None)
+def test_pieces_of_a_prompt_are_the_prompt_and_fit(text: str) -> None:
+    tokenizer = clip_tokenizer("dog castle", "!")
+    try:
+        found = pieces(tokenizer, text)
+    except RequestError:
+        assert len(ids_of(tokenizer, text)) > 8 * 75
+        return
+    assert "".join(found) == text
+    assert all(len(ids_of(tokenizer, piece)) <= 75 for piece in found)
+    assert len(found) == 1 or len(ids_of(tokenizer, text)) > 75
+
+
+def test_a_prompt_is_cut_between_words() -> None:
+    tokenizer = clip_tokenizer("dog castle", "!")
+    found = pieces(tokenizer, "dog " * 70 + "superlative castle")
+    assert [piece.split()[-1] for piece in found] == ["dog", "castle"]
 
 
 def test_negative_prompt_changes_what_sdxl_steers_away_from_and_nothing_else(sdxl: Family) -> None:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from klora.layers import attached
-from klora.lora import LowRank, Plan
+from klora.lora import LowRank
 from klora.models import load_model
 from klora.models.family import Conditioning, Family
 from klora.training.objective import draw_noise, draw_times, errors
+from klora.training.trainable import trainable
 from test_folder import tiny
 from test_folder.families.painting import BASES, CPU, PROMPT, seeded
 
@@ -151,5 +151,5 @@ def trainable_lora(model: Family) -> dict[str, LowRank]:
 
 
 def loss_with(model: Family, lora: dict[str, LowRank], batch: tuple[Tensor, Conditioning]) -> Tensor:
-    with attached(model.denoiser, Plan.constant((lora,), (1.0,)), engine="gated"):
+    with trainable(model.denoiser, lora):
         return loss(model, *batch, seeded(1)).mean()

@@ -10,10 +10,10 @@ from torch import Tensor
 from klora.errors import RequestError
 from klora.form.request import Request
 from klora.generation import generate
+from klora.generation.words import _replaced, taught
 from klora.lora import LoRA
 from klora.models import load_model
 from klora.models.family import Family
-from klora.words import _replaced, taught
 from test_folder.files.reading import GOOD, GOOD_FLUX, read
 from test_folder.variants import cog_sdxl, embeddings
 

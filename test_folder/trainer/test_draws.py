@@ -11,7 +11,7 @@ from PIL import Image
 from klora import FAMILIES
 from klora.models.family import Family, linear_shapes
 from klora.training.config import TrainConfig
-from klora.training.dataset import Picture
+from klora.training.dataset import Picture, captioned
 from klora.training.draw import Draw
 from klora.training.loop import Load, encode, new_layers, train_lora
 from klora.training.objective import Batch, Objective
@@ -79,6 +79,21 @@ def test_caption_dropout_takes_about_its_share(sdxl: Load, pictures: list[Pictur
         blank = sdxl(device=CPU, parts=("text",)).encode_prompt([""])["prompt_embeds"]
     dropped = [torch.equal(batch.conditioning["prompt_embeds"], blank) for batch in batches]
     assert 170 <= sum(dropped) <= 230  # three standard deviations
+
+
+def test_captions_of_unlike_length_in_a_batch_are_padded_with_what_says_nothing(
+    sdxl: Load, pictures: list[Picture]
+) -> None:
+    settings, encoder = config(batch_size=2, caption_dropout_rate=0.0), sdxl(device=CPU, parts=("text",))
+    told = [replace(pictures[0], caption=text) for text in ("a dog", "a dog " * 60)]
+    captions = [captioned(picture, settings.trigger, settings.prompt) for picture in told]
+    with torch.no_grad():
+        short, long, blank = (encoder.encode_prompt([text])["prompt_embeds"] for text in (*captions, ""))
+    assert long.shape[1] == 2 * blank.shape[1]
+    [batch] = drawn(sdxl, told, settings, 1)
+    rows = batch.conditioning["prompt_embeds"].split(1)
+    assert any(torch.equal(row, long) for row in rows)
+    assert any(torch.equal(row, torch.cat([short, blank], dim=1)) for row in rows)
 
 
 def test_a_flip_shows_both_sides(sdxl: Load) -> None:

@@ -1,0 +1,131 @@
+"""From a request and up to two LoRAs to images: a pure function of its inputs. Knows no file, form or HTTP."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import torch
+from PIL import Image
+
+from klora.device import forget_peak, peak_bytes, synchronize
+from klora.errors import RequestError
+from klora.form.request import Request
+from klora.generation.acting import Record, combine
+from klora.generation.prompts import Draw, Encode, draws_of, encoded, plain_encoder
+from klora.layers import attached
+from klora.lora import LoRA, Plan
+from klora.models.family import Conditioning, Family
+from klora.models.pace import paced
+
+__all__ = ["Draw", "Encode", "OnStep", "Record", "combine", "draws_of", "generate", "plain_encoder"]
+
+OnStep = Callable[[int, int], None]
+"""(i, steps) -> None: denoising has reached step i, or with i = steps its end."""
+
+
+@torch.no_grad()
+def generate(
+    model: Family,
+    request: Request,
+    *,
+    content: LoRA | None = None,
+    style: LoRA | None = None,
+    encode: Encode | None = None,
+    record: Record = lambda name, value: None,
+    on_step: OnStep = lambda step, steps: None,
+    draws: Sequence[Draw] | None = None,
+) -> list[Image.Image]:
+    """Make request.num_outputs images in one batch; image i uses seed + i. draws: these instead, of which each has a
+    prompt and a seed of its own, in one batch for each length of prompts.
+
+    K-LoRA needs both LoRAs; one alone acts everywhere, none leaves the base as it is. encode: plain_encoder(model), or
+    what remembers its results. Raises RequestError for what this base cannot do.
+    """
+    steps = _checked_steps(model, request)
+    device = next(model.denoiser.parameters()).device
+    forget_peak(device)
+    lap = _stopwatch(device, record)
+    plan = combine(request, steps, content, style, record, device)
+    lap("fuse_seconds")
+    draws = draws or draws_of(request, content, style, record)
+    batches = encoded(model, request, draws, content, style, encode or plain_encoder(model))
+    lap("encode_seconds")
+    images: dict[int, Image.Image] = {}
+    for places, conditioning in batches:
+        seeds = [draws[place].seed for place in places]
+        images |= zip(places, _drawn(model, request, plan, conditioning, seeds, lap, record, on_step), strict=True)
+    if peak := peak_bytes(device):
+        record("peak_bytes", peak)
+    return [images[place] for place in range(len(draws))]
+
+
+def _drawn(
+    model: Family,
+    request: Request,
+    plan: Plan,
+    conditioning: Conditioning,
+    seeds: Sequence[int],
+    lap: Callable[[str], None],
+    record: Record,
+    on_step: OnStep,
+) -> list[Image.Image]:
+    """An image for each seed, in one batch; the plan's LoRAs are lent for so long."""
+    steps = request.num_inference_steps or model.steps
+    begun: tuple[int, int] | None = None  # the first step that runs, for an image a later one, and the flips until then
+    with attached(model.denoiser, plan) as gate, paced(model, request) as (in_full, means):
+
+        def reached(step: int) -> None:
+            nonlocal begun
+            before = gate.flips
+            gate.set_step(step)
+            in_full(gate.flips != before)  # what other LoRAs added is not what these would
+            begun = begun or (step, gate.flips)
+            if step == steps:
+                lap("denoise_seconds")
+            on_step(step, steps)
+
+        images = model.sample(conditioning, request, reached, seeds)
+    lap("decode_seconds")
+    record("engine", gate.engine)
+    first, unused = begun or (0, 0)
+    record("flips", gate.flips - unused)
+    record("flips_per_step", round((gate.flips - unused) / (steps - first), 2))
+    if plan.content_wins is not None:
+        record("style_share", 1 - plan.content_wins[first:].double().mean().item())
+    if request.go_fast:
+        record("go_fast", " and ".join(means) or f"nothing makes this faster on {model.name}")
+    return images
+
+
+def _checked_steps(model: Family, request: Request) -> int:
+    """The number of steps, once all that this base cannot do is refused."""
+    steps = request.num_inference_steps or model.steps
+    width, height = request.size(model.native_size, model.size_multiple)
+    if width % model.size_multiple or height % model.size_multiple:
+        raise RequestError(
+            f"The size is {width}x{height}. Expected multiples of {model.size_multiple} on {model.name}."
+        )
+    if request.negative_prompt and not model.negative_prompts:
+        raise RequestError(f"negative_prompt is given, but {model.name} takes none. Leave it empty, or use SDXL.")
+    guidance = model.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    if request.negative_prompt and guidance <= 1:
+        raise RequestError(f"negative_prompt is given, but guidance_scale {guidance:g} heeds none. Raise it above 1.")
+    if request.scheduler and request.scheduler not in model.schedulers:
+        raise RequestError(f"scheduler is {request.scheduler}, but {model.name} has its own. Leave it blank.")
+    if request.image is not None and int(steps * request.prompt_strength) < 1:
+        raise RequestError(f"prompt_strength {request.prompt_strength} of {steps} steps is no step. Raise either.")
+    return steps
+
+
+def _stopwatch(device: torch.device, record: Record) -> Callable[[str], None]:
+    """lap(name) records the seconds since the last lap, once the device has caught up, with those of the same name."""
+    last, spent = time.perf_counter(), defaultdict[str, float](float)
+
+    def lap(name: str) -> None:
+        nonlocal last
+        synchronize(device)
+        last, before = time.perf_counter(), last
+        spent[name] += last - before
+        record(name, spent[name])
+
+    return lap

@@ -1,0 +1,101 @@
+"""What the denoiser is told: a request's prompts, with its LoRAs' trigger words, and what the text encoders make of
+them, lent their LoRAs' words and layers."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from klora.errors import RequestError
+from klora.form.request import Request
+from klora.generation.acting import Record, acting, constant
+from klora.generation.words import spoken, taught
+from klora.layers import attached
+from klora.lora import LoRA, Words
+from klora.models.family import Conditioning, Family
+
+Encode = Callable[[str, str], Conditioning]
+"""(prompt, negative prompt, "" for none) -> what the denoiser reads."""
+
+Batch = tuple[list[int], Conditioning]
+"""What the denoiser runs at once: places among the draws, and what it reads."""
+
+
+class Draw(NamedTuple):
+    """What sets an image apart from the others of its batch. prompt: with the trigger words."""
+
+    prompt: str
+    seed: int
+
+
+def draws_of(
+    request: Request, content: LoRA | None, style: LoRA | None, record: Record = lambda name, value: None
+) -> list[Draw]:
+    """As many seeds as there are outputs, and the prompt with the trigger words that the LoRAs' files name where it
+    lacks them: the subject's in front, the style's behind."""
+    prompt, added = request.prompt, []
+    for _, lora, _ in acting(request, content, style) if request.add_triggers else ():
+        trigger = lora.metadata.get("trigger", "")
+        if trigger and not re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", prompt, re.IGNORECASE):
+            added.append(trigger)
+            styled = lora.metadata.get("lora_type") == "style"
+            prompt = f"{prompt}, {trigger} style" if styled else f"{trigger}, {prompt}"
+    if added:
+        record("triggers_added", ", ".join(added))
+    return [Draw(prompt, request.seed + i) for i in range(request.num_outputs)]
+
+
+def plain_encoder(model: Family) -> Encode:
+    """How a prompt is encoded that no LoRA's word or part of a text encoder has to do with."""
+    return lambda prompt, negative: model.encode_prompt([prompt], [negative] if negative else None)
+
+
+def encoded(
+    model: Family, request: Request, draws: Sequence[Draw], content: LoRA | None, style: LoRA | None, encode: Encode
+) -> list[Batch]:
+    """Batches of draws whose prompts are as long, as a rule one. encode: for what no LoRA has a say in. Raises
+    RequestError."""
+    if not any(lora.text_encoders or lora.words for _, lora, _ in acting(request, content, style)):
+        return _read(encode, draws, request.negative_prompt)
+    with ExitStack() as loans:
+        for component, encoder in model.text_encoders.items():
+            loans.enter_context(attached(encoder, constant(request, content, style, component)))
+        written = loans.enter_context(taught(model.pipe, _words(request, draws, content, style)))
+        said = [Draw(written(draw.prompt), draw.seed) for draw in draws]
+        return _read(plain_encoder(model), said, written(request.negative_prompt))
+
+
+def _read(encode: Encode, draws: Sequence[Draw], negative: str) -> list[Batch]:
+    """With a row for each draw of a batch, or one for all where they share a prompt. Each prompt is read once, and by
+    itself, so that it is read as it would be alone."""
+    read = {prompt: encode(prompt, negative) for prompt in dict.fromkeys(draw.prompt for draw in draws)}
+    alike: dict[int, list[int]] = {}
+    for place, draw in enumerate(draws):
+        alike.setdefault(read[draw.prompt]["prompt_embeds"].shape[1], []).append(place)
+    return [(places, _rows([read[draws[place].prompt] for place in places])) for places in alike.values()]
+
+
+def _rows(parts: Sequence[Conditioning]) -> Conditioning:
+    first = parts[0]
+    if all(part is first for part in parts):
+        return first
+    return {name: torch.cat([part[name] for part in parts]) for name in first}
+
+
+def _words(request: Request, draws: Sequence[Draw], content: LoRA | None, style: LoRA | None) -> Words:
+    """The words that the acting LoRAs teach the text encoders, also as content:WORD and style:WORD. Raises RequestError
+    where a prompt has a word that both teach."""
+    bare: dict[str, Mapping[str, Tensor]] = {}
+    qualified: dict[str, Mapping[str, Tensor]] = {}
+    for role, lora, _ in acting(request, content, style):
+        for word, parts in lora.words.items():
+            said = (request.negative_prompt, *(draw.prompt for draw in draws))
+            if word in bare and any(map(spoken([word]).search, said)):
+                raise RequestError(
+                    f"Both LoRAs teach the word {word!r}. Write content:{word} or style:{word} in the prompt."
+                )
+            bare[word] = qualified[f"{role}:{word}"] = parts
+    return bare | qualified
