@@ -63,6 +63,8 @@ class Repository:
         class Bar(tqdm):  # type: ignore[misc]  # untyped
             """In place of the client's progress bars: shows nothing, but ends the fetch when it is stopped."""
 
+            monitor_interval = 0  # or a thread for each file would watch its bar, for as long as the process lives
+
             def __init__(self, *args: Any, **options: Any) -> None:
                 super().__init__(*args, **options | {"disable": True})
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +60,13 @@ def test_the_wanted_files_come_as_the_hub_has_them(hub: Hub, ensure: Callable[..
     assert contents(tmp_path / "tiny") == FILES
     assert sorted(hub.fetched()) == sorted(FILES)
     assert {token for *_, token in hub.asked} == {None}
+
+
+def test_a_fetch_leaves_no_thread_behind(ensure: Callable[..., Path]) -> None:
+    before = {thread.ident for thread in threading.enumerate()}
+    ensure()
+    left = [thread.name for thread in threading.enumerate() if thread.ident not in before]
+    assert [name for name in left if "process_request" not in name] == []  # the hub's own, which wait for more
 
 
 def test_a_second_time_only_the_list_is_asked_for(hub: Hub, ensure: Callable[..., Path]) -> None:
