@@ -94,7 +94,13 @@ def test_it_needs_no_torch_and_nothing_else_of_klora(environment: dict[str, str]
     code = "import klora.bases.__main__, sys; print(sorted(m for m in sys.modules if m.startswith(('klora', 'torch'))))"
     seen = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
     rooms = ["__main__", "hub", "install", "pget", "table"]
-    assert eval(seen.stdout) == ["klora", "klora.bases", *(f"klora.bases.{room}" for room in rooms), "klora.errors"]
+    assert eval(seen.stdout) == [
+        "klora",
+        "klora.bases",
+        *(f"klora.bases.{room}" for room in rooms),
+        "klora.errors",
+        "klora.interruptible",
+    ]
 
 
 def test_as_a_module_it_is_what_the_build_runs(environment: dict[str, str], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def program() -> ModuleType:
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """A repository with what the program needs."""
-    for name in ("script/wheel", "pyproject.toml", "klora/errors.py"):
+    for name in ("script/wheel", "pyproject.toml", "klora/errors.py", "klora/interruptible.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(
@@ -68,7 +68,7 @@ def test_a_new_version_takes_the_place_of_the_old_one(copy: Path) -> None:
 def test_it_holds_the_fetching_part_and_no_beginning_of_klora() -> None:
     names = [name for name in zipfile.ZipFile(WHEEL).namelist() if ".dist-info/" not in name]
     bases = sorted(path.name for path in (ROOT / "klora" / "bases").glob("*.py"))
-    assert names == ["klora/errors.py", *(f"klora/bases/{name}" for name in bases)]
+    assert names == ["klora/errors.py", "klora/interruptible.py", *(f"klora/bases/{name}" for name in bases)]
 
 
 def test_pip_installs_it_and_it_asks_for_what_it_imports(tmp_path: Path) -> None:

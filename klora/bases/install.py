@@ -11,7 +11,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,12 +22,12 @@ from klora.bases.hub import File, Repository, in_words
 from klora.bases.pget import Pget, PgetError
 from klora.bases.table import INDICES, Base
 from klora.errors import BaseModelError
+from klora.interruptible import in_threads
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 AT_ONCE = 4  # files
-LISTEN = 1.0  # seconds between looks for an interruption
 
 
 def ensure_base(
@@ -217,18 +216,13 @@ class _Installation:
 
     def _in_parallel(self, do: Callable[[File], Result], files: Sequence[File]) -> list[Result]:
         """Let some be done at once. After an error none is begun; after an interruption those under way end, too."""
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            try:
-                futures = [pool.submit(do, file) for file in files]
-                for future in futures:
-                    while wait([future], timeout=LISTEN).not_done:
-                        pass  # a signal that comes just before a wait does not wake it: it is heard at the next
-                return [future.result() for future in futures]
-            except BaseException as error:
-                if not isinstance(error, Exception):
-                    self._stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+
+        def do_unless_stopped(file: File) -> Result:
+            if self._stop.is_set():
+                raise InterruptedError("the fetch was stopped")
+            return do(file)
+
+        return in_threads(do_unless_stopped, files, self._stop.set, AT_ONCE)
 
     def _fetch(self, source: Source, file: File) -> None:
         """Fetch one file, check it and say so. Raises what the hub's client raises, and BaseModelError."""

@@ -1,7 +1,6 @@
 """One batch: its images made, checked and written. This is all that a worker does. Knows no model."""
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -11,6 +10,7 @@ from klora.bulk.folder import Folder
 from klora.bulk.lines import Fault
 from klora.errors import KLoRAError, RequestError
 from klora.form.request import Request
+from klora.interruptible import in_threads
 
 Draw = Callable[[Sequence[Request]], Mapping[int, Image.Image]]
 """Requests for one image each that agree in all but prompt and seed -> {place: image}, without the images that the
@@ -45,8 +45,7 @@ def make(batch: Batch, draw: Draw, folder: Folder) -> Outcome:
         outcome.faults = [Fault(job.line, str(error)) for job in lacking.values()]
     else:
         shown = {place: job for place, job in lacking.items() if place in images}
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda place: folder.keep(shown[place], images[place]), shown))
+        in_threads(lambda place: folder.keep(shown[place], images[place]), shown)
         for job in (job for place, job in lacking.items() if place not in shown):
             folder.withhold(job)
             outcome.withheld.append(job.line)

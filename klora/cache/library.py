@@ -7,7 +7,7 @@ scope, for at most MAX_AGE seconds after the authority was last asked.
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from klora.cache.refusals import Refusals
 from klora.cache.scope import Tokens, scope_of
 from klora.cache.store import Loan, Store
 from klora.errors import KLoRAError, SourceError
+from klora.interruptible import interruptible
 from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, Download, NotFound, Unreachable, family_of
 from klora.sources.kinds import Data, Local, Reference
@@ -29,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 Resolve = Callable[[Reference, Tokens, Deadline], tuple[Download, ...]]
 Fetch = Callable[[Download, Draft, Deadline], str]
-
-_LOOK = 0.05  # seconds between two bytecodes of a waiting request: Cog cancels it at the next one
 
 
 class Library:
@@ -62,18 +61,22 @@ class Library:
         if local := [name for name, reference in references.items() if isinstance(reference, Local)]:
             raise TypeError(f"{local[0]} is a file of the server's own; the cache lends what was fetched")
         with ExitStack() as loans:
-            with ThreadPoolExecutor(max(1, len(references)), "lora") as pool:
-                try:
-                    asked = {
-                        name: _Asked(reference, scope_of(reference, tokens, self._secret), tokens, deadline, bases)
-                        for name, reference in references.items()
-                    }
-                    waiting = {name: pool.submit(self._said_of, name, one, loans) for name, one in asked.items()}
-                    _wait(list(waiting.values()))
-                except BaseException:
-                    deadline.cancel()  # or leaving the pool would wait for downloads that nobody wants
-                    raise
-            yield {name: future.result() for name, future in waiting.items()}
+            asked = {
+                name: _Asked(reference, scope_of(reference, tokens, self._secret), tokens, deadline, bases)
+                for name, reference in references.items()
+            }
+            yield interruptible(lambda: self._at_once(asked, deadline, loans), deadline.cancel)
+
+    def _at_once(self, asked: Mapping[str, "_Asked"], deadline: Deadline, loans: ExitStack) -> dict[str, "Borrowed"]:
+        with ThreadPoolExecutor(max(1, len(asked)), "lora") as pool:
+            waiting = {name: pool.submit(self._said_of, name, one, loans) for name, one in asked.items()}
+            try:
+                for one in as_completed(waiting.values()):
+                    one.result()
+            except BaseException:
+                deadline.cancel()  # or leaving the pool would wait for downloads that nobody wants
+                raise
+        return {name: future.result() for name, future in waiting.items()}
 
     def _said_of(self, name: str, asked: "_Asked", loans: ExitStack) -> "Borrowed":
         """What goes wrong being said of the input that names it, for another request may name it by another."""
@@ -230,16 +233,6 @@ class _Asked:
     def name(self) -> str:
         """Of its ref, its flight and its refusals."""
         return ref_name(str(self.plain), self.scope)
-
-
-def _wait(futures: Sequence[Future[Borrowed]]) -> None:
-    """Until all are done, or one has failed: raises what it raised."""
-    while wait(futures, timeout=_LOOK, return_when=FIRST_EXCEPTION).not_done:
-        for future in futures:
-            if future.done():
-                future.result()
-    for future in futures:
-        future.result()
 
 
 def _main(files: Sequence[File | Download]) -> int:

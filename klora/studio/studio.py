@@ -5,7 +5,6 @@ Knows no form, no HTTP and no environment. Between requests it remembers loaded 
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from klora.files.shelf import Shelf, keep_scores
 from klora.form.request import Request
 from klora.fusion import Fusion, Schedule, fuse
 from klora.generation import Draw, OnStep, Record, draws_of, generate
+from klora.interruptible import in_threads
 from klora.lora import LoRA
 from klora.models import FAMILIES, origin_of
 from klora.models.family import Family
@@ -250,8 +250,7 @@ def save_images(images: Mapping[Place, Image.Image], folder: Path, request: Requ
         told = stamp(made, images[index].size, request.output_format) if made else {}
         images[index].save(paths[index], quality=quality, **told)
 
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(save, images))
+    in_threads(save, images)
     return list(paths.values())
 
 

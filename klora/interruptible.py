@@ -1,0 +1,88 @@
+"""Work that is interrupted safely: another thread does it, and whoever hears signals waits in C alone.
+
+What a signal's handler raises, or Cog for a cancelled prediction, comes between any two bytecodes of the main thread.
+Between two of Condition.__enter__, which is Python's own Python, it leaves the lock taken for good
+(python/cpython#74174); then a pool's thread that needs it waits for ever, and so does whoever waits for the pool.
+"""
+
+from _thread import start_new_thread
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+LOOK = 0.05  # seconds between two bytecodes of who waits: what Cog raises comes at the next one
+
+
+def interruptible(work: Callable[[], Result], stop: Callable[[], object] | None = None) -> Result:
+    """What work returns or raises, done in a thread of its own.
+
+    stop: makes the work end soon; None: it does by itself. What is raised here meanwhile calls it, waits for the end
+    of the work and is raised again. Work that has not begun by then never does.
+    """
+    word: SimpleQueue[bool] = SimpleQueue()
+    ended: SimpleQueue[Future[Result]] = SimpleQueue()
+    try:
+        start_new_thread(_start, (Thread(target=_do, args=(work, word, ended), daemon=True), ended))
+        try:
+            word.put(True)
+            outcome = _heard(ended)
+        except BaseException:
+            if stop:
+                stop()
+            ended.get()
+            raise
+    finally:
+        word.put(False)  # for a thread whose start was interrupted, which would wait for the word
+    return outcome.result()
+
+
+def in_threads(
+    do: Callable[[Item], Result],
+    items: Iterable[Item],
+    stop: Callable[[], object] | None = None,
+    at_once: int | None = None,
+) -> list[Result]:
+    """What do returns for each item, some at once. After an error none is begun. stop: as interruptible takes it."""
+
+    def work() -> list[Result]:
+        with ThreadPoolExecutor(at_once) as pool:
+            return list(pool.map(do, items))
+
+    return interruptible(work, stop)
+
+
+def _start(thread: Thread, ended: SimpleQueue[Future[Result]]) -> None:
+    """In a thread that is C's alone, for Thread.start() waits on a Condition itself."""
+    try:
+        thread.start()
+    except RuntimeError as error:  # the machine has no more threads, perhaps
+        outcome: Future[Result] = Future()
+        outcome.set_exception(error)
+        _tell(outcome, ended)
+
+
+def _do(work: Callable[[], Result], word: SimpleQueue[bool], ended: SimpleQueue[Future[Result]]) -> None:
+    outcome: Future[Result] = Future()
+    if word.get():
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+    _tell(outcome, ended)
+
+
+def _tell(outcome: Future[Result], ended: SimpleQueue[Future[Result]]) -> None:
+    """Twice, for who has taken the first may have been interrupted before it was anybody's."""
+    ended.put(outcome)
+    ended.put(outcome)
+
+
+def _heard(ended: SimpleQueue[Future[Result]]) -> Future[Result]:
+    while True:
+        with suppress(Empty):
+            return ended.get(timeout=LOOK)
