@@ -47,13 +47,22 @@ def in_threads(
     stop: Callable[[], object] | None = None,
     at_once: int | None = None,
 ) -> list[Result]:
-    """What do returns for each item, some at once. After an error none is begun. stop: as interruptible takes it."""
+    """What do returns for each item, some at once. After an error none is begun, nor after an interruption.
+
+    stop: makes those under way end soon; None: they do by themselves.
+    """
+    pool = ThreadPoolExecutor(at_once)
 
     def work() -> list[Result]:
-        with ThreadPoolExecutor(at_once) as pool:
+        with pool:
             return list(pool.map(do, items))
 
-    return interruptible(work, stop)
+    def end() -> None:
+        pool.shutdown(wait=False, cancel_futures=True)
+        if stop:
+            stop()
+
+    return interruptible(work, end)
 
 
 def _start(thread: Thread, ended: SimpleQueue[Future[Result]]) -> None:

@@ -17,7 +17,7 @@ from types import FrameType
 import pytest
 
 import klora.interruptible
-from klora.interruptible import interruptible
+from klora.interruptible import in_threads, interruptible
 from test_folder.fakes.pget import soon
 
 FORK = get_context("fork")  # what is left locked in the child stays there
@@ -123,17 +123,19 @@ def test_an_interruption_at_any_place_leaves_no_work_and_no_thread_and_blocks_no
     assert process.exitcode == 0
 
 
-@pytest.mark.parametrize("heard", ["by a signal's handler", "from another thread"])
-def test_an_interruption_is_heard_at_once(heard: str) -> None:
-    stopped = threading.Event()
-    caller = threading.get_ident()
+def interrupt_by_a_signal(thread: int) -> None:
+    time.sleep(0.2)
+    signal.pthread_kill(thread, signal.SIGUSR1)
 
-    def interrupt() -> None:
-        time.sleep(0.2)
-        if heard == "from another thread":
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(caller), ctypes.py_object(Interruption))
-        else:
-            signal.pthread_kill(caller, signal.SIGUSR1)
+
+def interrupt_as_cog_does(thread: int) -> None:
+    time.sleep(0.2)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Interruption))
+
+
+@pytest.mark.parametrize("interrupt", [interrupt_by_a_signal, interrupt_as_cog_does])
+def test_an_interruption_is_heard_at_once(interrupt: Callable[[int], None]) -> None:
+    stopped = threading.Event()
 
     def hear(*_: object) -> None:
         raise Interruption
@@ -142,8 +144,21 @@ def test_an_interruption_is_heard_at_once(heard: str) -> None:
     start = time.monotonic()
     try:
         with ThreadPoolExecutor(1) as pool, pytest.raises(Interruption):
-            pool.submit(interrupt)
+            pool.submit(interrupt, threading.get_ident())
             interruptible(lambda: stopped.wait(20), stopped.set)
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert time.monotonic() - start < 5
+
+
+def test_after_an_interruption_no_other_item_is_begun() -> None:
+    stopped, begun = threading.Event(), list[int]()
+
+    def do(item: int) -> None:
+        begun.append(item)
+        stopped.wait(20)
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(Interruption):
+        pool.submit(interrupt_as_cog_does, threading.get_ident())
+        in_threads(do, range(3), stopped.set, at_once=1)
+    assert begun == [0]

@@ -216,13 +216,7 @@ class _Installation:
 
     def _in_parallel(self, do: Callable[[File], Result], files: Sequence[File]) -> list[Result]:
         """Let some be done at once. After an error none is begun; after an interruption those under way end, too."""
-
-        def do_unless_stopped(file: File) -> Result:
-            if self._stop.is_set():
-                raise InterruptedError("the fetch was stopped")
-            return do(file)
-
-        return in_threads(do_unless_stopped, files, self._stop.set, AT_ONCE)
+        return in_threads(do, files, self._stop.set, AT_ONCE)
 
     def _fetch(self, source: Source, file: File) -> None:
         """Fetch one file, check it and say so. Raises what the hub's client raises, and BaseModelError."""
