@@ -238,15 +238,16 @@ def test_a_download_that_breaks_off_is_a_sentence_and_goes_on(hub: Hub, run: Run
 def test_ctrl_c_says_that_the_same_command_goes_on(
     hub: Hub, environment: dict[str, str], run: Run, tmp_path: Path
 ) -> None:
-    hub.pace = 0.1
+    hub.held = {UNET}
     command = [sys.executable, "-c", PROGRAM, tmp_path / "secret", "--folder", tmp_path / "models", "flux-schnell"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True) as process:
         assert soon(lambda: (tmp_path / "models" / "flux-schnell" / VAE).exists())
         process.send_signal(signal.SIGINT)
+        hub.held = set()
         _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (130, "Stopped. What has come stays; the same command goes on from there.\n")
-    hub.pace, hub.asked = 0, []
+    hub.asked.clear()
     assert run("flux-schnell").returncode == 0
     assert VAE not in hub.fetched()
     assert contents(tmp_path / "models" / "flux-schnell") == FILES
@@ -255,14 +256,14 @@ def test_ctrl_c_says_that_the_same_command_goes_on(
 def test_a_process_killed_in_a_checkpoint_leaves_no_base_and_the_next_one_fetches_it(
     hub: Hub, environment: dict[str, str], run: Run, tmp_path: Path
 ) -> None:
-    hub.pace = 0.5
+    hub.held = {*CHECKPOINT}
     models = tmp_path / "models"
     command = [sys.executable, "-c", PROGRAM, tmp_path / "secret", "--folder", models, "illustrious-xl"]
     with subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
         assert soon(lambda: leftovers(tmp_path) != [])
         process.kill()
     assert contents(models / "illustrious-xl") == {}
-    hub.pace = 0.0
+    hub.held = set()
     assert run("illustrious-xl").returncode == 0
     assert (contents(models / "illustrious-xl"), leftovers(tmp_path)) == (COMPLETED, [])
 

@@ -16,7 +16,7 @@ import pytest
 from klora.bases.install import ensure_base
 from klora.bases.pget import Pget
 from klora.errors import BaseModelError
-from test_folder.fakes.base_hub import BASE, FILES, INDEX, UNET, VAE, Server, contents, leftovers
+from test_folder.fakes.base_hub import BASE, CONFIG, FILES, INDEX, UNET, VAE, Server, contents, leftovers
 from test_folder.fakes.pget import FakePget, is_running, soon
 
 FORK = get_context("fork")  # others would import all that the tests of this process have imported
@@ -68,13 +68,14 @@ def begun(folder: Path, server: Server, pget: Pget | None = None) -> BaseProcess
 def test_a_process_killed_half_way_leaves_what_the_next_one_goes_on_from(
     server: Server, ensure: Callable[..., Path], tmp_path: Path
 ) -> None:
-    server.hub.pace = 0.1
+    server.hub.held = {UNET}
     process = begun(tmp_path, server)
-    assert soon(lambda: (tmp_path / "tiny" / VAE).exists() and leftovers(tmp_path))
+    came = [tmp_path / "tiny" / path for path in (VAE, CONFIG)]
+    assert soon(lambda: all(path.exists() for path in came) and leftovers(tmp_path))
     process.kill()
     process.join()
     assert not (tmp_path / "tiny" / INDEX).exists()
-    server.hub.pace, server.hub.asked = 0, []
+    server.hub.held, server.hub.asked = set(), []
     ensure()
     assert set(server.hub.fetched()) == {UNET, INDEX}
     assert (contents(tmp_path / "tiny"), leftovers(tmp_path)) == (FILES, [])

@@ -46,6 +46,7 @@ class Hub:
         self.listed: dict[str, dict[str, object]] = {}
         self.broken: dict[str, int] = {}
         self.lost: set[str] = set()
+        self.held: set[str] = set()
         self.closed, self.pace = "", 0.0
         self.asked: list[tuple[str, str, str | None]] = []  # method and address, path in the repository, Authorization
         self.lock = Lock()
@@ -132,6 +133,8 @@ class Handler(BaseHTTPRequestHandler):
             hub.broken[path] -= 1
             body, self.close_connection = body[: len(body) // 2], True
         for start in range(0, len(body), 10_000):
+            while start * 2 >= len(body) and path in hub.held:
+                time.sleep(0.01)
             self.wfile.write(body[start : start + 10_000])
             self.wfile.flush()
             time.sleep(hub.pace)

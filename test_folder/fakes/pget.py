@@ -69,7 +69,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def soon(true: Callable[[], object], seconds: float = 20.0) -> bool:
+def soon(true: Callable[[], object], seconds: float = 60.0) -> bool:
     end = time.monotonic() + seconds
     while not true() and time.monotonic() < end:
         time.sleep(0.02)
