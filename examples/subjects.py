@@ -15,7 +15,7 @@ from examples.yardsticks import Subject
 from klora import SDXL, Flux, LoRA, LowRank, Request, load_model, save_lora
 from klora.errors import BaseModelError
 from klora.layers import HEADROOM_BYTES
-from klora.models.family import linear_shapes
+from klora.models.linears import linear_shapes
 from test_folder import published, tiny
 
 TOY = Path(__file__).resolve().parent / "toy"

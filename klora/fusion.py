@@ -62,7 +62,8 @@ class Fusion:
     """Two LoRAs, scored against each other layer by layer.
 
     layers: L names in execution order.   content_score, style_score: float64 [L], on the CPU; 0 where a LoRA lacks the
-    layer, so that the one comparison leaves it with its owner.   gamma: the magnitude ratio (Eq 9).
+    layer, so that the one comparison leaves it with its owner.   gamma: the magnitude ratio (Eq 9), of gammas the one
+    that was asked for.
     """
 
     layers: tuple[str, ...]
@@ -71,6 +72,7 @@ class Fusion:
     content_score: Tensor
     style_score: Tensor
     gamma: float
+    gammas: Mapping[Gamma, float]
 
     @property
     def ratio(self) -> Tensor:
@@ -124,7 +126,8 @@ def fuse(
     (content_score, content_l1), (style_score, style_l1) = (_scores(lora, ks, device) for lora in (content, style))
     if not torch.stack([content_l1, style_l1]).isfinite().all():
         raise LoRAError("A LoRA's weights are so large that they overflow. Expected one that was trained.")
-    return Fusion(tuple(layers), content, style, content_score, style_score, _gamma(content_l1, style_l1, gamma))
+    gammas = _gammas(content_l1, style_l1)
+    return Fusion(tuple(layers), content, style, content_score, style_score, gammas[gamma], gammas)
 
 
 def _scores(lora: Mapping[str, LowRank], ks: Mapping[str, int], device: torch.device | None) -> Tensor:
@@ -178,16 +181,15 @@ def _largest(magnitudes: Tensor, top: Tensor, k: int) -> Tensor:
     return top.topk(min(k, len(top)), sorted=False).values
 
 
-def _gamma(content_l1: Tensor, style_l1: Tensor, kind: Gamma) -> float:
-    """The magnitude ratio over shared layers; layers where either LoRA is zero say nothing about it."""
+def _gammas(content_l1: Tensor, style_l1: Tensor) -> dict[Gamma, float]:
+    """The magnitude ratio over shared layers, by either definition; layers where either LoRA is zero say nothing."""
     shared = (content_l1 > 0) & (style_l1 > 0)
     if not shared.any():
-        return 1.0  # every layer has one owner: there is nothing to choose
+        return {"reference": 1.0, "paper": 1.0}  # every layer has one owner: there is nothing to choose
     content_l1, style_l1 = content_l1[shared], style_l1[shared]
-    if kind == "paper":
-        return (content_l1.sum() / style_l1.sum()).item()
     ratios = content_l1 / style_l1
-    return ratios[ratios < 3 * ratios.mean()].mean().item()
+    typical = ratios[ratios < 3 * ratios.mean()]
+    return {"reference": typical.mean().item(), "paper": (content_l1.sum() / style_l1.sum()).item()}
 
 
 def _tau(steps: int, layers: int, clock: Clock) -> Tensor:

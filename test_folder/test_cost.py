@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from klora.models import FAMILIES, load_model
-from klora.models.family import Family, Part, linear_shapes
+from klora.models.family import Family, Part
+from klora.models.linears import linear_shapes
 from klora.training.config import TrainConfig
 from klora.training.cost import step_flops, step_memory
 from klora.training.memory import TRAINED_BYTES, WORKSPACE_BYTES

@@ -12,7 +12,8 @@ from klora import cli
 from klora.files.shelf import Shelf
 from klora.report import inspection
 
-REFUSED = "Error: {} cannot be read or written: {}. Expected a path that can be.\n"
+REFUSED = "{} cannot be read or written: {}. Expected a path that can be.\n"
+GONE = "{} cannot be read ({}). Expected a LoRA in a .safetensors file.\n"
 QUICK = ("--num-inference-steps", "2", "--disable-safety-checker", "--model", "sdxl")
 PAIR = ("content.safetensors", "style.safetensors")
 VERBS = {
@@ -69,7 +70,10 @@ def test_an_out_below_a_file_is_refused_before_any_work(
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), REFUSED.format("A file", "No space left on device")),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "Error: " + REFUSED.format("A file", "No space left on device"),
+        ),
         (OSError("a mistake, and of no file"), ""),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), ""),
     ],
@@ -94,8 +98,9 @@ def test_a_file_that_goes_meanwhile_is_named_in_one_line(
     monkeypatch.setattr(Shelf, "take", lambda *given: (lora.unlink(missing_ok=True), take(*given))[1])
     monkeypatch.setattr(inspection, "files_of", lambda path: (lora.unlink(), files_of(path))[1])
     result = run(*VERBS[verb])
-    said = REFUSED.format(PAIR[0], "No such file or directory")
-    assert (result.exit_code, result.stderr.splitlines(keepends=True)[-1]) == (1, said)
+    said = (REFUSED if verb == "inspect" else GONE).format(PAIR[0], "No such file or directory")
+    line = (result.stdout + result.stderr).splitlines(keepends=True)[-1]
+    assert (result.exit_code, line) == (1, f"Not made: line 1: {said}" if verb == "generate" else f"Error: {said}")
     assert "Traceback" not in result.stderr
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from klora.lora import LowRank
 from klora.models import FAMILIES, load_model
-from klora.models.family import Family, Prediction, linear_shapes
+from klora.models.family import Family, Prediction
+from klora.models.linears import linear_shapes
 from klora.training.objective import Batch, Objective, draw_noise, draw_times, errors, shifted
 from klora.training.trainable import trainable
 from test_folder import tiny

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from klora.errors import LoRAError
 from klora.files.shelf import FORM, Shelf, keep_scores
 from klora.fusion import fuse, importance
 from klora.lora import LoRA, LowRank
@@ -68,6 +69,29 @@ def test_what_cannot_be_read_is_not_kept(file: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         shelf.take("sdxl", file, lambda path: 1 / 0)
     assert shelf.take("sdxl", file, lambda path: lora()).scores == {}
+
+
+def test_what_a_file_says_of_itself_is_read_once(file: Path, tmp_path: Path) -> None:
+    shelf, link = Shelf(), tmp_path / "link.safetensors"
+    link.symlink_to(file)
+    with pytest.raises(ZeroDivisionError):
+        shelf.origin(file, lambda path: 1 / 0)
+    assert shelf.origin(file, lambda path: None) is None
+    assert shelf.origin(link, Path.read_text) is None
+    file.write_bytes(b"other")
+    assert shelf.origin(link, Path.read_text) == shelf.origin(file, lambda path: 1 / 0) == "other"
+
+
+def test_a_file_that_is_gone_is_a_sentence(file: Path) -> None:
+    shelf = Shelf()
+    shelf.take("sdxl", file, lambda path: lora())
+    file.unlink()
+    for use in (lambda: shelf.take("sdxl", file, lambda path: lora()), lambda: shelf.origin(file, lambda path: None)):
+        with pytest.raises(LoRAError) as error:
+            use()
+        assert str(error.value) == (
+            "dog.safetensors cannot be read (No such file or directory). Expected a LoRA in a .safetensors file."
+        )
 
 
 def test_a_repository_is_read_again_when_its_alphas_change(tmp_path: Path) -> None:

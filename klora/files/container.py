@@ -63,17 +63,23 @@ class Contents:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Contents]:
-    """The contents of a file, a tar or a folder. Raises LoRAError, also for what is wrong while they are used: always
-    one sentence that begins with the file's name."""
+    """The contents of a file, a tar or a folder. Raises LoRAError as in_words() does, also for what is wrong while they
+    are used."""
     path = Path(path)
+    with in_words(path), _found(path) as files, _reader(files["lora"]) as (specs, metadata, reader):
+        embeddings: dict[str, Tensor] = {}
+        if "embeddings" in files:
+            with _reader(files["embeddings"]) as (names, _, tensors):
+                embeddings = {name: tensors.get_tensor(name) for name in names}
+        adapter, words = (_json(files[part]) if part in files else {} for part in ("adapter", "words"))
+        yield Contents(specs, metadata, reader, adapter, embeddings, words)
+
+
+@contextmanager
+def in_words(path: Path) -> Iterator[None]:
+    """Raise what is wrong with a file as a LoRAError: always one sentence that begins with the file's name."""
     try:
-        with _found(path) as files, _reader(files["lora"]) as (specs, metadata, reader):
-            embeddings: dict[str, Tensor] = {}
-            if "embeddings" in files:
-                with _reader(files["embeddings"]) as (names, _, tensors):
-                    embeddings = {name: tensors.get_tensor(name) for name in names}
-            adapter, words = (_json(files[part]) if part in files else {} for part in ("adapter", "words"))
-            yield Contents(specs, metadata, reader, adapter, embeddings, words)
+        yield
     except LoRAError as error:
         raise LoRAError(f"{path.name} {error}") from error
     except (SafetensorError, OSError, tarfile.TarError) as error:

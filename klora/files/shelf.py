@@ -1,4 +1,5 @@
-"""LoRAs that requests used lately, kept as a base has read them; what fusions scored of them outlives the process.
+"""LoRAs that requests used lately, kept as a base has read them, and what their files said of themselves; what fusions
+scored of them outlives the process.
 
 Scores lie beside a cached file, under the sha256 of its content: whatever a reference calls it, and whoever is its
 partner, a file is scored once. Nothing else enters, for they depend on the weights alone and on how those are read.
@@ -9,15 +10,17 @@ import json
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
+from typing import Any, TypeVar
 
-from klora.files.container import files_of
+from klora.files.container import files_of, in_words
 from klora.lora import LoRA
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 _Scores = dict[str, dict[int, float]]
-DIGESTS = 1000  # of local files, remembered
+FILES = 1000  # whose facts are remembered
 FORM = 3  # to be raised when files are read, or scored, otherwise than before
 
 
@@ -26,20 +29,24 @@ class Shelf:
 
     def __init__(self, room: int = 4) -> None:
         self._room = room
-        self._loras: OrderedDict[tuple[object, ...], LoRA] = OrderedDict()
-        self._sha256: OrderedDict[tuple[int, ...], str] = OrderedDict()
+        self._loras: OrderedDict[Hashable, LoRA] = OrderedDict()
+        self._origins: OrderedDict[Hashable, Any] = OrderedDict()
+        self._sha256: OrderedDict[Hashable, str] = OrderedDict()
 
     def take(self, base: str, path: Path, read: Callable[[Path], LoRA], scores: Path | None = None) -> LoRA:
         """The LoRA of a file, read if need be. scores: where keep_scores() may have left some. Raises as read does."""
-        key = (base, *map(_facts, files_of(path).values()))
-        if key not in self._loras:
-            self._loras[key] = lora = read(path)
-            if scores:
-                lora.scores.update(_stored(scores))
-        self._loras.move_to_end(key)
-        while len(self._loras) > self._room:
-            self._loras.popitem(last=False)
-        return self._loras[key]
+
+        def scored() -> LoRA:
+            lora = read(path)
+            lora.scores.update(_stored(scores) if scores else {})
+            return lora
+
+        return _remembered(self._loras, (base, _facts(path)), scored, self._room)
+
+    def origin(self, path: Path, read: Callable[[Path], T]) -> T:
+        """What read() says of a file, of the header of which nothing needs to be read twice. Raises as read does."""
+        found: T = _remembered(self._origins, _facts(path), lambda: read(path), FILES)
+        return found
 
     def sha256(self, path: Path, scores: Path | None = None) -> tuple[str, ...]:
         """Of each file that a LoRA is read from, in hex: for a fetched one as the cache knows it, which has named its
@@ -47,13 +54,19 @@ class Shelf:
         return tuple(scores.stem.split("-")) if scores else tuple(map(self._digest, files_of(path).values()))
 
     def _digest(self, file: Path) -> str:
-        facts = _facts(file)
-        if facts not in self._sha256:
+        def read() -> str:
             with file.open("rb") as content:
-                self._sha256[facts] = hashlib.file_digest(content, "sha256").hexdigest()
-        while len(self._sha256) > DIGESTS:
-            self._sha256.popitem(last=False)
-        return self._sha256[facts]
+                return hashlib.file_digest(content, "sha256").hexdigest()
+
+        return _remembered(self._sha256, _facts(file), read, FILES)
+
+
+def _remembered(memory: OrderedDict[Hashable, T], key: Hashable, find: Callable[[], T], room: int) -> T:
+    """What is found for a key once; the least recently used ones go."""
+    found = memory[key] = memory.pop(key) if key in memory else find()
+    while len(memory) > room:
+        memory.popitem(last=False)
+    return found
 
 
 def keep_scores(place: Path, lora: LoRA) -> None:
@@ -73,10 +86,12 @@ def keep_scores(place: Path, lora: LoRA) -> None:
         logger.warning("Scores are not kept: %s.", error.strerror)
 
 
-def _facts(path: Path) -> tuple[int, ...]:
-    """By what a file is known again without reading it: links to one file share them, and a changed one has others."""
-    status = path.stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+def _facts(path: Path) -> tuple[tuple[int, ...], ...]:
+    """By what a LoRA's files are known again without reading them: links to one file share them, and a changed one has
+    others. Raises LoRAError."""
+    with in_words(path):
+        found = [file.stat() for file in files_of(path).values()]
+    return tuple((file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns) for file in found)
 
 
 def _stored(place: Path) -> _Scores:

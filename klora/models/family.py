@@ -1,5 +1,5 @@
-"""What a family of base models is, and the pieces that families share: one call of a diffusers pipeline, where that
-pipeline stands in its schedule, and which linear layers a denoiser runs in which order. Knows no family by name.
+"""What a family of base models is, and the pieces that families share: parts of a diffusers pipeline, one call of it,
+and where it stands in its schedule. Knows no family by name.
 """
 
 import importlib
@@ -19,6 +19,7 @@ from klora.errors import BaseModelError, RequestError
 from klora.files.names import Inventory
 from klora.form.request import Request
 from klora.lora import LoRA
+from klora.models.linears import execution_order, linear_shapes
 
 Conditioning = Mapping[str, Tensor]
 """A prompt as the denoiser reads it, by the names of the diffusers pipeline's own arguments; batch first."""
@@ -90,6 +91,10 @@ class Family(Protocol):
     @staticmethod
     def recognises(keys: list[str]) -> bool:
         """Whether a LoRA file with these tensor names was made for this family."""
+
+    @property
+    def inventory(self) -> Inventory:
+        """What a LoRA may adapt. Found when it is first asked for."""
 
     def read_lora(self, path: Path) -> LoRA:
         """Read a LoRA file, its layers in execution order. Raises LoRAError."""
@@ -264,35 +269,13 @@ def denoise(
     return latents
 
 
-def execution_order(denoiser: Any, inputs: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """{name: (outputs, inputs)} of a denoiser's linear layers in the order of their first call.
-
-    Found by running a twin without weights on the meta device; inputs: keyword arguments on that device.
-    """
-    with torch.device("meta"):
-        twin = type(denoiser).from_config(denoiser.config)
-    shapes = linear_shapes(twin)
-    called: dict[str, tuple[int, int]] = {}
-    for name, shape in shapes.items():
-        twin.get_submodule(name).register_forward_pre_hook(lambda *_, n=name, s=shape: called.setdefault(n, s) and None)
-    with torch.no_grad():
-        twin(**inputs)
-    return called | shapes
-
-
-def inventory(model: Family, inputs: Mapping[str, Any]) -> Inventory:
+def inventory_of(model: Family, inputs: Callable[[Any], Mapping[str, Any]]) -> Inventory:
     """What a LoRA may adapt: the linear layers of the denoiser, in execution order, and of the text encoders."""
     encoders = {name: linear_shapes(encoder) for name, encoder in model.text_encoders.items()}
-    return {model.component: execution_order(model.denoiser, inputs)} | encoders
+    return {model.component: execution_order(model.denoiser, inputs), **encoders}
 
 
 def word_widths(model: Family) -> dict[str, int]:
     """The length of a token's vector, by text encoder."""
     encoders: dict[str, Any] = dict(model.text_encoders)  # Any: nn.Module does not say that they have embeddings
     return {name: encoder.get_input_embeddings().weight.shape[1] for name, encoder in encoders.items()}
-
-
-def linear_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """{name: (outputs, inputs)} of a module's linear layers, as registered."""
-    linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
-    return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}

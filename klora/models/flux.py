@@ -25,7 +25,7 @@ from klora.models.family import (
     Recipe,
     denoise,
     encoders,
-    inventory,
+    inventory_of,
     load_parts,
     quantization,
     word_widths,
@@ -76,7 +76,7 @@ class Flux:
         def rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return FluxPipeline.lora_state_dict(tensors)
 
-        return read_lora(path, self._inventory, rename, word_widths(self))
+        return read_lora(path, self.inventory, rename, word_widths(self))
 
     def encode_prompt(self, prompts: list[str], negative_prompts: list[str] | None = None) -> Conditioning:
         """negative_prompts have no effect: a guidance-distilled model steers away from nothing.
@@ -137,19 +137,22 @@ class Flux:
         return processor.postprocess(vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample)
 
     @cached_property
-    def _inventory(self) -> Inventory:
-        config = self.pipe.transformer.config
-        with torch.device("meta"):
-            inputs = {
-                "hidden_states": torch.zeros(1, 1, config.in_channels),
-                "encoder_hidden_states": torch.zeros(1, 1, config.joint_attention_dim),
-                "pooled_projections": torch.zeros(1, config.pooled_projection_dim),
-                "timestep": torch.zeros(1),
-                "guidance": torch.zeros(1) if self._guided else None,
-                "img_ids": torch.zeros(1, 3),
-                "txt_ids": torch.zeros(1, 3),
-            }
-        return inventory(self, inputs)
+    def inventory(self) -> Inventory:
+        return inventory_of(self, _smallest_call)
+
+
+def _smallest_call(transformer: Any) -> dict[str, Tensor | None]:
+    """Keyword arguments for a token of an image and one of a prompt."""
+    config = transformer.config
+    return {
+        "hidden_states": torch.zeros(1, 1, config.in_channels),
+        "encoder_hidden_states": torch.zeros(1, 1, config.joint_attention_dim),
+        "pooled_projections": torch.zeros(1, config.pooled_projection_dim),
+        "timestep": torch.zeros(1),
+        "guidance": torch.zeros(1) if config.guidance_embeds else None,
+        "img_ids": torch.zeros(1, 3),
+        "txt_ids": torch.zeros(1, 3),
+    }
 
 
 def _image_ids(height: int, width: int, like: Tensor) -> Tensor:

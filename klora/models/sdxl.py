@@ -29,7 +29,7 @@ from klora.models.family import (
     checkpoint_in,
     denoise,
     encoders,
-    inventory,
+    inventory_of,
     load_parts,
     quantization,
     word_widths,
@@ -94,7 +94,7 @@ class SDXL:
         def rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return StableDiffusionXLPipeline.lora_state_dict(tensors, unet_config=self.pipe.unet.config)[0]
 
-        return read_lora(path, self._inventory, rename, word_widths(self))
+        return read_lora(path, self.inventory, rename, word_widths(self))
 
     def encode_prompt(self, prompts: list[str], negative_prompts: list[str] | None = None) -> Conditioning:
         """A prompt of more tokens than CLIP reads is read in pieces, which follow one another; the first is pooled.
@@ -165,18 +165,8 @@ class SDXL:
         return processor.postprocess(vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample)
 
     @cached_property
-    def _inventory(self) -> Inventory:
-        config = self.pipe.unet.config
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        with torch.device("meta"):
-            added = {"text_embeds": torch.zeros(1, pooled), "time_ids": torch.zeros(1, 6)}
-            inputs = {
-                "sample": torch.zeros(1, config.in_channels, 8, 8),
-                "timestep": torch.zeros(1),
-                "encoder_hidden_states": torch.zeros(1, 1, config.cross_attention_dim),
-                "added_cond_kwargs": added,
-            }
-        return inventory(self, inputs)
+    def inventory(self) -> Inventory:
+        return inventory_of(self, _smallest_call)
 
     @cached_property
     def _ddpm(self) -> diffusers.DDPMScheduler:
@@ -185,3 +175,15 @@ class SDXL:
     def _time_ids(self, latents: Tensor) -> Tensor:
         height, width = (side * self.pipe.vae_scale_factor for side in latents.shape[-2:])
         return latents.new_tensor([[height, width, 0, 0, height, width]]).expand(len(latents), -1)
+
+
+def _smallest_call(unet: Any) -> dict[str, Any]:
+    """Keyword arguments for 8 x 8 latents, which can be halved as often as a U-Net does, and a token of a prompt."""
+    config = unet.config
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    return {
+        "sample": torch.zeros(1, config.in_channels, 8, 8),
+        "timestep": torch.zeros(1),
+        "encoder_hidden_states": torch.zeros(1, 1, config.cross_attention_dim),
+        "added_cond_kwargs": {"text_embeds": torch.zeros(1, pooled), "time_ids": torch.zeros(1, 6)},
+    }

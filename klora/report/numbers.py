@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from klora.errors import RequestError
-from klora.fusion import Fusion, Gamma, Schedule, fuse
-from klora.lora import LoRA, LowRank
+from klora.fusion import Fusion, Gamma, Schedule
+from klora.lora import LowRank
 
 Order = Literal["execution", "file"]
 Counts = Mapping[float, int]
@@ -180,7 +180,7 @@ def measured(
         },
         alphas=alphas,
         gamma=fusion.gamma,
-        gammas=_gammas(fusion),
+        gammas=fusion.gammas,
         slider={bias: _style_share(fusion.content_wins(schedule, steps, bias)) for bias in BIASES},
         balance=_balance(ratio, scale),
     )
@@ -190,13 +190,6 @@ def _owner(name: str, content: Mapping[str, LowRank], style: Mapping[str, LowRan
     if name in content and name in style:
         return "both"
     return "content" if name in content else "style"
-
-
-def _gammas(fusion: Fusion) -> dict[Gamma, float]:
-    """Under both definitions. A LoRA remembers its scores, which the fusion has asked for; a bare mapping does not."""
-    content, style = (lora if isinstance(lora, LoRA) else LoRA(lora) for lora in (fusion.content, fusion.style))
-    kinds: tuple[Gamma, ...] = ("reference", "paper")
-    return {kind: fuse(content, style, gamma=kind).gamma for kind in kinds}
 
 
 def _style_share(wins: Tensor) -> float:

@@ -58,7 +58,8 @@ class ResidentBases:
             self._make_room(name, _bytes_of(path, dtype))
             self._bases[name] = model = load_model(family, path, self.device, dtype)
             self._encoders[name] = lru_cache(PROMPTS)(plain_encoder(model))
-            logger.info("loaded %s from %s", name, path)
+            layers = len(model.inventory[model.component])  # asked for now, or the first LoRA would wait for it
+            logger.info("loaded %s from %s: LoRAs may adapt %d layers of it", name, path, layers)
             if self._compiled:
                 compile_blocks(model)
                 logger.info("compiled %s's blocks", name)

@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path, PurePath
@@ -191,7 +192,8 @@ def sources_of(base: str, folder: Path) -> dict[str, str]:
     return dict(zip((source.repository for source in BASES[base].sources), commits, strict=False))
 
 
-def versions() -> dict[str, str]:
+@cache
+def versions() -> Mapping[str, str]:
     """Of what decides an image's last bits."""
     return {"klora": __version__, **{name: version(name) for name in ("torch", "diffusers", "transformers")}}
 

@@ -183,7 +183,8 @@ class Studio:
 
     def _base_for(self, request: Request, loras: Mapping[str, Path]) -> tuple[str, str, Path]:
         """What FindBase gives, once it is sure that no LoRA was made for another family."""
-        found = {name: _said_of(name, origin_of, path) for name, path in loras.items()}
+        told = partial(self._shelf.origin, read=origin_of)
+        found = {name: _said_of(name, told, path) for name, path in loras.items()}
         made_for = {name: origin for name, origin in found.items() if origin}
         needed = next((origin.family for origin in made_for.values() if origin.family), None)
         base, family, path = self._find_base(request.model, needed)

@@ -21,7 +21,8 @@ from klora.device import default_device, free_bytes
 from klora.errors import RequestError
 from klora.form.request import Request
 from klora.lora import LoRA, LowRank, save_lora
-from klora.models.family import Family, linear_shapes
+from klora.models.family import Family
+from klora.models.linears import linear_shapes
 from klora.training.cache import encode_pictures, encode_texts, keyed_generator
 from klora.training.config import TrainConfig
 from klora.training.cost import step_memory

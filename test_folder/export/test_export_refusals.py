@@ -1,5 +1,6 @@
 """What cannot be exported, and what no file can hold."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,7 @@ def test_kohyas_format_takes_no_text_encoders(
 def test_words_are_refused(fusion: Fusion, wins: Tensor) -> None:
     taught = LoRA(fusion.style, words={"TOK": {"text_encoder": torch.zeros(1, 32)}})
     with pytest.raises(LoRAError, match=r"^style_lora teaches the word 'TOK'\."):
-        baked(Fusion(fusion.layers, fusion.content, taught, *scores_of(fusion)), wins)
-
-
-def scores_of(fusion: Fusion) -> tuple[Tensor, Tensor, float]:
-    return fusion.content_score, fusion.style_score, fusion.gamma
+        baked(replace(fusion, style=taught), wins)
 
 
 def test_what_no_file_can_hold_is_refused() -> None:

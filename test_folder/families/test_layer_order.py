@@ -8,7 +8,9 @@ import torch
 
 from klora.layers import attached
 from klora.lora import LowRank, Plan
+from klora.models import load_shapes
 from klora.models.family import Family
+from klora.models.linears import execution_order
 from test_folder import tiny
 from test_folder.families.painting import paint
 
@@ -34,6 +36,17 @@ def test_lora_layers_come_in_the_order_of_their_first_call(model: Family, tmp_pa
     assert set(order) == set(shapes)
     assert list(model.read_lora(path)) == order
     assert order != list(shapes)
+
+
+def test_bases_of_one_architecture_share_an_order_that_is_found_once(bases: Path) -> None:
+    """Where their folders lie and how their weights are stored is not part of it."""
+    sdxl, other = (load_shapes("sdxl", bases / base).denoiser for base in ("sdxl", "illustrious-xl"))
+    assert execution_order(other, tiny.unet_inputs) is execution_order(sdxl, tiny.unet_inputs)
+    deeper = tiny.full_topology_unet()
+    order = execution_order(deeper, tiny.unet_inputs)
+    assert order.keys() > execution_order(sdxl, tiny.unet_inputs).keys()
+    deeper.register_to_config(_name_or_path="elsewhere", quantization_config=object())
+    assert execution_order(deeper, tiny.unet_inputs) is order
 
 
 def test_unet_goes_down_then_through_the_middle_then_up(sdxl: Family, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_what_it_says_is_what_the_base_reads(
 def test_shapes_alone_make_the_whole_inventory(models: dict[str, Family], bases: Path, family: str) -> None:
     bare = load_shapes(family, bases / FOLDERS[family])
     assert all(x.is_meta for part in (bare.denoiser, *bare.text_encoders.values()) for x in part.parameters())
-    assert bare._inventory == models[family]._inventory
+    assert bare.inventory == models[family].inventory
 
 
 def test_the_command_prints_it(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

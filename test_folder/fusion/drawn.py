@@ -48,7 +48,8 @@ def with_ratios(ratios, style_score=1.0, gamma=1.0):
     """A Fusion whose R is given."""
     style = torch.full((len(ratios),), style_score, dtype=torch.float64)
     content = torch.as_tensor(ratios, dtype=torch.float64) * style * gamma
-    return Fusion(tuple(f"layer.{index}" for index in range(len(ratios))), {}, {}, content, style, gamma)
+    names, gammas = tuple(f"layer.{index}" for index in range(len(ratios))), {"reference": gamma, "paper": gamma}
+    return Fusion(names, {}, {}, content, style, gamma, gammas)
 
 
 def flips(wins):

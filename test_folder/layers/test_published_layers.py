@@ -8,7 +8,7 @@ import torch
 
 from klora.layers import LoRALinear, attached
 from klora.lora import Plan
-from klora.models.family import execution_order
+from klora.models.linears import execution_order
 from test_folder import published, tiny
 from test_folder.layers.network import random_lora
 
@@ -23,7 +23,7 @@ FLUX = (published.flux, tiny.full_topology_flux, tiny.flux_inputs)
 def linears_in_execution_order(build, inputs):
     with torch.device("meta"):
         model = build()
-    return list(execution_order(model, inputs(model, device="meta")))
+    return list(execution_order(model, inputs))
 
 
 @pytest.mark.parametrize(

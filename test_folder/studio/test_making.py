@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import weights
+from klora.files import container
 from klora.generation import generate
+from klora.models import linears
 from klora.studio import Studio
 from test_folder.pairs import pair_of
 from test_folder.studio.opening import FIRST, Images, made, request, same
@@ -50,6 +52,25 @@ def test_a_prompt_is_read_once_unless_a_lora_has_a_say_in_it(fresh: Studio, lora
     assert passes_of(plain, prompt="a photo of a cat", negative_prompt="rain") == 2
     assert passes_of(plain) == 1
     assert passes_of(plain | {"style_lora": loras / "encoder.safetensors"}, negative_prompt="rain") == 2
+
+
+@pytest.mark.parametrize("family", FIRST)
+def test_loras_of_a_loaded_base_wait_for_nothing_that_is_known(
+    fresh: Studio, loras: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G4. The order of the layers is there with the base, and the second request opens no file of a LoRA, a tar would
+    be unpacked for it, scores nothing and looks up no version."""
+    linears._execution_order.cache_clear()
+    fresh.load(*weights.find_base(FIRST[family]))
+    monkeypatch.setattr(linears, "linear_shapes", None)  # nobody needs it from now on
+    files = pair_of(loras, family)
+    before = made(fresh, request(), files)
+    for name in ("safe_open", "tarfile"):
+        monkeypatch.setattr(container, name, None)
+    monkeypatch.setattr("klora.fusion.importance", None)
+    monkeypatch.setattr("klora.studio.provenance.version", None)
+    assert not same(before, made(fresh, request(content_scale=0.5), files))
+    assert same(before, made(fresh, request(), files))
 
 
 @pytest.mark.parametrize("fusion", ["klora", "sum", "content", "style"])

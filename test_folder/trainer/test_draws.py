@@ -9,7 +9,8 @@ from peft import LoraConfig
 from PIL import Image
 
 from klora import FAMILIES
-from klora.models.family import Family, linear_shapes
+from klora.models.family import Family
+from klora.models.linears import linear_shapes
 from klora.training.config import TrainConfig
 from klora.training.dataset import Picture, captioned
 from klora.training.draw import Draw

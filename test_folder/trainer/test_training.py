@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from klora import FAMILIES, LoRA, Request, generate, load_model, save_lora
 from klora.errors import RequestError
-from klora.models.family import Family, linear_shapes
+from klora.models.family import Family
+from klora.models.linears import linear_shapes
 from klora.training import loop
 from klora.training.config import TARGETS, TrainConfig
 from klora.training.dataset import Picture
