@@ -71,6 +71,29 @@ def test_what_cannot_be_read_is_not_kept(file: Path) -> None:
     assert shelf.take("sdxl", file, lambda path: lora()).scores == {}
 
 
+def test_scores_are_kept_again_only_when_there_are_more_or_they_have_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf, place, content, wrote = Shelf(), tmp_path / "content.json", lora(), list[Path]()
+    keep = lambda place, lora: wrote.append(place) or keep_scores(place, lora)  # noqa: E731
+    monkeypatch.setattr("klora.files.shelf.keep_scores", keep)
+    for use in range(2):
+        fuse(content, lora(1))
+        shelf.keep(place, content)
+        assert len(wrote) == 1, use
+    fuse(content, lora(1, rank=5))  # no rank of RANKS
+    shelf.keep(place, content)
+    assert len(wrote) == 2
+    stored = place.read_text()
+    place.unlink()
+    for _ in range(2):
+        shelf.keep(place, content)
+    assert len(wrote) == 3 and place.read_text() == stored
+    shelf.keep(tmp_path / "no folder" / "content.json", content)
+    shelf.keep(tmp_path / "no folder" / "content.json", content)
+    assert len(wrote) == 5
+
+
 def test_what_a_file_says_of_itself_is_read_once(file: Path, tmp_path: Path) -> None:
     shelf, link = Shelf(), tmp_path / "link.safetensors"
     link.symlink_to(file)

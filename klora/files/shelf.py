@@ -32,6 +32,7 @@ class Shelf:
         self._loras: OrderedDict[Hashable, LoRA] = OrderedDict()
         self._origins: OrderedDict[Hashable, Any] = OrderedDict()
         self._sha256: OrderedDict[Hashable, str] = OrderedDict()
+        self._kept: OrderedDict[Hashable, None] = OrderedDict()
 
     def take(self, base: str, path: Path, read: Callable[[Path], LoRA], scores: Path | None = None) -> LoRA:
         """The LoRA of a file, read if need be. scores: where keep_scores() may have left some. Raises as read does."""
@@ -42,6 +43,13 @@ class Shelf:
             return lora
 
         return _remembered(self._loras, (base, _facts(path)), scored, self._room)
+
+    def keep(self, place: Path, lora: LoRA) -> None:
+        """keep_scores(), but for scores that are there already."""
+        kept = place, sum(map(len, lora.scores.values()))
+        if not place.exists():  # it went with its file, or could not be written
+            self._kept.pop(kept, None)
+        _remembered(self._kept, kept, lambda: keep_scores(place, lora), FILES)
 
     def origin(self, path: Path, read: Callable[[Path], T]) -> T:
         """What read() says of a file, of the header of which nothing needs to be read twice. Raises as read does."""

@@ -18,7 +18,7 @@ from klora.cache import Borrowed
 from klora.device import default_device, free_bytes
 from klora.errors import LoRAError, SafetyError
 from klora.files.report import stated_alphas
-from klora.files.shelf import Shelf, keep_scores
+from klora.files.shelf import Shelf
 from klora.form.request import Request
 from klora.fusion import Fusion, Schedule, fuse
 from klora.generation import Draw, OnStep, Record, draws_of, generate
@@ -118,7 +118,7 @@ class Studio:
         else:
             shown = _shown(drawn(request, on_step), ready.checker)
         for name, facts in lent.items():
-            keep_scores(facts.scores, ready.loras[name.removesuffix("_lora")])
+            self._shelf.keep(facts.scores, ready.loras[name.removesuffix("_lora")])
         made = Provenance.of(ready.settled(request), ready.path, ready.used, measured)
         for place, image in shown.items():
             image.info["provenance"] = replace(made, place=place)
@@ -140,7 +140,7 @@ class Studio:
         measured = dict[str, Any]()
         images = self._drawn(requests[0], first, draws, measured.__setitem__, lambda step, steps: None)
         for name, facts in lent.items():
-            keep_scores(facts.scores, first.loras[name.removesuffix("_lora")])
+            self._shelf.keep(facts.scores, first.loras[name.removesuffix("_lora")])
         made = Provenance.of(first.settled(requests[0]), first.path, first.used, measured)
         for asked, own, draw, image in zip(requests, ready, draws, images, strict=True):
             inputs = {**made.inputs, "prompt": asked.prompt, "seed": asked.seed}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import weights
-from klora.files import container
+from klora.cache import Borrowed
 from klora.generation import generate
 from klora.models import linears
 from klora.studio import Studio
@@ -56,21 +56,22 @@ def test_a_prompt_is_read_once_unless_a_lora_has_a_say_in_it(fresh: Studio, lora
 
 @pytest.mark.parametrize("family", FIRST)
 def test_loras_of_a_loaded_base_wait_for_nothing_that_is_known(
-    fresh: Studio, loras: Path, family: str, monkeypatch: pytest.MonkeyPatch
+    fresh: Studio, loras: Path, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """G4. The order of the layers is there with the base, and the second request opens no file of a LoRA, a tar would
-    be unpacked for it, scores nothing and looks up no version."""
+    be unpacked for it, nor of its scores, scores nothing and looks up no version."""
     linears._execution_order.cache_clear()
     fresh.load(*weights.find_base(FIRST[family]))
     monkeypatch.setattr(linears, "linear_shapes", None)  # nobody needs it from now on
     files = pair_of(loras, family)
-    before = made(fresh, request(), files)
-    for name in ("safe_open", "tarfile"):
-        monkeypatch.setattr(container, name, None)
-    monkeypatch.setattr("klora.fusion.importance", None)
+    lent = {name: Borrowed(path, tmp_path / f"{name}.json") for name, path in files.items()}
+    before = made(fresh, request(), files, lent=lent)
+    assert all(facts.scores.exists() for facts in lent.values())
+    for name in ("files.container.safe_open", "files.container.tarfile", "files.shelf.json", "fusion.importance"):
+        monkeypatch.setattr(f"klora.{name}", None)
     monkeypatch.setattr("klora.studio.provenance.version", None)
-    assert not same(before, made(fresh, request(content_scale=0.5), files))
-    assert same(before, made(fresh, request(), files))
+    assert not same(before, made(fresh, request(content_scale=0.5), files, lent=lent))
+    assert same(before, made(fresh, request(), files, lent=lent))
 
 
 @pytest.mark.parametrize("fusion", ["klora", "sum", "content", "style"])
