@@ -55,7 +55,7 @@ class Request:
     width: int | None = ask(None, "Width in pixels, for a custom aspect ratio.", ge=64, le=2048)
     height: int | None = ask(None, "Height in pixels, for a custom aspect ratio.", ge=64, le=2048)
     megapixels: str = ask("1", "Area of the image, as a share of the base's own.", choices=("0.25", "0.5", "1", "2"))
-    image: Image.Image | None = ask(None, "Image to start from.")
+    image: Image.Image | None = ask(None, "Image to start from, cut about its middle to the shape asked for.")
     mask: Image.Image | None = ask(None, "Where to repaint the image: white is repainted.")
     prompt_strength: float = ask(0.8, "How much of the input image is redrawn.", ge=0, le=1)
     num_outputs: int = ask(1, "Number of images.", ge=1, le=4)

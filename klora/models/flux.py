@@ -25,6 +25,7 @@ from klora.models.family import (
     Recipe,
     denoise,
     encoders,
+    framed,
     inventory_of,
     load_parts,
     quantization,
@@ -125,12 +126,13 @@ class Flux:
         scheduler = type(scheduler).from_config(scheduler.config)  # of the request's own: it keeps state between steps
         width, height = request.size(self.native_size, self.size_multiple)
         pipeline, options = FluxPipeline, dict[str, Any](width=width, height=height)
-        if request.image is not None:
-            latents = self.encode_images(processor.preprocess(request.image, height, width)).mean
+        given = framed(request, width, height)
+        if "image" in given:
+            latents = self.encode_images(processor.preprocess(given["image"])).mean
             pipeline, options = FluxImg2ImgPipeline, options | {"image": latents, "strength": request.prompt_strength}
-        if request.mask is not None:
+        if "mask" in given:
             pipeline = FluxInpaintPipeline
-            options |= {"mask_image": request.mask, "masked_image_latents": options["image"]}
+            options |= {"mask_image": given["mask"], "masked_image_latents": options["image"]}
         pipe = pipeline(**self.pipe.components | {"scheduler": scheduler})
         packed = denoise(pipe, self, conditioning, request, on_step, seeds, **options)
         latents = FluxPipeline._unpack_latents(packed, height, width, self.pipe.vae_scale_factor)

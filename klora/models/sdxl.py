@@ -29,6 +29,7 @@ from klora.models.family import (
     checkpoint_in,
     denoise,
     encoders,
+    framed,
     inventory_of,
     load_parts,
     quantization,
@@ -152,14 +153,15 @@ class SDXL:
         scheduler = scheduler.from_config(self.pipe.scheduler.config, **options)
         width, height = request.size(self.native_size, self.size_multiple)
         pipeline, options = StableDiffusionXLPipeline, {"width": width, "height": height}
+        given = framed(request, width, height)
         # Without a mask strength 1 starts from noise alone, of which SDXL's last beta would leave a trace of the image.
-        if request.image is not None and (request.mask is not None or request.prompt_strength < 1):
-            latents = self.encode_images(processor.preprocess(request.image, height, width)).mean
+        if "image" in given and ("mask" in given or request.prompt_strength < 1):
+            latents = self.encode_images(processor.preprocess(given["image"])).mean
             image = {"image": latents, "strength": request.prompt_strength}
-            if request.mask is None:  # this pipeline takes its size from the image
+            if "mask" in given:
+                pipeline, options = StableDiffusionXLInpaintPipeline, options | image | {"mask_image": given["mask"]}
+            else:  # this pipeline takes its size from the image
                 pipeline, options = StableDiffusionXLImg2ImgPipeline, image
-            else:
-                pipeline, options = StableDiffusionXLInpaintPipeline, options | image | {"mask_image": request.mask}
         pipe = pipeline(**self.pipe.components | {"scheduler": scheduler}, add_watermarker=False)
         latents = denoise(pipe, self, conditioning, request, on_step, seeds, **options)
         return processor.postprocess(vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample)

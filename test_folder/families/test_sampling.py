@@ -62,6 +62,24 @@ def test_image_has_the_size_asked_for(model: Family, width: int, height: int) ->
         assert paint(model, **options).shape == (1, height, width, 3)
 
 
+@pytest.mark.parametrize("painted", [False, True], ids=["redrawn", "inpainted"])
+def test_an_image_of_another_shape_is_cut_to_it_and_never_stretched(model: Family, painted: bool) -> None:
+    """Its mask with it, which lies on the whole image whatever its own size."""
+    wide, mask = photo(128, 64), Image.new("L", (128, 64))
+    mask.paste(255, (40, 0, 128, 64))
+    inputs = {"image": wide} | ({"mask": mask} if painted else {})
+    middle = {name: picture.crop((32, 0, 96, 64)) for name, picture in inputs.items()}
+    cut = paint(model, **inputs, prompt_strength=0.6)
+    assert np.array_equal(cut, paint(model, **middle, prompt_strength=0.6))
+    assert not np.array_equal(cut, paint(model, image=wide.resize((64, 64)), prompt_strength=0.6))
+    if painted:
+        white = [
+            paint(model, image=wide, mask=Image.new("L", size, 255), prompt_strength=0.6)
+            for size in ((10, 64), (128, 64))
+        ]
+        assert np.array_equal(*white)
+
+
 def test_more_strength_goes_further_from_the_image(model: Family) -> None:
     kept = model.pipe.image_processor.postprocess(reconstruction(model, photo()))[0]
     strengths = (0.25, 0.5, 1.0)
