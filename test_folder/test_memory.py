@@ -91,6 +91,23 @@ def test_what_is_asked_for_is_done_fitting_or_not_and_then_nothing_is_measured(
     assert choose(config, device, WEIGHTS["flux"], 1, peak_bytes, free * GB) == Mode(dtype, None, recompute, True)
 
 
+@pytest.mark.usefixtures("bitsandbytes")
+@pytest.mark.parametrize(
+    ("free", "measured"),
+    [(141, [False]), (48, [False, True]), (32, [False, True]), (24, [False, True]), (12, [False, True]), (1, [True])],
+)
+def test_nothing_is_measured_twice_nor_where_the_weights_alone_do_not_fit(free: float, measured: list[bool]) -> None:
+    """It takes seconds at the beginning of a training."""
+    calls = list[bool]()
+
+    def peak_bytes(dtype: torch.dtype, checkpointing: bool) -> int:
+        calls.append(checkpointing)
+        return PEAKS["flux"][checkpointing] * GB
+
+    choose(TrainConfig(), CUDA, WEIGHTS["flux"], TRAINED["flux"], peak_bytes, int(free * GB))
+    assert calls == measured
+
+
 @pytest.mark.parametrize(("setting", "free", "recompute"), [("auto", 10, True), ("auto", 80, False), ("on", 80, True)])
 def test_a_precision_that_is_asked_for_leaves_the_activations_to_be_chosen(
     setting: str, free: float, recompute: bool

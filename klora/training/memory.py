@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -47,10 +48,12 @@ def choose(
         config.compile == "auto" and device.type == "cuda" and config.steps >= MIN_COMPILED_STEPS
     )
     modes = list(_allowed(config, device))
+    activations = cache(peak_bytes)  # takes seconds, and is the same however the weights are stored
     for precision, recompute in modes:
         dtype, quantized = held(precision, device)
-        kept = weights * BYTES_PER_WEIGHT[precision] + trained * TRAINED_BYTES + WORKSPACE_BYTES
-        needed = kept if len(modes) == 1 else kept + peak_bytes(dtype, recompute)
+        needed = weights * BYTES_PER_WEIGHT[precision] + trained * TRAINED_BYTES + WORKSPACE_BYTES
+        if len(modes) > 1 and (needed <= 0.9 * free_bytes or (precision, recompute) == modes[-1]):
+            needed += activations(dtype, recompute)
         if needed <= 0.9 * free_bytes:
             break
     logger.info(
