@@ -148,9 +148,7 @@ class Predictor(BasePredictor):
             default="1",
         ),
         image: Optional[Path] = Input(
-            description="Image to start from, cut about its middle to the shape asked for. Leave blank to start from noise.",
-            accept="image/*",
-            default=None,
+            description="Image to start from, cut to the shape asked for. Blank: noise.", accept="image/*", default=None
         ),
         mask: Optional[Path] = Input(
             description="Where to repaint the image: white is repainted, black is kept. Leave blank to redraw all of it.",

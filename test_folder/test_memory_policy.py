@@ -16,6 +16,7 @@ from torch import nn
 import klora.layers
 import klora.studio.bases
 from klora.errors import BaseModelError
+from klora.models.linears import linear_shapes
 from klora.studio import Studio
 from klora.training.config import TARGETS
 from test_folder import published, tiny
@@ -76,6 +77,7 @@ class Loaded:
 
     def __init__(self, parts: dict[str, nn.Module], component: str) -> None:
         self.pipe, self.denoiser = SimpleNamespace(components=parts), parts[component]
+        self.component, self.inventory = component, {component: linear_shapes(parts[component])}
 
 
 class Card:
