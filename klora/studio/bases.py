@@ -49,7 +49,9 @@ class ResidentBases:
             if self._bases and not self._fits(_bytes_of(path, default_dtype(self.device))):
                 logger.info("%s will be loaded when it is asked for: memory is short", name)
             else:
-                self.load(name, family, path)
+                model = self.load(name, family, path)
+                layers = len(model.inventory[model.component])  # asked for now, or the first LoRA would wait for it
+                logger.info("LoRAs may adapt %d layers of %s", layers, name)
 
     def load(self, name: str, family: str, path: Path) -> Family:
         """The base, loaded if need be; others leave the accelerator when its memory is short. Raises BaseModelError."""
@@ -58,8 +60,7 @@ class ResidentBases:
             self._make_room(name, _bytes_of(path, dtype))
             self._bases[name] = model = load_model(family, path, self.device, dtype)
             self._encoders[name] = lru_cache(PROMPTS)(plain_encoder(model))
-            layers = len(model.inventory[model.component])  # asked for now, or the first LoRA would wait for it
-            logger.info("loaded %s from %s: LoRAs may adapt %d layers of it", name, path, layers)
+            logger.info("loaded %s from %s", name, path)
             if self._compiled:
                 compile_blocks(model)
                 logger.info("compiled %s's blocks", name)

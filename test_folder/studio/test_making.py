@@ -58,10 +58,10 @@ def test_a_prompt_is_read_once_unless_a_lora_has_a_say_in_it(fresh: Studio, lora
 def test_loras_of_a_loaded_base_wait_for_nothing_that_is_known(
     fresh: Studio, loras: Path, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G4. The order of the layers is there with the base, and the second request opens no file of a LoRA, a tar would
+    """G4. The order of the layers is there after set-up, and the second request opens no file of a LoRA, a tar would
     be unpacked for it, nor of its scores, scores nothing and looks up no version."""
     linears._execution_order.cache_clear()
-    fresh.load(*weights.find_base(FIRST[family]))
+    fresh.prepare([weights.find_base(FIRST[family])])
     monkeypatch.setattr(linears, "linear_shapes", None)  # nobody needs it from now on
     files = pair_of(loras, family)
     lent = {name: Borrowed(path, tmp_path / f"{name}.json") for name, path in files.items()}
