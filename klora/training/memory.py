@@ -47,14 +47,14 @@ def choose(
     compiled = config.compile == "on" or (
         config.compile == "auto" and device.type == "cuda" and config.steps >= MIN_COMPILED_STEPS
     )
-    modes = list(_allowed(config, device))
+    modes, most = list(_allowed(config, device)), 0.9 * free_bytes
     activations = cache(peak_bytes)  # takes seconds, and is the same however the weights are stored
     for precision, recompute in modes:
         dtype, quantized = held(precision, device)
         needed = weights * BYTES_PER_WEIGHT[precision] + trained * TRAINED_BYTES + WORKSPACE_BYTES
-        if len(modes) > 1 and (needed <= 0.9 * free_bytes or (precision, recompute) == modes[-1]):
+        if len(modes) > 1 and (needed <= most or (precision, recompute) == modes[-1]):
             needed += activations(dtype, recompute)
-        if needed <= 0.9 * free_bytes:
+        if needed <= most:
             break
     logger.info(
         "base in %s, activations %s%s, %.1f GB free, blocks %s",
