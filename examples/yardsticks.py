@@ -207,7 +207,7 @@ def recomputing(
     the K largest magnitudes of each, the choice, and a product with the chosen update.
 
     tau counts layer calls, 1, 2, ... modulo steps * layers, and gamma is the trimmed mean of the layers' L1 ratios, as
-    in the published code. Dense updates have the base's dtype: on a GPU less work than the float32 of that code.
+    in the published code. Dense updates and their products are in float32, as there, where no .half() reaches them.
     Raises LoRAError when one of the LoRAs adapts a layer that the other does not.
     """
     if alone := content.keys() ^ style.keys():
@@ -228,7 +228,7 @@ def recomputing(
         return updates[0] if content_score > scale * gamma * style_score else updates[1]
 
     def with_update(pair: list[LowRank]) -> Callable[..., Tensor]:
-        return lambda linear, args, output: output + F.linear(args[0], chosen(*pair))
+        return lambda linear, args, output: output + F.linear(args[0].float(), chosen(*pair)).to(output.dtype)
 
     hooks = [linear.register_forward_hook(with_update(pairs[name])) for name, linear in linears.items()]
     try:
@@ -239,7 +239,7 @@ def recomputing(
 
 
 def _like(weight: Tensor, pair: LowRank) -> LowRank:
-    return LowRank(pair.A.to(weight), pair.B.to(weight))
+    return LowRank(pair.A.to(weight.device, torch.float32), pair.B.to(weight.device, torch.float32))
 
 
 def _trimmed_mean_ratio(pairs: Any) -> float:

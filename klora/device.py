@@ -1,5 +1,8 @@
 """Which device to run on, in which dtype, and how much of its memory is free. Knows nothing of models."""
 
+from functools import cache
+from importlib.util import find_spec
+
 import psutil
 import torch
 
@@ -14,6 +17,16 @@ def default_device() -> torch.device:
 def default_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on CUDA; float32 elsewhere (bfloat16 on a CPU is tens of times slower)."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether klora.kernels can be imported and used there: torch for CUDA has Triton on Linux."""
+    return device.type == "cuda" and torch.version.cuda is not None and _triton_is_here()
+
+
+@cache
+def _triton_is_here() -> bool:
+    return find_spec("triton") is not None
 
 
 def free_bytes(device: torch.device) -> int:

@@ -7,7 +7,7 @@ Scores depend on the weights alone, so the whole schedule is one comparison made
 Knows no module tree, no pipeline and no file.   Shape suffixes: O outputs, I inputs, R rank, L layers, T steps.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from math import isqrt
@@ -21,7 +21,8 @@ from klora.errors import LoRAError, RequestError
 from klora.lora import LoRA, LowRank, Plan
 
 BLOCK_ELEMENTS = 1 << 20  # of dW at a time: 4 MB in fp32, a dozen with its working copies, whatever the layer's size
-CUDA_BLOCK_ELEMENTS = 1 << 26  # there a block costs some thirty launches, and a layer as a whole is one
+BATCH_ELEMENTS = 1 << 17  # of several layers at a time: they and their working copies stay in a core's cache
+CUDA_BLOCK_ELEMENTS = 1 << 26  # either, there: they cost some thirty launches, however many layers they belong to
 RANKS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128)  # of partners, as people train them; of another a LoRA is scored when met
 
 Gamma = Literal["reference", "paper"]
@@ -138,47 +139,87 @@ def _scores(lora: Mapping[str, LowRank], ks: Mapping[str, int], device: torch.de
     known = lora.scores if isinstance(lora, LoRA) else {}
     asked = {name: (ks[name], pair.numel) for name, pair in lora.items()}
     missing = {
-        name: sorted({*wanted, *(lora[name].rank * rank for rank in RANKS)} - known.get(name, {}).keys())
+        name: tuple(sorted({*wanted, *(lora[name].rank * rank for rank in RANKS)} - known.get(name, {}).keys()))
         for name, wanted in asked.items()
-        if not known.get(name, {}).keys() >= {*wanted}
+        if name not in known or not known[name].keys() >= {*wanted}
     }
-    if missing:  # brought to the CPU together: a GPU is waited for once
-        sums = torch.cat([importance(lora[name], new, device) for name, new in missing.items()]).cpu()
-        for (name, new), of_layer in zip(missing.items(), sums.split([*map(len, missing.values())]), strict=True):
-            known.setdefault(name, {}).update(zip(new, of_layer.tolist(), strict=True))
+    for name, sums in _computed(lora, missing, device).items():
+        known.setdefault(name, {}).update(sums)
     found = [[known[name][k] for k in asked[name]] if name in asked else [0.0, 0.0] for name in ks]
     return torch.tensor(found, dtype=torch.float64).view(-1, 2).T
 
 
-def importance(pair: LowRank, ks: Sequence[int], device: torch.device | None = None) -> Tensor:
-    """Sum of the k largest |dW| (Eq 3) for each of ks, of all where there are no more: float64 [len(ks)]. Exact.
+def _computed(
+    lora: Mapping[str, LowRank], ks: Mapping[str, tuple[int, ...]], device: torch.device | None
+) -> dict[str, dict[int, float]]:
+    """{layer: {K: sum of its K largest |dW|}} for the ks of each. Layers that are alike are scored together, and what
+    is found is brought to the CPU together: a GPU is waited for once."""
+    alike: dict[tuple[Hashable, ...], list[str]] = {}
+    for name, wanted in ks.items():
+        alike.setdefault((lora[name].A.shape, lora[name].B.shape, wanted), []).append(name)
+    if not alike:
+        return {}
+    scored = [importance([lora[name] for name in names], ks[names[0]], device).flatten() for names in alike.values()]
+    order = [name for names in alike.values() for name in names]
+    sums = torch.cat(scored).cpu().split([len(ks[name]) for name in order])
+    found = {name: of_layer.tolist() for name, of_layer in zip(order, sums, strict=True)}
+    return {name: dict(zip(wanted, found[name], strict=True)) for name, wanted in ks.items()}
 
-    Products in float32, row block by row block, once for all ks. device: theirs and the result's; None: the factors'.
-    No shape depends on a value, so that nothing here waits for a GPU.
+
+def importance(pairs: Sequence[LowRank], ks: Sequence[int], device: torch.device | None = None) -> Tensor:
+    """Sum of the k largest |dW| (Eq 3) for each of ks, of all where there are no more: float64 [L, len(ks)]. Exact.
+
+    pairs: L layers of one shape and rank, as many of them at a time as a batch has room for, or a block of rows of one.
+    On a CPU a layer's sums are the same to the last bit whatever is scored beside it.   device: where that is done, and
+    the result's; None: the factors'. No shape depends on a value, so that nothing here waits for a GPU.
     """
-    A, B = (factor.to(device, torch.float32, non_blocking=factor.is_cpu) for factor in (pair.A, pair.B))
-    most = max((k for k in ks if k < pair.numel), default=0)
-    top, l1 = A.new_empty(0), A.new_zeros((), dtype=torch.float64)
-    for rows in B.split(max(1, (CUDA_BLOCK_ELEMENTS if A.is_cuda else BLOCK_ELEMENTS) // A.shape[1])):
-        magnitudes = (rows @ A).abs_()
-        l1 += magnitudes.sum(1, dtype=torch.float64).sum()
-        top = _largest(magnitudes.flatten(), top, most)
-    sums = F.pad(top.sort(descending=True).values.cumsum(0, dtype=torch.float64), (1, 0))
-    return torch.stack([sums[k] if k < pair.numel else l1 for k in ks])
+    on_cuda = (device or pairs[0].A.device).type == "cuda"
+    block, batch = (CUDA_BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS) if on_cuda else (BLOCK_ELEMENTS, BATCH_ELEMENTS)
+    layers = max(1, batch // pairs[0].numel)
+    batches = [pairs[first : first + layers] for first in range(0, len(pairs), layers)]
+    return torch.cat([_sums(*_stacked(together, device), ks, block) for together in batches])
+
+
+def _stacked(pairs: Sequence[LowRank], device: torch.device | None) -> tuple[Tensor, Tensor]:
+    """A [L, R, I] and B [L, O, R] in float32, brought to the device as they are: at once, and as few bytes."""
+    A, B = (torch.stack(factors) for factors in ([pair.A for pair in pairs], [pair.B for pair in pairs]))
+    return A.to(device, non_blocking=A.is_cpu).float(), B.to(device, non_blocking=B.is_cpu).float()
+
+
+def _sums(A: Tensor, B: Tensor, ks: Sequence[int], block: int) -> Tensor:
+    """importance() of a batch. A [L, R, I], B [L, O, R].   Products in float32, once for all ks."""
+    layers, numel = len(A), B.shape[1] * A.shape[2]
+    most = max((k for k in ks if k < numel), default=0)
+    top, l1 = A.new_empty(layers, 0), A.new_zeros(layers, dtype=torch.float64)
+    for rows in B.split(max(1, block // A.shape[2]), dim=1):
+        magnitudes = _products(rows, A).abs_()
+        l1 += magnitudes.sum(2, dtype=torch.float64).sum(1)
+        top = _largest(magnitudes.flatten(1), top, most)
+    sums = F.pad(top.sort(dim=1, descending=True).values.cumsum(1, dtype=torch.float64), (1, 0))
+    return torch.stack([sums[:, k] if k < numel else l1 for k in ks], dim=1)
+
+
+def _products(B: Tensor, A: Tensor) -> Tensor:
+    """B A of each layer [L, O, I]; on a CPU one by one, as the last bits of MKL's batched products change with L."""
+    if len(A) == 1 or not A.is_cpu:
+        return torch.bmm(B, A)
+    return torch.cat([torch.bmm(*factors) for factors in zip(B.split(1), A.split(1), strict=True)])
 
 
 def _largest(magnitudes: Tensor, top: Tensor, k: int) -> Tensor:
-    """The k largest of a block [N] and of those seen before, in no order.
+    """The k largest of each layer's block [L, N] and of those seen before [L, k or fewer], in no order.
 
-    Those of the block lie in the k of its groups that have the largest maxima; groups of sqrt(N / k) leave the fewest
+    Those of a block lie in the k of its groups that have the largest maxima; groups of sqrt(N / k) leave the fewest
     candidates, for top-k is what costs.
     """
-    size = max(1, isqrt(len(magnitudes) // max(1, k)))
-    even = len(magnitudes) // size * size
-    groups = magnitudes[:even].view(size, -1)
-    best = groups.amax(0).topk(min(k, groups.shape[1]), sorted=False).indices
-    top = torch.cat([top, groups.index_select(1, best).flatten(), magnitudes[even:]])
-    return top.topk(min(k, len(top)), sorted=False).values
+    layers, count = magnitudes.shape
+    size = max(1, isqrt(count // max(1, k)))
+    even = count // size * size
+    groups = magnitudes[:, :even].view(layers, size, -1)
+    best = groups.amax(1).topk(min(k, groups.shape[2]), dim=1, sorted=False).indices
+    candidates = groups.gather(2, best[:, None].expand(-1, size, -1)).flatten(1)
+    top = torch.cat([top, candidates, magnitudes[:, even:]], dim=1)
+    return top.topk(min(k, top.shape[1]), dim=1, sorted=False).values
 
 
 def _gammas(content_l1: Tensor, style_l1: Tensor) -> dict[Gamma, float]:
@@ -202,6 +243,8 @@ def _tau(steps: int, layers: int, clock: Clock) -> Tensor:
 
 def _merged_order(first: list[str], second: list[str]) -> list[str]:
     """Both lists in one, keeping the order of each; they share one order, that of execution."""
+    if first == second:
+        return first
     merged: dict[str, None] = {}
     shared, rest = set(second), iter(second)
     for name in first:

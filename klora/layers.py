@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from klora.device import free_bytes
+from klora.device import free_bytes, has_triton
 from klora.errors import LoRAError
 from klora.lora import LoRA, LowRank, Plan
 
@@ -114,9 +114,9 @@ def attached(
     engine = engine or ("merged" if _fits(linears) else "gated")
     with lending() as loans:
         if engine == "merged":
-            yield Gate(plan, engine, _lend_merged(linears, plan, pairs, loans))
+            yield _lent_merged(linears, plan, pairs, loans)
         else:
-            yield Gate(plan, engine, _lend_gated(denoiser, plan, pairs, loans))
+            yield _lent_gated(denoiser, plan, pairs, loans)
 
 
 @contextmanager
@@ -144,19 +144,34 @@ def lending() -> Iterator[list[Loan]]:
             raise interruption
 
 
-def _lend_merged(linears: list[nn.Linear], plan: Plan, pairs: list[Pairs], loans: list[Loan]) -> Apply:
-    pristine = [linear.weight.detach() for linear in linears]
+def _lent_merged(linears: list[nn.Linear], plan: Plan, pairs: list[Pairs], loans: list[Loan]) -> Gate:
+    pristine = [linear.weight for linear in linears]
     active = [torch.empty_like(weight) for weight in pristine]
-    for linear, weight in zip(linears, active, strict=True):
-        # As the base's own in all that compiled code has been told of it, or it would be compiled again.
-        lend(loans, linear._parameters, "weight", nn.Parameter(weight, linear.weight.requires_grad))
-    gates = plan.gates.cpu()
+    gates, write = plan.gates.cpu(), _merges(pristine, pairs, active)
 
     def apply(step: int, changed: list[int]) -> None:
-        for index, own in zip(changed, gates[step, changed].tolist(), strict=True):
-            _merge(pristine[index], pairs[index], own, active[index])
+        write(changed, gates[step, changed])
 
-    return apply
+    gate = Gate(plan, "merged", apply)  # a GPU writes while the host lends
+    for linear, own, weight in zip(linears, pristine, active, strict=True):
+        # As the base's own in all that compiled code has been told of it, or it would be compiled again.
+        lend(loans, linear._parameters, "weight", nn.Parameter(weight, own.requires_grad))
+    return gate
+
+
+def _merges(weights: list[Tensor], pairs: list[Pairs], outs: list[Tensor]) -> Callable[[list[int], Tensor], Any]:
+    """What writes W + sum of gate * B A of some layers, by their gates [layers, LoRAs], on the CPU."""
+    devices = {weight.device for weight in weights}
+    if len(devices) == 1 and has_triton(*devices):
+        from klora.kernels import Merges  # triton is not everywhere
+
+        return Merges(weights, pairs, outs)
+
+    def write(changed: list[int], gates: Tensor) -> None:
+        for index, own in zip(changed, gates.tolist(), strict=True):
+            _merge(weights[index].detach(), pairs[index], own, outs[index])
+
+    return write
 
 
 def _merge(weight: Tensor, pairs: Pairs, gates: list[float], out: Tensor) -> None:
@@ -172,7 +187,7 @@ def _merge(weight: Tensor, pairs: Pairs, gates: list[float], out: Tensor) -> Non
         torch.addmm(weight, both.B, both.A, out=out)
 
 
-def _lend_gated(denoiser: nn.Module, plan: Plan, pairs: list[Pairs], loans: list[Loan]) -> Apply:
+def _lent_gated(denoiser: nn.Module, plan: Plan, pairs: list[Pairs], loans: list[Loan]) -> Gate:
     """A LoRALinear in the place of each layer, whose A holds the gates: B (g * (A x)) is B (g * A) x, at no cost per
     step. Its factors never change their place, so that compiled code is not traced again."""
     rows: list[list[tuple[Tensor, Tensor, int]]] = []  # of each layer: (its place in the stacked A, an A, whose it is)
@@ -191,7 +206,7 @@ def _lend_gated(denoiser: nn.Module, plan: Plan, pairs: list[Pairs], loans: list
         torch._foreach_copy_(places, pristine)  # all in a launch or two
         torch._foreach_mul_(places, factors)
 
-    return apply
+    return Gate(plan, "gated", apply)
 
 
 def lend_linear(loans: list[Loan], module: nn.Module, name: str, adapted: Callable[[nn.Linear], LoRALinear]) -> None:
@@ -215,17 +230,17 @@ def _dtype(weight: Tensor) -> torch.dtype:
 
 def _pairs(loras: list[Mapping[str, LowRank]], name: str, linear: nn.Linear) -> Pairs:
     """The layer's pair of each LoRA, None where it has none, on the base weight's device and in its dtype."""
-    weight, found = linear.weight, Pairs()
-    device, dtype = weight.device, _dtype(weight)
-    for pair in (lora.get(name) for lora in loras):
-        if pair is not None:
-            seen, expected = (pair.B.shape[0], pair.A.shape[1]), (linear.out_features, linear.in_features)
-            if seen != expected:
-                raise LoRAError(f"{name!r} is {seen} in the LoRA. Expected {expected}: one made for this base.")
-            if (pair.A.device, pair.A.dtype, pair.B.dtype) != (device, dtype, dtype):  # it was not placed here before
-                pair = LowRank(pair.A.to(device, dtype), pair.B.to(device, dtype))
-        found.append(pair)
-    return found
+    weight, own = linear.weight, [lora.get(name) for lora in loras]
+    device, dtype, expected = weight.device, _dtype(weight), (linear.out_features, linear.in_features)
+    for seen in (pair.shape for pair in own if pair is not None):
+        if seen != expected:
+            raise LoRAError(f"{name!r} is {seen} in the LoRA. Expected {expected}: one made for this base.")
+    return [
+        pair  # most were placed there before
+        if pair is None or (pair.A.device, pair.A.dtype, pair.B.dtype) == (device, dtype, dtype)
+        else LowRank(pair.A.to(device, dtype), pair.B.to(device, dtype))
+        for pair in own
+    ]
 
 
 def _stacked(pairs: list[LowRank]) -> LowRank:

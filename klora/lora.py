@@ -2,8 +2,9 @@
 is written. Knows nothing of fusion, of pipelines or of reading (klora.files).   O outputs, I inputs, R rank.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import ItemsView, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,27 @@ class LowRank:
     A: Tensor
     B: Tensor
 
-    @property
+    # Remembered, for a request asks hundreds of pairs.
+
+    @cached_property
     def rank(self) -> int:
         return self.A.shape[0]
 
-    @property
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """Of dW."""
+        return self.B.shape[0], self.A.shape[1]
+
+    @cached_property
     def numel(self) -> int:
         """Elements of dW."""
-        return self.B.shape[0] * self.A.shape[1]
+        outputs, inputs = self.shape
+        return outputs * inputs
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether either factor lies in one piece, row after row, and can be read 16 bytes at a time."""
+        return all(factor.is_contiguous() and factor.data_ptr() % 16 == 0 for factor in (self.A, self.B))
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,9 @@ class LoRA(Mapping[str, LowRank]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layers)
+
+    def items(self) -> ItemsView[str, LowRank]:
+        return self.layers.items()  # faster than Mapping's own, which asks for each key again
 
     def __len__(self) -> int:
         return len(self.layers)

@@ -18,7 +18,7 @@ FILES = [path for path in PROGRAMS if path.exists()] + PACKAGE + PLAYGROUND
 FAMILIES = [
     path
     for path in PACKAGE
-    if path.parent.name == "models" and path.name not in ("__init__.py", "family.py", "prompts.py")
+    if path.parent.name == "models" and path.name not in ("__init__.py", "attention.py", "family.py", "prompts.py")
 ]
 
 # Library: the only files that may import it, by their beginning.
@@ -33,6 +33,7 @@ BORDERS = {
     "http": ("klora/sources/",),
     "matplotlib": ("klora/report/picture.py",),
     "ray": ("klora/bulk/cluster.py",),
+    "triton": ("klora/kernels.py",),
     "huggingface_hub": ("klora/bases/hub.py", "klora/sources/", "klora/training/card.py"),
 }
 ROOMS = {
@@ -48,7 +49,8 @@ LAYERS = {
     "klora/lora.py": {"klora.errors"},
     "klora/files/": {"klora.errors", "klora.lora", *FILES_OF_LORAS},
     "klora/fusion.py": {"klora.errors", "klora.lora"},
-    "klora/layers.py": {"klora.errors", "klora.device", "klora.lora"},
+    "klora/kernels.py": {"klora.lora"},
+    "klora/layers.py": {"klora.errors", "klora.device", "klora.kernels", "klora.lora"},
     "klora/generation/acting.py": {"klora.errors", "klora.form.request", "klora.fusion", "klora.lora"},
     "klora/generation/words.py": {"klora.layers", "klora.lora"},
     "klora/sources/": {"klora.errors", *ROOMS["sources"]},
@@ -82,7 +84,11 @@ LAYERS = {
     "klora/report/__init__.py": {"klora.fusion", "klora.report.advice", "klora.report.numbers"},
     "klora/models/prompts.py": {"klora.errors"},
     "klora/models/linears.py": set(),
-    "klora/models/pace.py": {"klora.device", "klora.layers", "klora.form.request", "klora.models.family"},
+    "klora/models/attention.py": {"klora.kernels"},
+    "klora/models/pace.py": {
+        *("klora.device", "klora.layers", "klora.lora", "klora.form.request", "klora.models.attention"),
+        "klora.models.family",
+    },
     "playground/": {"playground", *(f"playground.{path.stem}" for path in PLAYGROUND)},  # and nothing of klora
     "weights.py": {"klora.errors", *ROOMS["bases"], *ROOMS["cache"], *ROOMS["sources"]},
 }
@@ -264,7 +270,7 @@ def lines_of_code(path: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("room", "most"), [("klora", 870), ("models", 710), ("files", 760), ("report", 620), ("bulk", 480)]
+    ("room", "most"), [("klora", 1010), ("models", 770), ("files", 760), ("report", 620), ("bulk", 480)]
 )
 def test_a_room_has_no_more_lines_of_code_than_fit_in_a_head(room: str, most: int) -> None:
     assert sum(lines_of_code(path) for path in PACKAGE if path.parent.name == room) < most

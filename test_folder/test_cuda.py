@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 from klora import Request, fuse, generate, load_model
 from klora.fusion import Schedule
@@ -18,6 +19,9 @@ from klora.models.family import Family
 
 if not torch.cuda.is_available():
     pytest.skip("torch sees no CUDA device", allow_module_level=True)
+
+from klora.kernels import rotated
+from klora.models import attention
 
 STEPS, CUDA = 6, torch.device("cuda")
 REQUEST = Request("a photo of a sks dog", seed=3, num_inference_steps=STEPS, disable_safety_checker=True)
@@ -83,16 +87,23 @@ def test_a_seed_means_the_same_image_and_both_engines_draw_it(
     assert engines == ["merged"] * 3 + ["gated"]
 
 
-@pytest.mark.parametrize(("outputs", "inputs", "rank"), [(64, 128, 8), (70, 130, 3), (200, 336, 40)])
-def test_a_merge_in_one_kernel_is_the_sum_rounded_once(outputs: int, inputs: int, rank: int) -> None:
-    merge = pytest.importorskip("merging").merge
-    weight, lora_A, lora_B = (
-        torch.randn(shape, device=CUDA).bfloat16() for shape in ((outputs, inputs), (rank, inputs), (outputs, rank))
-    )
-    out = torch.full_like(weight, torch.nan)
-    merge(weight, lora_A, lora_B, 0.7, out)
-    exact = weight.double() + 0.7 * (lora_B.double() @ lora_A.double())
-    torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=1e-4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_flux_draws_the_very_image_in_fewer_kernels(
+    bases: Path, loras: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    flux = load_model("flux", bases / "flux-dev", CUDA, dtype)
+    pair, calls = pair_for(flux, loras), []
+    monkeypatch.setattr(attention, "rotated", lambda *args: (calls.append(1), rotated(*args))[1])
+
+    def drawn() -> list[bytes]:
+        return [image.tobytes() for image in generate(flux, replace(REQUEST, num_outputs=2), **pair)]
+
+    fewer, blocks = drawn(), [*flux.denoiser.transformer_blocks, *flux.denoiser.single_transformer_blocks]
+    assert len(calls) == 2 * len(blocks) * STEPS
+    assert {type(block.attn.processor) for block in blocks} == {FluxAttnProcessor}
+    monkeypatch.setattr("klora.models.pace.has_triton", lambda device: False)
+    assert drawn() == fewer
+    assert len(calls) == 2 * len(blocks) * STEPS
 
 
 @pytest.mark.parametrize("inputs", [{}, {"num_outputs": 2}, {"scheduler": "PNDM", "guidance_scale": 1.0}], ids=str)

@@ -19,7 +19,7 @@ from klora.form.request import Request
 from klora.lora import LoRA
 from klora.models import load_model, pace
 from klora.models.family import Family
-from klora.models.pace import compile_blocks, is_compiled, paced
+from klora.models.pace import compile_blocks, is_compiled, paced, warm_up
 from test_folder import tiny
 
 FAMILIES = {"sdxl": "sdxl", "flux": "flux-dev"}
@@ -232,6 +232,23 @@ def test_the_gated_engine_runs_without_compiled_code_and_waits_for_none(
     assert np.abs(made(sdxl, facts, go_fast=True, **pair).astype(int) - exact).max() <= 1
     assert facts["engine"] == "gated"
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_warming_up_writes_a_weight_by_two_loras_by_one_and_by_none_and_leaves_no_trace(
+    load: Callable[[str], Family], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, merge, acting = load(family), engines._merge, list[int]()
+
+    def watched(weight: torch.Tensor, pairs: Any, gates: list[float], out: torch.Tensor) -> None:
+        acting.append(sum(gate != 0 for gate in gates))
+        merge(weight, pairs, gates, out)
+
+    monkeypatch.setattr(engines, "_merge", watched)
+    before = dict(model.denoiser.named_parameters())
+    warm_up(model)
+    assert acting == [2, 1, 0]
+    assert all(parameter is before[name] for name, parameter in model.denoiser.named_parameters())
 
 
 def test_the_stance_towards_compiling_is_given_back(load: Callable[[str], Family], backend: Callable[..., Any]) -> None:

@@ -140,7 +140,7 @@ def test_scores_outlive_the_process_to_the_last_bit(file: Path, tmp_path: Path) 
         keep_scores(place, content)
     assert known == content.scores
     for name, pair in content.items():
-        assert known[name] == dict(zip(known[name], importance(pair, list(known[name])).tolist(), strict=True))
+        assert known[name] == dict(zip(known[name], importance([pair], list(known[name]))[0].tolist(), strict=True))
     plain = fuse(dict(lora(0)), dict(style))
     assert torch.equal(fusion.content_score, plain.content_score) and fusion.gamma == plain.gamma
 

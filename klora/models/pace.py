@@ -12,12 +12,14 @@ from diffusers import FirstBlockCacheConfig
 from diffusers.hooks import HookRegistry
 from diffusers.hooks.first_block_cache import _FBC_LEADER_BLOCK_HOOK
 from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
-from klora.device import free_bytes
+from klora.device import free_bytes, has_triton
 from klora.form.request import Request
-from klora.layers import HEADROOM_BYTES, clear, lending
+from klora.layers import HEADROOM_BYTES, attached, clear, lend, lending
+from klora.lora import LowRank, Plan
 from klora.models.family import Conditioning, Family
 
 THRESHOLD = 0.1  # relative change of what the first block adds, below which the others' addition is taken over
@@ -41,6 +43,21 @@ def compile_blocks(
             model.sample(conditioning, request, lambda step: None)
 
 
+def warm_up(model: Family) -> None:
+    """Draw something small, with two LoRAs that change nothing, then one, then none: no request waits for what a GPU's
+    libraries load, and Triton compiles, at its first use."""
+    name, linear = next((name, part) for name, part in model.denoiser.named_modules() if type(part) is nn.Linear)
+    lora = {name: LowRank(torch.zeros(1, linear.in_features), torch.zeros(linear.out_features, 1))}
+    gates = torch.tensor([[[1.0, 1.0]], [[1.0, 0.0]], [[0.0, 0.0]]])
+    request = Request("a picture", num_inference_steps=len(gates), megapixels="0.25", seed=0)
+    with torch.no_grad(), paced(model, request), attached(model.denoiser, Plan((name,), (lora, lora), gates)) as gate:
+
+        def on_step(step: int) -> None:
+            gate.set_step(step)
+
+        model.sample(model.encode_prompt(["a picture"]), request, on_step)
+
+
 @contextmanager
 def paced(model: Family, request: Request) -> Iterator[tuple[InFull, list[str]]]:
     """Run a denoiser as request.go_fast asks, for the length of the block. Yields what is to be told before each step,
@@ -62,6 +79,8 @@ def paced(model: Family, request: Request) -> Iterator[tuple[InFull, list[str]]]
             in_full = stack.enter_context(_first_block_cache(model.denoiser))
             means.append("first-block cache")
         device = next(model.denoiser.parameters()).device
+        if has_triton(device) and "compiled blocks" not in means:
+            stack.enter_context(_in_fewer_kernels(model.denoiser))
         # Twice: what a graph has recorded keeps its memory while the VAE decodes.
         if model.host_bound and device.type == "cuda" and free_bytes(device) >= 2 * HEADROOM_BYTES:
             stack.enter_context(_recorded(model.denoiser))
@@ -71,6 +90,18 @@ def paced(model: Family, request: Request) -> Iterator[tuple[InFull, list[str]]]
 def is_compiled(denoiser: nn.Module) -> bool:
     """Whether compile_blocks() has been here."""
     return any(module._compiled_call_impl is not None for module in denoiser.modules())
+
+
+@contextmanager
+def _in_fewer_kernels(denoiser: nn.Module) -> Iterator[None]:
+    """With our FluxAttention in the place of diffusers' own."""
+    from klora.models.attention import FluxAttention  # triton is not everywhere
+
+    with lending() as loans:
+        for module in denoiser.modules():
+            if type(module.__dict__.get("processor")) is FluxAttnProcessor:
+                lend(loans, module.__dict__, "processor", FluxAttention())
+        yield
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from klora.generation import Encode, plain_encoder
 from klora.layers import HEADROOM_BYTES
 from klora.models import files_read, load_model
 from klora.models.family import Family
-from klora.models.pace import compile_blocks
+from klora.models.pace import compile_blocks, warm_up
 
 logger = logging.getLogger(__name__)
 PROMPTS = 16  # remembered as a base's text encoders have read them: 4 MB each on FLUX.1
@@ -52,6 +52,8 @@ class ResidentBases:
                 model = self.load(name, family, path)
                 layers = len(model.inventory[model.component])  # asked for now, or the first LoRA would wait for it
                 logger.info("LoRAs may adapt %d layers of %s", layers, name)
+                if self.device.type == "cuda":
+                    warm_up(model)
 
     def load(self, name: str, family: str, path: Path) -> Family:
         """The base, loaded if need be; others leave the accelerator when its memory is short. Raises BaseModelError."""

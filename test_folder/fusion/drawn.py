@@ -35,7 +35,7 @@ def dense_magnitudes(pair):
 
 def top_and_l1(pair, k):
     """The subject's (sum of the k largest |dW|, sum of all)."""
-    return importance(pair, [k, pair.numel])
+    return importance([pair], [k, pair.numel])[0]
 
 
 def full_sort(pair, k):

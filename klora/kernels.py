@@ -1,0 +1,139 @@
+"""What torch has no one kernel for, on a CUDA GPU, in Triton, which comes with torch for CUDA on Linux: klora.device's
+has_triton() says whether this file can be imported. Knows no module and no file.
+
+Merges   W + sum of g B A of many layers at a launch: each weight is read once and written once; addmm copies it first.
+rotated  queries or keys turned by their places: diffusers' very bits, in one pass over them where it takes a dozen.
+
+Nothing is compiled anew for another rank, another number of tokens or another number of layers.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from klora.lora import LowRank
+
+TILE = {"TALL": 32, "WIDE": 128, "SPAN": 8, "DEEP": 16, "num_warps": 4, "num_stages": 1, "maxnreg": 96}
+"""Of _merge: rows of a program, columns that it has at a time, how often, how much of the rank at a time. The fastest
+of some twenty on an H200, where it moves 3.7 TB/s at ranks up to 16, and torch's copy_() 3.2."""
+AT_ONCE = 128  # layers: a GPU writes them while the host looks up the next
+
+
+class Merges:
+    """out = W + sum of gate * B A, for any of these layers by any gates, rounded once, from float32.
+
+    weights, outs: a layer's W and out [O, I] each; pairs: its A [R, I] and B [O, R] for each LoRA, None where it has
+    none. All on one GPU, a layer's of one dtype; outs as torch makes them.
+    """
+
+    def __init__(
+        self, weights: Sequence[Tensor], pairs: Sequence[Sequence[LowRank | None]], outs: Sequence[Tensor]
+    ) -> None:
+        self._weights, self._outs = [_whole(weight) for weight in weights], outs
+        self._pairs = [
+            [pair if pair is None or pair.whole else LowRank(_whole(pair.A), _whole(pair.B)) for pair in own]
+            for own in pairs
+        ]
+
+    def __call__(self, changed: Sequence[int], gates: Tensor) -> None:
+        """Write the layers of these indices. gates: float [len(changed), LoRAs], on the CPU."""
+        for first in range(0, len(changed), AT_ONCE):
+            self._write(changed[first : first + AT_ONCE], gates[first : first + AT_ONCE])
+
+    def _write(self, changed: Sequence[int], gates: Tensor) -> None:
+        """Those of one shape and dtype, in which as many LoRAs act, at one launch."""
+        kinds: dict[tuple[torch.Size, torch.dtype, int], tuple[Tensor, list[list[int]], list[list[float]]]] = {}
+        for index, own in zip(changed, gates.tolist(), strict=True):
+            out, acting = self._outs[index], list[float]()
+            row = [self._weights[index].data_ptr(), out.data_ptr()]
+            for pair, gate in zip(self._pairs[index], own, strict=True):
+                if gate and pair is not None:
+                    row += (pair.A.data_ptr(), pair.B.data_ptr(), pair.rank)
+                    acting.append(gate)
+            _, rows, factors = kinds.setdefault((out.shape, out.dtype, len(acting)), (out, [], []))
+            rows.append(row)
+            factors.append(acting)
+        for like, rows, factors in kinds.values():
+            tables = (torch.tensor(table).to(like.device, non_blocking=True) for table in (rows, factors))
+            _merge[(*_strips(like), len(rows))](*tables, like, *like.shape, len(factors[0]), **TILE)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """It, or a copy that can be read 16 bytes at a time."""
+    return tensor if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 else tensor.contiguous().clone()
+
+
+def _strips(matrix: Tensor) -> tuple[int, int]:
+    """How many of them it has, downwards and across."""
+    return triton.cdiv(matrix.shape[0], TILE["TALL"]), triton.cdiv(matrix.shape[1], TILE["WIDE"] * TILE["SPAN"])
+
+
+@triton.jit(do_not_specialize=["addresses", "gates", "outputs"])
+def _merge(  # no types: triton reads annotations
+    addresses,
+    gates,
+    like,
+    outputs,
+    inputs,
+    LORAS: tl.constexpr,
+    TALL: tl.constexpr,
+    WIDE: tl.constexpr,
+    SPAN: tl.constexpr,
+    DEEP: tl.constexpr,
+):
+    top, left = tl.program_id(0) * TALL, tl.program_id(1) * (SPAN * WIDE)
+    row, column, r = tl.arange(0, TALL)[:, None], tl.arange(0, WIDE)[None, :], tl.arange(0, DEEP)
+    layer, corner = addresses + tl.program_id(2) * (2 + 3 * LORAS), top.to(tl.int64) * inputs + left
+    weight = tl.multiple_of(tl.load(layer).to(like.dtype), 16) + corner
+    out = tl.multiple_of(tl.load(layer + 1).to(like.dtype), 16) + corner
+    below = row < outputs - top
+    ahead = tl.load(weight + row * inputs + column, mask=below & (column < inputs - left))
+    for _ in range(SPAN):
+        value, inside = ahead.to(tl.float32), column < inputs - left
+        weight += WIDE  # what comes next is on its way while this is computed
+        ahead = tl.load(weight + row * inputs + column, mask=below & (column < inputs - left - WIDE))
+        for lora in tl.static_range(LORAS):
+            gate = tl.load(gates + tl.program_id(2) * LORAS + lora)
+            lora_A = tl.multiple_of(tl.load(layer + 2 + 3 * lora).to(like.dtype), 16) + left
+            rank = tl.load(layer + 4 + 3 * lora).to(tl.int32)
+            lora_B = tl.load(layer + 3 + 3 * lora).to(like.dtype) + top * rank
+            for start in range(0, rank, DEEP):
+                B = tl.load(lora_B + row * rank + r[None, :], mask=below & (r[None, :] < rank - start), other=0.0)
+                A = tl.load(lora_A + r[:, None] * inputs + column, mask=(r[:, None] < rank - start) & inside, other=0.0)
+                value += gate * tl.dot(B, A, input_precision="ieee")
+                lora_A += DEEP * inputs
+                lora_B += DEEP
+        tl.store(out + row * inputs + column, value.to(like.dtype.element_ty), mask=below & inside)
+        out += WIDE
+        left += WIDE
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Neighbours in the last dimension, as complex numbers, turned by their place's angles (RoPE, arXiv:2104.09864).
+
+    x [N, T, H, D], on a GPU; cos, sin: float32 [T, D], each angle's twice. Computed in float32, product by product.
+    """
+    x = x.contiguous()
+    count, tokens, heads, width = x.shape
+    out = torch.empty_like(x)
+    sides = {"HEADS": triton.next_power_of_2(heads), "WIDTH": triton.next_power_of_2(width)}
+    # Products that were fused with their sum would be rounded otherwise than torch's.
+    _rotate[(count * tokens,)](x, cos, sin, out, tokens, heads, width, **sides, enable_fp_fusion=False)
+    return out
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _rotate(x, cos, sin, out, tokens, heads, width, HEADS: tl.constexpr, WIDTH: tl.constexpr):
+    token = tl.program_id(0)
+    head, place = tl.arange(0, HEADS)[:, None], tl.arange(0, WIDTH)[None, :]
+    at, inside = (token.to(tl.int64) * heads + head) * width + place, (head < heads) & (place < width)
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    real, imaginary = tl.split(tl.reshape(value, (HEADS, WIDTH // 2, 2)))
+    turned = tl.reshape(tl.join(-imaginary, real), (HEADS, WIDTH))
+    angle = token % tokens * width + place
+    cosine = tl.load(cos + angle, mask=place < width, other=0.0)
+    sine = tl.load(sin + angle, mask=place < width, other=0.0)
+    tl.store(out + at, (value * cosine + turned * sine).to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,96 @@
+"""Kernels of our own, against torch in float64. Skipped where there is no CUDA GPU, unless triton is there and its
+interpreter is asked for by TRITON_INTERPRET=1, which has no bfloat16."""
+
+import os
+
+import pytest
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+
+from klora.lora import LowRank
+
+CUDA = torch.cuda.is_available()
+if not CUDA and not os.environ.get("TRITON_INTERPRET"):
+    pytest.skip("torch sees no CUDA device", allow_module_level=True)
+kernels = pytest.importorskip("klora.kernels")
+Merges, rotated = kernels.Merges, kernels.rotated
+
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
+LAYERS = [(64, 128, 8, 3), (70, 130, 3, 0), (200, 333, 24, 1), (64, 128, 0, 40), (64, 128, 8, 3), (40, 1300, 17, 16)]
+"""outputs, inputs, the rank of each LoRA, 0 where it has none"""
+GATES = torch.tensor([[0.7, 0], [0.3, 0.5], [0, 0], [1, 2], [-1, 1], [0.5, 0.5]], dtype=torch.float64)
+
+
+def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_merges_are_each_the_sum_rounded_once_and_no_other_layer_is_written(dtype: torch.dtype) -> None:
+    weights = [random(outputs, inputs, dtype=dtype) for outputs, inputs, *_ in LAYERS]
+    pairs = [
+        [LowRank(random(r, inputs, dtype=dtype), random(outputs, r, dtype=dtype)) if r else None for r in ranks]
+        for outputs, inputs, *ranks in LAYERS
+    ]
+    outs = [torch.full_like(weight, torch.nan) for weight in weights]
+    merges, chosen = Merges(weights, pairs, outs), [4, 0, 2, 3, 5]
+    merges(chosen, GATES[chosen])
+    assert outs[1].isnan().all()
+    merges([1], GATES[[1]])
+    for weight, own, out, gates in zip(weights, pairs, outs, GATES, strict=True):
+        updates = [
+            gate.item() * (pair.B.double() @ pair.A.double()) for gate, pair in zip(gates, own, strict=True) if pair
+        ]
+        exact = torch.stack([weight.double(), *updates]).sum(0)
+        torch.testing.assert_close(out.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-4)
+
+
+def test_gates_of_zero_copy_the_weight_bit_for_bit_whatever_the_loras_hold() -> None:
+    weight, out = random(64, 128, dtype=torch.float16), random(64, 128, dtype=torch.float16)
+    infinite = (
+        torch.full((8, 128), torch.inf, device=DEVICE).half(),
+        torch.full((64, 8), torch.inf, device=DEVICE).half(),
+    )
+    Merges([weight], [[LowRank(*infinite)]], [out])([0], torch.zeros(1, 1))
+    assert torch.equal(out, weight)
+
+
+def test_factors_that_lie_askew_are_read_rightly() -> None:
+    stored = random(3 * 130 + 1, dtype=torch.float32)
+    lora_A, lora_B = stored[1:].view(130, 3).T, random(70, 6, dtype=torch.float32)[:, ::2]
+    weight, out = random(70, 130, dtype=torch.float32), torch.empty(70, 130, device=DEVICE)
+    Merges([weight], [[LowRank(lora_A, lora_B)]], [out])([0], torch.ones(1, 1))
+    torch.testing.assert_close(out, weight + lora_B @ lora_A, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not CUDA, reason="the interpreter compiles nothing")
+def test_no_lora_waits_for_a_compiler_once_two_one_and_none_have_acted() -> None:
+    def merged(outputs: int, inputs: int, ranks: list[int], layers: int) -> None:
+        weights = [random(outputs, inputs, dtype=torch.bfloat16) for _ in range(layers)]
+        pair = [
+            LowRank(random(r, inputs, dtype=weights[0].dtype), random(outputs, r, dtype=weights[0].dtype))
+            for r in ranks
+        ]
+        gates = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0]] * layers)[:layers]
+        Merges(weights, [pair] * layers, [torch.empty_like(weight) for weight in weights])(range(layers), gates)
+
+    def compiled() -> int:
+        return sum(len(caches[0]) for caches in kernels._merge.device_caches.values())
+
+    merged(320, 64, [1, 1], 3)
+    before = compiled()
+    for outputs, inputs, ranks, layers in [(1280, 5120, [8, 16], 7), (333, 2816, [1, 17], 300), (64, 16, [128, 3], 5)]:
+        merged(outputs, inputs, ranks, layers)
+    assert compiled() == before > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("images", "tokens", "heads", "width"), [(2, 5, 3, 16), (1, 7, 24, 128), (1, 3, 2, 12)])
+def test_a_rotation_has_the_bits_of_diffusers(
+    images: int, tokens: int, heads: int, width: int, dtype: torch.dtype
+) -> None:
+    x = random(images, tokens, heads, width, dtype=dtype)
+    angles = random(tokens, width // 2, dtype=torch.float32).repeat_interleave(2, dim=1)
+    turns = angles.cos(), angles.sin()
+    assert torch.equal(rotated(x, *turns), apply_rotary_emb(x, turns, sequence_dim=1))
