@@ -58,7 +58,8 @@ class Merges:
             factors.append(acting)
         for like, rows, factors in kinds.values():
             tables = (torch.tensor(table).to(like.device, non_blocking=True) for table in (rows, factors))
-            _merge[(*_strips(like), len(rows))](*tables, like, *like.shape, len(factors[0]), **TILE)
+            with torch.cuda.device_of(like):  # Triton launches on the current one
+                _merge[(*_strips(like), len(rows))](*tables, like, *like.shape, len(factors[0]), **TILE)
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -120,8 +121,8 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     count, tokens, heads, width = x.shape
     out = torch.empty_like(x)
     sides = {"HEADS": triton.next_power_of_2(heads), "WIDTH": triton.next_power_of_2(width)}
-    # Products that were fused with their sum would be rounded otherwise than torch's.
-    _rotate[(count * tokens,)](x, cos, sin, out, tokens, heads, width, **sides, enable_fp_fusion=False)
+    with torch.cuda.device_of(x):  # products that were fused with their sum would be rounded otherwise than torch's
+        _rotate[(count * tokens,)](x, cos, sin, out, tokens, heads, width, **sides, enable_fp_fusion=False)
     return out
 
 
