@@ -43,7 +43,7 @@ def test_many_merges_are_each_the_sum_rounded_once_and_no_other_layer_is_written
             gate.item() * (pair.B.double() @ pair.A.double()) for gate, pair in zip(gates, own, strict=True) if pair
         ]
         exact = torch.stack([weight.double(), *updates]).sum(0)
-        torch.testing.assert_close(out.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-4)
+        torch.testing.assert_close(out.double(), exact, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-4)
 
 
 def test_gates_of_zero_copy_the_weight_bit_for_bit_whatever_the_loras_hold() -> None:
