@@ -84,10 +84,10 @@ LAYERS = {
     "klora/report/__init__.py": {"klora.fusion", "klora.report.advice", "klora.report.numbers"},
     "klora/models/prompts.py": {"klora.errors"},
     "klora/models/linears.py": set(),
-    "klora/models/attention.py": {"klora.kernels"},
+    "klora/models/attention.py": set(),
     "klora/models/pace.py": {
-        *("klora.device", "klora.layers", "klora.lora", "klora.form.request", "klora.models.attention"),
-        "klora.models.family",
+        *("klora.device", "klora.form.request", "klora.kernels", "klora.layers", "klora.lora"),
+        *("klora.models.attention", "klora.models.family"),
     },
     "playground/": {"playground", *(f"playground.{path.stem}" for path in PLAYGROUND)},  # and nothing of klora
     "weights.py": {"klora.errors", *ROOMS["bases"], *ROOMS["cache"], *ROOMS["sources"]},

@@ -20,9 +20,7 @@ from klora.models.family import Family
 if not torch.cuda.is_available():
     pytest.skip("torch sees no CUDA device", allow_module_level=True)
 
-from klora.kernels import rotated
-from klora.models import attention
-
+kernels = pytest.importorskip("klora.kernels")
 STEPS, CUDA = 6, torch.device("cuda")
 REQUEST = Request("a photo of a sks dog", seed=3, num_inference_steps=STEPS, disable_safety_checker=True)
 
@@ -92,8 +90,8 @@ def test_flux_draws_the_very_image_in_fewer_kernels(
     bases: Path, loras: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     flux = load_model("flux", bases / "flux-dev", CUDA, dtype)
-    pair, calls = pair_for(flux, loras), []
-    monkeypatch.setattr(attention, "rotated", lambda *args: (calls.append(1), rotated(*args))[1])
+    pair, calls, rotated = pair_for(flux, loras), [], kernels.rotated
+    monkeypatch.setattr(kernels, "rotated", lambda *args: (calls.append(1), rotated(*args))[1])
 
     def drawn() -> list[bytes]:
         return [image.tobytes() for image in generate(flux, replace(REQUEST, num_outputs=2), **pair)]

@@ -1,19 +1,21 @@
-"""FLUX.1's attention in fewer kernels than diffusers', on a CUDA GPU, for drawing: it knows no gradients. The bits are
-those of diffusers' own. Knows no pipeline.
-"""
+"""FLUX.1's attention as diffusers computes it, to the bit, with another's rotation. Knows no pipeline."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from klora.kernels import rotated
+Rotated = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(queries or keys [N, T, H, D], cos and sin, float32 [T, D]) -> them, turned by their places"""
 
 
 class FluxAttention:
-    """A processor of diffusers' FLUX.1 attention, that turns queries and keys by klora.kernels."""
+    """A processor of diffusers' FLUX.1 attention."""
+
+    def __init__(self, rotated: Rotated) -> None:
+        self._rotated = rotated
 
     def __call__(
         self,
@@ -33,7 +35,7 @@ class FluxAttention:
             heads = [torch.cat(both, dim=1) for both in zip(text, heads, strict=True)]
         query, key, value = heads
         if image_rotary_emb is not None:
-            query, key = rotated(query, *image_rotary_emb), rotated(key, *image_rotary_emb)
+            query, key = (self._rotated(part, *image_rotary_emb) for part in (query, key))
         mixed = dispatch_attention_fn(query, key, value, attn_mask=attention_mask).flatten(2).to(query.dtype)
         if encoder_hidden_states is None:
             return mixed

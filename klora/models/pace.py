@@ -20,6 +20,7 @@ from klora.device import free_bytes, has_triton
 from klora.form.request import Request
 from klora.layers import HEADROOM_BYTES, attached, clear, lend, lending
 from klora.lora import LowRank, Plan
+from klora.models.attention import FluxAttention
 from klora.models.family import Conditioning, Family
 
 THRESHOLD = 0.1  # relative change of what the first block adds, below which the others' addition is taken over
@@ -94,13 +95,14 @@ def is_compiled(denoiser: nn.Module) -> bool:
 
 @contextmanager
 def _in_fewer_kernels(denoiser: nn.Module) -> Iterator[None]:
-    """With our FluxAttention in the place of diffusers' own."""
-    from klora.models.attention import FluxAttention  # triton is not everywhere
+    """With our FluxAttention in the place of diffusers' own, where that is as it was made."""
+    from klora.kernels import rotated  # triton is not everywhere
 
     with lending() as loans:
         for module in denoiser.modules():
-            if type(module.__dict__.get("processor")) is FluxAttnProcessor:
-                lend(loans, module.__dict__, "processor", FluxAttention())
+            processor = module.__dict__.get("processor")
+            if type(processor) is FluxAttnProcessor and not vars(processor) and not module.fused_projections:
+                lend(loans, module.__dict__, "processor", FluxAttention(rotated))
         yield
 
 
