@@ -14,7 +14,7 @@ Knows no fusion, no pipeline and no file. The base's own parameters are never wr
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from klora.device import free_bytes, has_triton
 from klora.errors import LoRAError
 from klora.lora import LoRA, LowRank, Plan
 
+T = TypeVar("T")
 Engine = Literal["gated", "merged"]
 HEADROOM_BYTES = 6 << 30  # left free by the merged engine: activations of a batch of four at 1024 px, and the VAE
 
@@ -110,7 +111,7 @@ def attached(
     plan = lora if isinstance(lora, Plan) else lora.plan(schedule, **options)
     linears = [_linear(denoiser, name) for name in plan.layers]
     loras = [_placed(lora, linears) for lora in plan.loras]
-    pairs = [_pairs(loras, name, linear) for name, linear in zip(plan.layers, linears, strict=True)]
+    pairs = WhenAsked(lambda index: _pairs(loras, plan.layers[index], linears[index]))
     engine = engine or ("merged" if _fits(linears) else "gated")
     with lending() as loans:
         if engine == "merged":
@@ -144,22 +145,36 @@ def lending() -> Iterator[list[Loan]]:
             raise interruption
 
 
-def _lent_merged(linears: list[nn.Linear], plan: Plan, pairs: list[Pairs], loans: list[Loan]) -> Gate:
+def _lent_merged(linears: list[nn.Linear], plan: Plan, pairs: Mapping[int, Pairs], loans: list[Loan]) -> Gate:
     pristine = [linear.weight for linear in linears]
-    active = [torch.empty_like(weight) for weight in pristine]
+    active = WhenAsked(lambda index: torch.empty_like(pristine[index]))
     gates, write = plan.gates.cpu(), _merges(pristine, pairs, active)
 
     def apply(step: int, changed: list[int]) -> None:
         write(changed, gates[step, changed])
 
     gate = Gate(plan, "merged", apply)  # a GPU writes while the host lends
-    for linear, own, weight in zip(linears, pristine, active, strict=True):
+    for index, (linear, own) in enumerate(zip(linears, pristine, strict=True)):
         # As the base's own in all that compiled code has been told of it, or it would be compiled again.
-        lend(loans, linear._parameters, "weight", nn.Parameter(weight, own.requires_grad))
+        lend(loans, linear._parameters, "weight", nn.Parameter(active[index], own.requires_grad))
     return gate
 
 
-def _merges(weights: list[Tensor], pairs: list[Pairs], outs: list[Tensor]) -> Callable[[list[int], Tensor], Any]:
+class WhenAsked(dict[int, T]):
+    """{index: what make(index) gave when it was first asked for}, while a GPU is at work on those asked before."""
+
+    def __init__(self, make: Callable[[int], T]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, index: int) -> T:
+        value = self[index] = self._make(index)
+        return value
+
+
+def _merges(
+    weights: list[Tensor], pairs: Mapping[int, Pairs], outs: Mapping[int, Tensor]
+) -> Callable[[list[int], Tensor], Any]:
     """What writes W + sum of gate * B A of some layers, by their gates [layers, LoRAs], on the CPU."""
     devices = {weight.device for weight in weights}
     if len(devices) == 1 and has_triton(*devices):
@@ -187,12 +202,12 @@ def _merge(weight: Tensor, pairs: Pairs, gates: list[float], out: Tensor) -> Non
         torch.addmm(weight, both.B, both.A, out=out)
 
 
-def _lent_gated(denoiser: nn.Module, plan: Plan, pairs: list[Pairs], loans: list[Loan]) -> Gate:
+def _lent_gated(denoiser: nn.Module, plan: Plan, pairs: Mapping[int, Pairs], loans: list[Loan]) -> Gate:
     """A LoRALinear in the place of each layer, whose A holds the gates: B (g * (A x)) is B (g * A) x, at no cost per
     step. Its factors never change their place, so that compiled code is not traced again."""
     rows: list[list[tuple[Tensor, Tensor, int]]] = []  # of each layer: (its place in the stacked A, an A, whose it is)
-    for name, own in zip(plan.layers, pairs, strict=True):
-        acting = [(pair, lora) for lora, pair in enumerate(own) if pair is not None]
+    for index, name in enumerate(plan.layers):
+        acting = [(pair, lora) for lora, pair in enumerate(pairs[index]) if pair is not None]
         both = _stacked([pair for pair, _ in acting])
         places = both.A.split([pair.rank for pair, _ in acting])
         rows.append([(place, pair.A, lora) for place, (pair, lora) in zip(places, acting, strict=True)])
