@@ -86,6 +86,12 @@ class Card:
     def __init__(self, total: int, modules: Modules) -> None:
         self._total, self._modules = (total << 20) - TAKEN, modules
         self._held: weakref.WeakKeyDictionary[Loaded, int] = weakref.WeakKeyDictionary()
+        self.warmed = 0
+
+    def warm_up(self, model: Loaded) -> None:
+        """In warm_up's place."""
+        assert model in self._held
+        self.warmed += 1
 
     def free(self, device: torch.device) -> int:
         return self._total - sum(self._held.values())
@@ -104,6 +110,7 @@ class Card:
 def card(request: pytest.FixtureRequest, modules: Modules, monkeypatch: pytest.MonkeyPatch) -> Card:
     card = Card(request.param, modules)
     monkeypatch.setattr(klora.studio.bases, "load_model", card.load)
+    monkeypatch.setattr(klora.studio.bases, "warm_up", card.warm_up)
     monkeypatch.setattr(klora.layers, "free_bytes", card.free)
     return card
 
@@ -179,7 +186,7 @@ def test_set_up_loads_no_base_only_to_let_it_go_but_a_request_gets_the_one_that_
 ) -> None:
     studio = studio_of(card)
     studio.prepare(named(folders, "flux-dev", "flux-schnell", "sdxl"))
-    assert studio.resident == ["flux-dev", "sdxl"]
+    assert studio.resident == ["flux-dev", "sdxl"] and card.warmed == 2
     studio.load("flux-schnell", "flux", folders / "flux-schnell")
     assert studio.resident == ["sdxl", "flux-schnell"]
 
