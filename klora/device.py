@@ -1,10 +1,14 @@
 """Which device to run on, in which dtype, and how much of its memory is free. Knows nothing of models."""
 
+import logging
 from functools import cache
 from importlib.util import find_spec
+from subprocess import SubprocessError
 
 import psutil
 import torch
+
+logger = logging.getLogger(__name__)
 
 
 def default_device() -> torch.device:
@@ -20,13 +24,24 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def has_triton(device: torch.device) -> bool:
-    """Whether klora.kernels can be imported and used there: torch for CUDA has Triton on Linux."""
-    return device.type == "cuda" and torch.version.cuda is not None and _triton_is_here()
+    """Whether klora.kernels can be used there: on an NVIDIA GPU since Ampere, where Triton works."""
+    nvidia = device.type == "cuda" and torch.version.cuda is not None
+    return nvidia and torch.cuda.get_device_capability(device) >= (8, 0) and _triton_works()
 
 
 @cache
-def _triton_is_here() -> bool:
-    return find_spec("triton") is not None
+def _triton_works() -> bool:
+    """torch for CUDA has Triton on Linux, which compiles a part of itself when it is first used: for that it needs a C
+    compiler and Python's headers."""
+    if not find_spec("triton"):
+        return False
+    try:
+        from triton.runtime import driver
+
+        return driver.active is not None
+    except (ImportError, OSError, RuntimeError, SubprocessError) as error:
+        logger.warning("Triton cannot be used, so that torch's slower kernels are: %s", error)
+        return False
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,0 +1,88 @@
+"""Where our own kernels are used: not on a GPU that is too old for them, nor where Triton does not work."""
+
+import sys
+from collections.abc import Iterator
+from subprocess import CalledProcessError
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from klora import device as subject
+from klora.device import has_triton
+
+CUDA = torch.device("cuda")
+
+
+class Driver:
+    """Of triton's, whose first use compiles it."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error, self.uses = error, 0
+
+    @property
+    def active(self) -> Any:
+        self.uses += 1
+        if self.error:
+            raise self.error
+        return self
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """With a Hopper and a Triton that works."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    install(monkeypatch, Driver(None))
+    subject._triton_works.cache_clear()
+    yield monkeypatch
+    subject._triton_works.cache_clear()
+
+
+def install(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> None:
+    runtime = ModuleType("triton.runtime")
+    runtime.driver = driver  # type: ignore[attr-defined]
+    monkeypatch.setattr(subject, "find_spec", lambda name: name == "triton")
+    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+    monkeypatch.setitem(sys.modules, "triton.runtime", runtime)
+
+
+def test_kernels_are_used_on_a_gpu_that_is_new_enough(machine: pytest.MonkeyPatch) -> None:
+    assert has_triton(CUDA)
+    assert not has_triton(torch.device("cpu")) and not has_triton(torch.device("mps"))
+    machine.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert has_triton(CUDA)
+    machine.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not has_triton(CUDA)
+
+
+def test_kernels_are_not_used_on_another_makers_gpu(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(torch.version, "cuda", None)
+    assert not has_triton(CUDA)
+
+
+def test_kernels_are_not_used_where_there_is_no_triton(
+    machine: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine.setattr(subject, "find_spec", lambda name: None)
+    assert not has_triton(CUDA) and not caplog.records
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler."),  # as triton says it
+        CalledProcessError(1, ["gcc", "cuda_utils.c"]),  # without Python.h
+        ImportError("cuda_utils.so: cannot open shared object file"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_triton_that_cannot_compile_is_told_of_once(
+    machine: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    driver = Driver(error)
+    install(machine, driver)
+    assert not has_triton(CUDA) and not has_triton(CUDA)
+    assert driver.uses == 1
+    assert caplog.messages == [f"Triton cannot be used, so that torch's slower kernels are: {error}"]
