@@ -19,8 +19,10 @@ from klora.lora import LowRank
 TILE = {"TALL": 32, "WIDE": 128, "SPAN": 8, "DEEP": 16, "num_warps": 4, "num_stages": 1, "maxnreg": 96}
 """Of _merge: rows of a program, columns that it has at a time, how often, how much of the rank at a time. The fastest
 of some twenty on an H200, where it moves 3.7 TB/s at ranks up to 16, and torch's copy_() 3.2."""
-Pairs = Sequence[LowRank | None]
 AT_ONCE = 128  # layers: a GPU writes them while the host looks up the next
+
+Pairs = Sequence[LowRank | None]
+"""A layer's, one for each LoRA."""
 
 
 class Merges:
