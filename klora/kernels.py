@@ -7,71 +7,61 @@ rotated  queries or keys turned by their places: diffusers' very bits, in one pa
 Nothing is compiled anew for another rank, another number of tokens or another number of layers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from klora.lora import LowRank
+from klora.lora import Acting
 
 TILE = {"TALL": 32, "WIDE": 128, "SPAN": 8, "DEEP": 16, "num_warps": 4, "num_stages": 1, "maxnreg": 96}
 """Of _merge: rows of a program, columns that it has at a time, how often, how much of the rank at a time. The fastest
 of some twenty on an H200, where it moves 3.7 TB/s at ranks up to 16, and torch's copy_() 3.2."""
 AT_ONCE = 128  # layers: a GPU writes them while the host looks up the next
 
-Pairs = Sequence[LowRank | None]
-"""A layer's, one for each LoRA."""
-
 
 class Merges:
-    """out = W + sum of gate * B A, for any of these layers by any gates, rounded once, from float32.
+    """out = W + sum of gate * B A, of any of these layers, rounded once, from float32.
 
-    weights, outs: a layer's W and out [O, I] each; pairs: its A [R, I] and B [O, R] for each LoRA, None where it has
-    none. All on one GPU, a layer's of one dtype; outs as torch makes them. A layer is asked for as it is written.
+    weights, outs: a layer's W and out [O, I] each, outs as torch makes them. All that is read or written is on one GPU,
+    a layer's of one dtype.
     """
 
-    def __init__(
-        self,
-        weights: Sequence[Tensor],
-        pairs: Sequence[Pairs] | Mapping[int, Pairs],
-        outs: Sequence[Tensor] | Mapping[int, Tensor],
-    ) -> None:
-        self._weights, self._pairs, self._outs = weights, pairs, outs
+    def __init__(self, weights: Sequence[Tensor], outs: Sequence[Tensor] | Mapping[int, Tensor]) -> None:
+        self._weights, self._outs = weights, outs
 
-    def __call__(self, changed: Sequence[int], gates: Tensor) -> None:
-        """Write the layers of these indices. gates: float [len(changed), LoRAs], on the CPU."""
-        for first in range(0, len(changed), AT_ONCE):
-            self._write(changed[first : first + AT_ONCE], gates[first : first + AT_ONCE])
+    def __call__(self, layers: Iterable[tuple[int, Acting]]) -> None:
+        """Write the layers of these indices, of which no more than AT_ONCE are asked for before a launch."""
+        rest = iter(layers)
+        while some := list(islice(rest, AT_ONCE)):
+            self._write(some)
 
-    def _write(self, changed: Sequence[int], gates: Tensor) -> None:
+    def _write(self, layers: Sequence[tuple[int, Acting]]) -> None:
         """Those of one shape and dtype, in which as many LoRAs act, at one launch."""
         kinds: dict[tuple[torch.Size, torch.dtype, int], tuple[Tensor, list[list[int]], list[list[float]]]] = {}
         read = []  # which lasts until the kernels are launched
-        for index, own in zip(changed, gates.tolist(), strict=True):
-            pairs, out = zip(self._pairs[index], own, strict=True), self._outs[index]
-            acting = [(_whole_pair(pair), gate) for pair, gate in pairs if pair is not None and gate]
-            read.append((_whole(self._weights[index]), acting))
-            row = [read[-1][0].data_ptr(), out.data_ptr()]
-            for pair, _ in acting:
-                row += (pair.A.data_ptr(), pair.B.data_ptr(), pair.rank)
-            _, rows, factors = kinds.setdefault((out.shape, out.dtype, len(acting)), (out, [], []))
+        for index, acting in layers:
+            weight, out = _whole(self._weights[index]), self._outs[index]
+            factors = [(_whole(pair.A), _whole(pair.B)) for pair, _ in acting]
+            read.append((weight, factors))
+            row = [weight.data_ptr(), out.data_ptr()]
+            for A, B in factors:
+                row += (A.data_ptr(), B.data_ptr(), len(A))
+            _, rows, gates = kinds.setdefault((out.shape, out.dtype, len(acting)), (out, [], []))
             rows.append(row)
-            factors.append([gate for _, gate in acting])
-        for like, rows, factors in kinds.values():
-            tables = (torch.tensor(table).to(like.device, non_blocking=True) for table in (rows, factors))
+            gates.append([gate for _, gate in acting])
+        for like, rows, gates in kinds.values():
+            tables = (torch.tensor(table).to(like.device, non_blocking=True) for table in (rows, gates))
             with torch.cuda.device_of(like):  # Triton launches on the current one
-                _merge[(*_strips(like), len(rows))](*tables, like, *like.shape, len(factors[0]), **TILE)
+                _merge[(*_strips(like), len(rows))](*tables, like, *like.shape, len(gates[0]), **TILE)
 
 
 def _whole(tensor: Tensor) -> Tensor:
     """It, or a copy that can be read 16 bytes at a time."""
     return tensor if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 else tensor.contiguous().clone()
-
-
-def _whole_pair(pair: LowRank) -> LowRank:
-    return pair if pair.whole else LowRank(_whole(pair.A), _whole(pair.B))
 
 
 def _strips(matrix: Tensor) -> tuple[int, int]:

@@ -11,7 +11,7 @@ Two engines, equal up to rounding:   gated   computes that formula; needs little
 Knows no fusion, no pipeline and no file. The base's own parameters are never written to.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, Protocol, Self, TypeVar
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from klora.device import free_bytes, has_triton
 from klora.errors import LoRAError
-from klora.lora import LoRA, LowRank, Plan
+from klora.lora import Acting, LoRA, LowRank, Plan
 
 T = TypeVar("T")
 Engine = Literal["gated", "merged"]
@@ -148,10 +148,11 @@ def lending() -> Iterator[list[Loan]]:
 def _lent_merged(linears: list[nn.Linear], plan: Plan, pairs: Mapping[int, Pairs], loans: list[Loan]) -> Gate:
     pristine = [linear.weight for linear in linears]
     active = WhenAsked(lambda index: torch.empty_like(pristine[index]))
-    gates, write = plan.gates.cpu(), _merges(pristine, pairs, active)
+    gates, write = plan.gates.cpu(), _merges(pristine, active)
 
     def apply(step: int, changed: list[int]) -> None:
-        write(changed, gates[step, changed])
+        rows = zip(changed, gates[step, changed].tolist(), strict=True)
+        write((index, _acting(pairs[index], own)) for index, own in rows)
 
     gate = Gate(plan, "merged", apply)  # a GPU writes while the host lends
     for index, (linear, own) in enumerate(zip(linears, pristine, strict=True)):
@@ -172,26 +173,27 @@ class WhenAsked(dict[int, T]):
         return value
 
 
-def _merges(
-    weights: list[Tensor], pairs: Mapping[int, Pairs], outs: Mapping[int, Tensor]
-) -> Callable[[list[int], Tensor], Any]:
-    """What writes W + sum of gate * B A of some layers, by their gates [layers, LoRAs], on the CPU."""
+def _acting(pairs: Pairs, gates: list[float]) -> Acting:
+    return [(pair, gate) for pair, gate in zip(pairs, gates, strict=True) if pair is not None and gate]
+
+
+def _merges(weights: list[Tensor], outs: Mapping[int, Tensor]) -> Callable[[Iterable[tuple[int, Acting]]], None]:
+    """What writes W + sum of gate * B A of the layers that it is given: (index, what acts there)."""
     devices = {weight.device for weight in weights}
     if len(devices) == 1 and has_triton(*devices):
         from klora.kernels import Merges  # triton is not everywhere
 
-        return Merges(weights, pairs, outs)
+        return Merges(weights, outs)
 
-    def write(changed: list[int], gates: Tensor) -> None:
-        for index, own in zip(changed, gates.tolist(), strict=True):
-            _merge(weights[index].detach(), pairs[index], own, outs[index])
+    def write(layers: Iterable[tuple[int, Acting]]) -> None:
+        for index, acting in layers:
+            _merge(weights[index].detach(), acting, outs[index])
 
     return write
 
 
-def _merge(weight: Tensor, pairs: Pairs, gates: list[float], out: Tensor) -> None:
+def _merge(weight: Tensor, acting: Acting, out: Tensor) -> None:
     """out = weight + sum of gate * B A, in one pass over the weight."""
-    acting = [(pair, gate) for pair, gate in zip(pairs, gates, strict=True) if pair is not None and gate]
     if not acting:
         out.copy_(weight)
     elif len(acting) == 1:

@@ -41,10 +41,9 @@ class LowRank:
         outputs, inputs = self.shape
         return outputs * inputs
 
-    @cached_property
-    def whole(self) -> bool:
-        """Whether either factor lies in one piece, row after row, and can be read 16 bytes at a time."""
-        return all(factor.is_contiguous() and factor.data_ptr() % 16 == 0 for factor in (self.A, self.B))
+
+Acting = list[tuple[LowRank, float]]
+"""What acts in a layer: pairs, each with its gate, which is not 0."""
 
 
 @dataclass(frozen=True)

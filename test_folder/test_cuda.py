@@ -20,7 +20,6 @@ from klora.models.family import Family
 if not torch.cuda.is_available():
     pytest.skip("torch sees no CUDA device", allow_module_level=True)
 
-kernels = pytest.importorskip("klora.kernels")
 STEPS, CUDA = 6, torch.device("cuda")
 REQUEST = Request("a photo of a sks dog", seed=3, num_inference_steps=STEPS, disable_safety_checker=True)
 
@@ -89,6 +88,7 @@ def test_a_seed_means_the_same_image_and_both_engines_draw_it(
 def test_flux_draws_the_very_image_in_fewer_kernels(
     bases: Path, loras: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
+    kernels = pytest.importorskip("klora.kernels")
     flux = load_model("flux", bases / "flux-dev", CUDA, dtype)
     pair, calls, rotated = pair_for(flux, loras), [], kernels.rotated
     monkeypatch.setattr(kernels, "rotated", lambda *args: (calls.append(1), rotated(*args))[1])

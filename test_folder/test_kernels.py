@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 
-from klora.lora import LowRank
+from klora.layers import _acting
+from klora.lora import Acting, LowRank
 
 CUDA = torch.cuda.is_available()
 if not CUDA and not os.environ.get("TRITON_INTERPRET"):
@@ -26,6 +27,11 @@ def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape, device=DEVICE).to(dtype)
 
 
+def changes(pairs: list[list[LowRank | None]], gates: torch.Tensor) -> list[tuple[int, Acting]]:
+    """Of every layer. gates [layers, LoRAs]"""
+    return [(index, _acting(own, row)) for index, (own, row) in enumerate(zip(pairs, gates.tolist(), strict=True))]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_merges_are_each_the_sum_rounded_once_and_no_other_layer_is_written(dtype: torch.dtype) -> None:
     weights = [random(outputs, inputs, dtype=dtype) for outputs, inputs, *_ in LAYERS]
@@ -34,10 +40,10 @@ def test_many_merges_are_each_the_sum_rounded_once_and_no_other_layer_is_written
         for outputs, inputs, *ranks in LAYERS
     ]
     outs = [torch.full_like(weight, torch.nan) for weight in weights]
-    merges, chosen = Merges(weights, pairs, outs), [4, 0, 2, 3, 5]
-    merges(chosen, GATES[chosen])
+    merges, acting = Merges(weights, outs), changes(pairs, GATES)
+    merges(acting[index] for index in (4, 0, 2, 3, 5))
     assert outs[1].isnan().all()
-    merges([1], GATES[[1]])
+    merges([acting[1]])
     for weight, own, out, gates in zip(weights, pairs, outs, GATES, strict=True):
         updates = [
             gate.item() * (pair.B.double() @ pair.A.double()) for gate, pair in zip(gates, own, strict=True) if pair
@@ -52,7 +58,7 @@ def test_gates_of_zero_copy_the_weight_bit_for_bit_whatever_the_loras_hold() -> 
         torch.full((8, 128), torch.inf, device=DEVICE).half(),
         torch.full((64, 8), torch.inf, device=DEVICE).half(),
     )
-    Merges([weight], [[LowRank(*infinite)]], [out])([0], torch.zeros(1, 1))
+    Merges([weight], [out])(changes([[LowRank(*infinite)]], torch.zeros(1, 1)))
     assert torch.equal(out, weight)
 
 
@@ -60,7 +66,7 @@ def test_factors_that_lie_askew_are_read_rightly() -> None:
     stored = random(3 * 130 + 1, dtype=torch.float32)
     lora_A, lora_B = stored[1:].view(130, 3).T, random(70, 6, dtype=torch.float32)[:, ::2]
     weight, out = random(70, 130, dtype=torch.float32), torch.empty(70, 130, device=DEVICE)
-    Merges([weight], [[LowRank(lora_A, lora_B)]], [out])([0], torch.ones(1, 1))
+    Merges([weight], [out])([(0, [(LowRank(lora_A, lora_B), 1.0)])])
     torch.testing.assert_close(out, weight + lora_B @ lora_A, rtol=1e-5, atol=1e-5)
 
 
@@ -73,7 +79,7 @@ def test_no_lora_waits_for_a_compiler_once_two_one_and_none_have_acted() -> None
             for r in ranks
         ]
         gates = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0]] * layers)[:layers]
-        Merges(weights, [pair] * layers, [torch.empty_like(weight) for weight in weights])(range(layers), gates)
+        Merges(weights, [torch.empty_like(weight) for weight in weights])(changes([pair] * layers, gates))
 
     def compiled() -> int:
         return sum(len(caches[0]) for caches in kernels._merge.device_caches.values())

@@ -1,18 +1,14 @@
 """go_fast: what is left out, what is compiled, that neither waits nor stays, and that it is said."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers import transformer_flux
 from PIL import Image
 from torch import nn
 from torch._dynamo.utils import counters
@@ -20,9 +16,8 @@ from torch._dynamo.utils import counters
 from klora import generate
 from klora import layers as engines
 from klora.form.request import Request
-from klora.lora import LoRA
+from klora.lora import Acting, LoRA
 from klora.models import load_model, pace
-from klora.models.attention import FluxAttention
 from klora.models.family import Family
 from klora.models.pace import compile_blocks, is_compiled, paced, warm_up
 from test_folder import tiny
@@ -71,53 +66,6 @@ def passes(flux: Family) -> Iterator[list[int]]:
     for place, block in enumerate(blocks):
         block.register_forward_hook(lambda *_, at=place: counts.__setitem__(at, counts[at] + 1))
     yield counts
-
-
-# In fewer kernels
-
-
-def by_torch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    return apply_rotary_emb(x, (cos, sin), sequence_dim=1)
-
-
-@pytest.fixture
-def with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, but for the kernel."""
-    monkeypatch.setattr(pace, "has_triton", lambda device: True)
-    monkeypatch.setitem(sys.modules, "klora.kernels", SimpleNamespace(rotated=by_torch))
-
-
-def processors(flux: Family) -> list[Any]:
-    return [
-        module.processor for module in flux.denoiser.modules() if isinstance(module, transformer_flux.FluxAttention)
-    ]
-
-
-@pytest.mark.parametrize("images", [1, 3])
-def test_flux_draws_the_same_bits_with_another_rotation(
-    flux: Family, with_kernels: None, monkeypatch: pytest.MonkeyPatch, images: int
-) -> None:
-    for norm in (module for module in flux.denoiser.modules() if isinstance(module, nn.RMSNorm)):
-        nn.init.normal_(norm.weight)  # all alike as they are made
-    before, seen = processors(flux), list[Any]()
-    monkeypatch.setattr(flux, "sample", lambda *args, draw=flux.sample: (seen.extend(processors(flux)), draw(*args))[1])
-    ours = made(flux, num_outputs=images)
-    assert len(seen) == len(before) > 2 and all(isinstance(processor, FluxAttention) for processor in seen)
-    assert all(one is other for one, other in zip(processors(flux), before, strict=True))
-    monkeypatch.setattr(pace, "has_triton", lambda device: False)
-    assert np.array_equal(made(flux, num_outputs=images), ours)
-    assert seen[len(before) :] == before
-
-
-def test_attention_that_somebody_has_changed_stays_as_it_is(flux: Family, with_kernels: None) -> None:
-    first, second, third, *_ = (module for module in flux.denoiser.modules() if hasattr(module, "fused_projections"))
-    first.processor._attention_backend = "native"
-    second.processor = type("Own", (transformer_flux.FluxAttnProcessor,), {})()
-    third.fused_projections = True
-    changed = [module.processor for module in (first, second, third)]
-    with paced(flux, Request("a dog", seed=0)):
-        assert [module.processor for module in (first, second, third)] == changed
-        assert isinstance(processors(flux)[-1], FluxAttention)
 
 
 # The first-block cache
@@ -292,9 +240,9 @@ def test_warming_up_writes_a_weight_by_two_loras_by_one_and_by_none_and_leaves_n
 ) -> None:
     model, merge, acting = load(family), engines._merge, list[int]()
 
-    def watched(weight: torch.Tensor, pairs: Any, gates: list[float], out: torch.Tensor) -> None:
-        acting.append(sum(gate != 0 for gate in gates))
-        merge(weight, pairs, gates, out)
+    def watched(weight: torch.Tensor, own: Acting, out: torch.Tensor) -> None:
+        acting.append(len(own))
+        merge(weight, own, out)
 
     monkeypatch.setattr(engines, "_merge", watched)
     before = dict(model.denoiser.named_parameters())
