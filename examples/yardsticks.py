@@ -25,7 +25,7 @@ from klora.fusion import Clock, Schedule, fuse
 from klora.layers import Engine, Gate, attached
 from klora.lora import LoRA, LowRank, Plan
 from klora.models.family import Conditioning, Family
-from klora.models.pace import paced
+from klora.models.pace import compiled_linears, paced
 
 Lap = Callable[[str], None]
 """(name) -> None: what has happened since the last lap took so many seconds."""
@@ -166,8 +166,9 @@ def klora(
     def lent(scale: float) -> AbstractContextManager[Gate]:
         fusion = fuse(content, style, device=subject.device)
         plan = fusion.plan(subject.schedule, steps=subject.steps, content_scale=scale, style_scale=scale, clock=clock)
-        return attached(subject.model.denoiser, plan, engine=engine)
+        return attached(subject.model.denoiser, plan, engine=engine, alike=alike)
 
+    alike = compiled_linears(subject.model.denoiser) if go_fast else ()
     request = replace(subject.request, go_fast=go_fast)
     with _through_phases(lent, lap) as gate, paced(subject.model, request) as (in_full, _):
 
@@ -259,6 +260,7 @@ WAYS: dict[str, Way] = {
     "sum": partial(constant, roles=BOTH, engine="merged"),
     "K-LoRA, gated": partial(klora, engine="gated"),
     "K-LoRA, merged": partial(klora, engine="merged"),
+    "K-LoRA, gated, go_fast": partial(klora, engine="gated", go_fast=True),
     "K-LoRA, go_fast": partial(klora, engine="merged", go_fast=True),
     "K-LoRA, naive": naive,
 }

@@ -38,7 +38,7 @@ BORDERS = {
 }
 ROOMS = {
     room: {f"klora.{room}", *(f"klora.{room}.{path.stem}" for path in PACKAGE if path.parent.name == room)}
-    for room in ("bases", "bulk", "cache", "files", "sources")
+    for room in ("bases", "bulk", "cache", "files", "layers", "sources")
 }
 FILES_OF_LORAS = ROOMS["files"]
 # What the lower files may import of ours; the files above them may import what they like, but for the programs.
@@ -50,7 +50,7 @@ LAYERS = {
     "klora/files/": {"klora.errors", "klora.lora", *FILES_OF_LORAS},
     "klora/fusion.py": {"klora.errors", "klora.lora"},
     "klora/kernels.py": {"klora.lora"},
-    "klora/layers.py": {"klora.errors", "klora.device", "klora.kernels", "klora.lora"},
+    "klora/layers/": {"klora.errors", "klora.device", "klora.kernels", "klora.lora", *ROOMS["layers"]},
     "klora/generation/acting.py": {"klora.errors", "klora.form.request", "klora.fusion", "klora.lora"},
     "klora/generation/words.py": {"klora.layers", "klora.lora"},
     "klora/sources/": {"klora.errors", *ROOMS["sources"]},
@@ -270,7 +270,7 @@ def lines_of_code(path: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("room", "most"), [("klora", 1030), ("models", 770), ("files", 760), ("report", 620), ("bulk", 480)]
+    ("room", "most"), [("klora", 870), ("layers", 250), ("models", 790), ("files", 760), ("report", 620), ("bulk", 480)]
 )
 def test_a_room_has_no_more_lines_of_code_than_fit_in_a_head(room: str, most: int) -> None:
     assert sum(lines_of_code(path) for path in PACKAGE if path.parent.name == room) < most

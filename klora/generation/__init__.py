@@ -15,7 +15,7 @@ from klora.generation.prompts import Draw, Encode, draws_of, encoded, plain_enco
 from klora.layers import attached
 from klora.lora import LoRA, Plan
 from klora.models.family import Conditioning, Family
-from klora.models.pace import paced
+from klora.models.pace import compiled_linears, paced
 
 __all__ = ["Draw", "Encode", "OnStep", "Record", "combine", "draws_of", "generate", "plain_encoder"]
 
@@ -72,7 +72,8 @@ def _drawn(
     """An image for each seed, in one batch; the plan's LoRAs are lent for so long."""
     steps = request.num_inference_steps or model.steps
     begun: tuple[int, int] | None = None  # the first step that runs, for an image a later one, and the flips until then
-    with attached(model.denoiser, plan) as gate, paced(model, request) as (in_full, means):
+    alike = compiled_linears(model.denoiser) if request.go_fast else ()
+    with attached(model.denoiser, plan, alike=alike) as gate, paced(model, request) as (in_full, means):
 
         def reached(step: int) -> None:
             nonlocal begun

@@ -3,7 +3,7 @@ compiled, and with the blocks after the first left out in steps where the first 
 before. Knows no LoRA.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unfl
 
 from klora.device import free_bytes, has_triton
 from klora.form.request import Request
-from klora.layers import HEADROOM_BYTES, attached, clear, lend, lending
+from klora.layers import HEADROOM_BYTES, Engine, attached, clear, lend, lending
 from klora.lora import LowRank, Plan
 from klora.models.attention import FluxAttention
 from klora.models.family import Conditioning, Family
@@ -30,25 +30,41 @@ InFull = Callable[[bool], None]
 
 
 def compile_blocks(
-    model: Family, backend: str | Callable[..., Any] = "inductor", conditioning: Conditioning | None = None
+    model: Family,
+    backend: str | Callable[..., Any] = "inductor",
+    conditioning: Conditioning | None = None,
+    engines: Sequence[Engine | None] = (None,),
 ) -> None:
     """Compile a base's repeated blocks, of which each kind is compiled once (torch's "regional compilation"), and run
-    them until that is done for every size and number of images, so that no request waits for it. backend: of
-    torch.compile; conditioning: of some prompt, where the base has no text encoders to encode one."""
+    them until that is done for every size and number of images, without LoRAs and with those of the engines, so that no
+    request waits for it. backend: of torch.compile; conditioning: of some prompt, where the base has no text encoders
+    to encode one; engines: None is the one that there is memory for."""
     denoiser: Any = model.denoiser
     denoiser.compile_repeated_blocks(dynamic=True, backend=backend)
-    with torch.no_grad(), torch.compiler.set_stance("default"):
+    linears = compiled_linears(denoiser)
+    plan = Plan.constant((_idle(denoiser, linears),), (1.0,))
+    # As many as there are kinds of inputs and of blocks, which torch's own limit hardly allows.
+    limits = torch._dynamo.config.patch(recompile_limit=64)
+    with torch.no_grad(), torch.compiler.set_stance("default"), limits:
         conditioning = conditioning or model.encode_prompt(["a picture"])
-        for images in (1, 2):  # torch compiles a batch of one apart from others
-            request = Request("a picture", num_outputs=images, num_inference_steps=2, megapixels="0.25", seed=0)
-            model.sample(conditioning, request, lambda step: None)
+        _drawn_by_one_and_by_two(model, conditioning)
+        for engine in engines:
+            with attached(denoiser, plan, engine=engine, alike=linears):
+                _drawn_by_one_and_by_two(model, conditioning)
+
+
+def _drawn_by_one_and_by_two(model: Family, conditioning: Conditioning) -> None:
+    """torch compiles a batch of one apart from others."""
+    for images in (1, 2):
+        request = Request("a picture", num_outputs=images, num_inference_steps=2, megapixels="0.25", seed=0)
+        model.sample(conditioning, request, lambda step: None)
 
 
 def warm_up(model: Family) -> None:
     """Draw something small, with two LoRAs that change nothing, then one, then none: no request waits for what a GPU's
     libraries load, and Triton compiles, at its first use."""
-    name, linear = next((name, part) for name, part in model.denoiser.named_modules() if type(part) is nn.Linear)
-    lora = {name: LowRank(torch.zeros(1, linear.in_features), torch.zeros(linear.out_features, 1))}
+    name = next(name for name, part in model.denoiser.named_modules() if type(part) is nn.Linear)
+    lora = _idle(model.denoiser, [name])
     gates = torch.tensor([[[1.0, 1.0]], [[1.0, 0.0]], [[0.0, 0.0]]])
     request = Request("a picture", num_inference_steps=len(gates), megapixels="0.25", seed=0)
     with torch.no_grad(), paced(model, request), attached(model.denoiser, Plan((name,), (lora, lora), gates)) as gate:
@@ -70,7 +86,7 @@ def paced(model: Family, request: Request) -> Iterator[tuple[InFull, list[str]]]
     compiled = is_compiled(model.denoiser)
     with ExitStack() as stack:
         if compiled:
-            # What turns out to lack compiled code, a LoRA in the gated engine, runs without: no request waits for it.
+            # What turns out to lack compiled code runs without: no request waits for it.
             stance = "eager_on_recompile" if request.go_fast else "force_eager"
             stack.enter_context(torch.compiler.set_stance(stance))
         in_full: InFull = _ignore
@@ -91,6 +107,24 @@ def paced(model: Family, request: Request) -> Iterator[tuple[InFull, list[str]]]
 def is_compiled(denoiser: nn.Module) -> bool:
     """Whether compile_blocks() has been here."""
     return any(module._compiled_call_impl is not None for module in denoiser.modules())
+
+
+def compiled_linears(denoiser: nn.Module) -> list[str]:
+    """Names of the linears in what compile_blocks() has compiled."""
+    blocks = [(name, part) for name, part in denoiser.named_modules() if part._compiled_call_impl is not None]
+    return [
+        f"{name}.{place}" for name, block in blocks for place, part in block.named_modules() if type(part) is nn.Linear
+    ]
+
+
+def _idle(denoiser: nn.Module, names: Iterable[str]) -> Mapping[str, LowRank]:
+    """A LoRA of these layers that changes nothing, of a rank that no activation has in its shape: torch would take the
+    two for one."""
+    linears: dict[str, Any] = {name: denoiser.get_submodule(name) for name in names}  # Any: get_submodule's type
+    return {
+        name: LowRank(torch.zeros(1, linear.in_features).expand(48, -1), torch.zeros(1).expand(linear.out_features, 48))
+        for name, linear in linears.items()
+    }
 
 
 @contextmanager

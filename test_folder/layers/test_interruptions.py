@@ -12,13 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from klora import layers as subject
-from klora.layers import attached
+from klora import layers
+from klora.layers import attached, engines, loans, pairs
 from klora.models import family
 from klora.models.family import following
 from test_folder.layers import network as small
 from test_folder.layers.network import ENGINES, photograph, switching_plan
 
+LENDING = [layers, engines, loans, pairs]
 ON_3_11 = pytest.mark.skipif(
     sys.version_info[:2] != (3, 11), reason="where Python delivers exceptions depends on its version"
 )
@@ -70,9 +71,10 @@ def follow_one_step(denoiser):
         on_step_end(pipe, 0, 1, {})
 
 
-def interrupted_at(n, module, work, *inputs):
-    """Where the n-th interruption landed in that module's part of the work; None when the work was over before."""
-    files = {__file__, small.__file__, module.__file__, sys.modules["contextlib"].__file__}
+def interrupted_at(n, modules, work, *inputs):
+    """Where the n-th interruption landed in these modules' part of the work; None when the work was over before."""
+    ours = {__file__, small.__file__, sys.modules["contextlib"].__file__}
+    files = ours.union(module.__file__ for module in modules)
     interrupter = Interrupter(files, n)
     tracer = sys.gettrace()
     try:
@@ -85,13 +87,13 @@ def interrupted_at(n, module, work, *inputs):
     return interrupter.place
 
 
-def places_that_leave_a_trace(network, module, work, *inputs):
+def places_that_leave_a_trace(network, modules, work, *inputs):
     """Of all places where an interruption may land, those after which the network is not as before."""
     landed, spoilt = [], []
     while len(landed) < 2000:
         model = copy.deepcopy(network)
         before = photograph(model)
-        place = interrupted_at(len(landed) + 1, module, work, model, *inputs)
+        place = interrupted_at(len(landed) + 1, modules, work, model, *inputs)
         if photograph(model) != before:
             spoilt.append(place)
         if place is None:
@@ -104,14 +106,14 @@ def places_that_leave_a_trace(network, module, work, *inputs):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_interruption_wherever_python_may_deliver_one_leaves_no_trace(network, engine):
     plan = switching_plan(network, steps=3)
-    landed, spoilt = places_that_leave_a_trace(network, subject, visit_all_steps, plan, engine)
+    landed, spoilt = places_that_leave_a_trace(network, LENDING, visit_all_steps, plan, engine)
     assert len(landed) > 100
     assert spoilt == []
 
 
 @ON_3_11
 def test_interruption_of_the_follower_of_a_pipeline_leaves_no_hook(network):
-    landed, spoilt = places_that_leave_a_trace(network, family, follow_one_step)
+    landed, spoilt = places_that_leave_a_trace(network, [family], follow_one_step)
     assert len(landed) > 10
     assert spoilt == []
 

@@ -1,0 +1,75 @@
+"""Lend low-rank updates to a module tree for the length of a `with` block. The only code that touches one.
+
+Both LoRAs are stacked along the rank and the rank is gated:
+
+    y = W x + b + B (g * A) x        A = [A_1; A_2; ...]  [R, I]     B = [B_1, B_2, ...]  [O, R]     g  [R, 1]
+
+Two engines, equal up to rounding:   gated   computes that formula; needs little memory, works on any base weight.
+                                     merged  gives each touched layer an active weight W + B diag(g) A, rewritten only
+                                             where g changed and always from the pristine W; costs nothing per step.
+
+Knows no fusion, no pipeline and no file. The base's own parameters are never written to.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import nn
+
+from klora.device import free_bytes
+from klora.layers.engines import Engine, Gate, LoRALinear, WhenAsked, lend_linear, lent_gated, lent_merged
+from klora.layers.loans import clear, lend, lending
+from klora.layers.pairs import filled, linear_in, pairs_of, placed
+from klora.lora import Plan
+
+__all__ = [
+    "HEADROOM_BYTES", "Engine", "Gate", "LoRALinear", "Planner", "attached", "clear", "lend", "lend_linear", "lending",
+]  # fmt: skip
+HEADROOM_BYTES = 6 << 30  # left free by the merged engine: activations of a batch of four at 1024 px, and the VAE
+
+
+class Planner(Protocol):
+    """What can say which LoRA acts where and when: a Fusion."""
+
+    def plan(self, schedule: Any, **options: Any) -> Plan: ...  # Any: the schedule is the planner's own affair
+
+
+@contextmanager
+def attached(
+    denoiser: nn.Module,
+    lora: Plan | Planner,
+    schedule: Any = None,
+    *,
+    engine: Engine | None = None,
+    alike: Iterable[str] = (),
+    **options: Any,
+) -> Iterator[Gate]:
+    """Lend LoRAs to a module: `attached(unet, fusion, schedule, steps=50)`, or `attached(unet, plan)`.
+
+    Yields a Gate standing at step 0; gate.set_step(i) moves it. engine: None takes merged where a copy of the touched
+    weights fits in memory, else gated. alike: linears that the gated engine replaces whatever LoRAs adapt, all by one
+    rank, so that what was compiled with one pair serves every other. On leaving, by whatever exception, every module
+    and parameter is back. Raises LoRAError when a layer is not a linear of the module, or has another shape.
+    """
+    plan = lora if isinstance(lora, Plan) else lora.plan(schedule, **options)
+    linears = [linear_in(denoiser, name) for name in plan.layers]
+    engine = engine or ("merged" if _fits(linears) else "gated")
+    if engine == "gated" and plan.layers and (alike := tuple(alike)):
+        plan = filled(plan, {name: linear_in(denoiser, name) for name in (*plan.layers, *alike)})
+        linears = [linear_in(denoiser, name) for name in plan.layers]
+    loras = [placed(lora, linears) for lora in plan.loras]
+    pairs = WhenAsked(lambda index: pairs_of(loras, plan.layers[index], linears[index]))
+    with lending() as loans:
+        if engine == "merged":
+            yield lent_merged(linears, plan, pairs, loans)
+        else:
+            yield lent_gated(denoiser, plan, pairs, loans)
+
+
+def _fits(linears: list[nn.Linear]) -> bool:
+    """Whether an active copy of these weights fits beside the pristine ones."""
+    weights = [linear.weight for linear in linears]
+    if any(type(linear) is not nn.Linear for linear in linears) or any(w.itemsize < 2 for w in weights):
+        return False  # a quantised base: its weights cannot be written as W + dW
+    return not weights or sum(w.nbytes for w in weights) + HEADROOM_BYTES <= free_bytes(weights[0].device)

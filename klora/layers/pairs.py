@@ -1,0 +1,72 @@
+"""A plan's pairs of factors as the linears of a module need them. Lends nothing.   I inputs, O outputs, R rank."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from klora.errors import LoRAError
+from klora.lora import LoRA, LowRank, Plan
+
+Pairs = list[LowRank | None]
+"""A layer's, one for each LoRA of a plan."""
+
+ALIGNED = 16  # ranks of which GPUs' products need no remainder
+
+
+def linear_in(denoiser: nn.Module, name: str) -> nn.Linear:
+    """The layer of this name. Raises LoRAError where there is none."""
+    module: nn.Module | None = denoiser
+    # get_submodule() is slow: each model on the way looks for more than a module.
+    for part in name.split("."):
+        module = module._modules.get(part) if module is not None else None
+    if not isinstance(module, nn.Linear):
+        raise LoRAError(
+            f"{name!r} is no linear layer of {type(denoiser).__name__}. Expected a LoRA read for this base."
+        )
+    return module
+
+
+def filled(plan: Plan, linears: Mapping[str, nn.Linear]) -> Plan:
+    """With a LoRA more, of zeros, after which all of these linears are adapted, and by one rank."""
+    ranks = {name: sum(lora[name].rank for lora in plan.loras if name in lora) for name in linears}
+    common = -(-max(ranks.values()) // ALIGNED) * ALIGNED
+    zeros = {
+        name: LowRank(
+            linear.weight.new_zeros(common - ranks[name], linear.in_features, dtype=dtype_of(linear.weight)),
+            linear.weight.new_zeros(linear.out_features, common - ranks[name], dtype=dtype_of(linear.weight)),
+        )
+        for name, linear in linears.items()
+        if ranks[name] < common
+    }
+    gates = F.pad(plan.gates, (0, 1, 0, len(linears) - len(plan.layers)))
+    return Plan(tuple(linears), (*plan.loras, zeros), gates)
+
+
+def placed(lora: Mapping[str, LowRank], linears: list[nn.Linear]) -> Mapping[str, LowRank]:
+    """A LoRA as it remembers itself where the first of these linears is, and so most often all of them."""
+    if not isinstance(lora, LoRA) or not linears:
+        return lora
+    weight = linears[0].weight
+    return lora.placed(weight.device, dtype_of(weight))
+
+
+def dtype_of(weight: Tensor) -> torch.dtype:
+    """What a LoRA is computed in beside a layer of this weight."""
+    return weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else torch.bfloat16  # quantised bases
+
+
+def pairs_of(loras: list[Mapping[str, LowRank]], name: str, linear: nn.Linear) -> Pairs:
+    """The layer's pair of each LoRA, None where it has none, on the base weight's device and in its dtype."""
+    weight, own = linear.weight, [lora.get(name) for lora in loras]
+    device, dtype, expected = weight.device, dtype_of(weight), (linear.out_features, linear.in_features)
+    for seen in (pair.shape for pair in own if pair is not None):
+        if seen != expected:
+            raise LoRAError(f"{name!r} is {seen} in the LoRA. Expected {expected}: one made for this base.")
+    return [
+        pair  # most were placed there before
+        if pair is None or (pair.A.device, pair.A.dtype, pair.B.dtype) == (device, dtype, dtype)
+        else LowRank(pair.A.to(device, dtype), pair.B.to(device, dtype))
+        for pair in own
+    ]
