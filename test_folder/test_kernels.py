@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 
-from klora.layers import _acting
+from klora.layers.engines import _acting
 from klora.lora import Acting, LowRank
 
 CUDA = torch.cuda.is_available()
