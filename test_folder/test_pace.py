@@ -222,9 +222,14 @@ def test_no_request_waits_for_a_compiler(
 
 
 def test_compiled_blocks_run_for_those_who_ask_and_draw_the_same(
-    load: Callable[[str], Family], tmp_path: Path, ran: list[int], backend: Callable[..., Any]
+    load: Callable[[str], Family],
+    tmp_path: Path,
+    ran: list[int],
+    backend: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """For others the blocks run as they are."""
+    """For others the blocks run as they are, as for a gated LoRA that set-up, which had memory enough, did not foresee:
+    nobody waits for a compiler."""
     facts: dict[str, Any] = {}
     sdxl = load("sdxl")
     pair = {"content": lora(sdxl, 4, tmp_path), "style": lora(sdxl, 2, tmp_path, seed=1)}
@@ -232,24 +237,12 @@ def test_compiled_blocks_run_for_those_who_ask_and_draw_the_same(
     assert not is_compiled(sdxl.denoiser)
     compile_blocks(sdxl, backend)
     assert is_compiled(sdxl.denoiser)
-    ran[0] = 0
+    ran[0], graphs = 0, counters["stats"]["unique_graphs"]
     assert np.array_equal(made(sdxl, **pair), exact)
     assert ran[0] == 0
     assert np.abs(made(sdxl, facts, go_fast=True, **pair).astype(int) - exact).max() <= 1
-    assert ran[0] > 0 and facts["go_fast"] == "compiled blocks"
-
-
-def test_a_gated_lora_that_set_up_did_not_foresee_runs_without_compiled_code_and_waits_for_none(
-    load: Callable[[str], Family], tmp_path: Path, backend: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """There was memory for the merged engine then."""
-    facts: dict[str, Any] = {}
-    sdxl = load("sdxl")
-    pair = {"content": lora(sdxl, 4, tmp_path), "style": lora(sdxl, 2, tmp_path, seed=1)}
-    compile_blocks(sdxl, backend)
-    graphs = counters["stats"]["unique_graphs"]
+    assert ran[0] > 0 and facts["go_fast"] == "compiled blocks" and facts["engine"] == "merged"
     monkeypatch.setattr(layers, "free_bytes", lambda device: 0)
-    exact = made(sdxl, **pair)
     assert np.abs(made(sdxl, facts, go_fast=True, **pair).astype(int) - exact).max() <= 1
     assert facts["engine"] == "gated"
     assert counters["stats"]["unique_graphs"] == graphs
