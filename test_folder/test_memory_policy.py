@@ -18,6 +18,7 @@ import klora.studio.bases
 from klora.errors import BaseModelError
 from klora.models.linears import linear_shapes
 from klora.studio import Studio
+from klora.studio.bases import ResidentBases
 from klora.training.config import TARGETS
 from test_folder import published, tiny
 
@@ -189,6 +190,23 @@ def test_set_up_loads_no_base_only_to_let_it_go_but_a_request_gets_the_one_that_
     assert studio.resident == ["flux-dev", "sdxl"] and card.warmed == 2
     studio.load("flux-schnell", "flux", folders / "flux-schnell")
     assert studio.resident == ["sdxl", "flux-schnell"]
+
+
+@on_each_card()
+def test_blocks_are_compiled_at_set_up_for_the_engine_that_requests_will_have(
+    name: str, card: Card, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not before all is loaded that stays; and no request that loads a base waits for a compiler."""
+    compiled: list[tuple[Any, str]] = []
+    monkeypatch.setattr(
+        klora.studio.bases, "compile_blocks", lambda model: compiled.append((model, engine(model, "all")))
+    )
+    bases = ResidentBases(CUDA, card.free, compiled=True)
+    bases.prepare(named(folders, "sdxl", "flux-dev"))
+    loaded = {base: bases.load(base, FAMILY[base], folders / base) for base in bases.names}
+    assert compiled == [(model, engine(model, "all")) for model in loaded.values()] != []
+    bases.load("illustrious-xl", "sdxl", folders / "illustrious-xl")
+    assert len(compiled) == len(loaded) == card.warmed
 
 
 @on_each_card({"13 GB": 13_000})

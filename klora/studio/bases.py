@@ -24,8 +24,8 @@ PROMPTS = 16  # remembered as a base's text encoders have read them: 4 MB each o
 
 
 class ResidentBases:
-    """Loaded bases, least recently used first. compiled: whether their blocks are compiled as they are loaded, which
-    takes minutes."""
+    """Loaded bases, least recently used first. compiled: whether prepare() compiles their blocks, which takes minutes;
+    no request waits for that."""
 
     def __init__(self, device: torch.device, free: Callable[[torch.device], int], *, compiled: bool) -> None:
         self.device, self._free, self._compiled = device, free, compiled
@@ -49,11 +49,15 @@ class ResidentBases:
             if self._bases and not self._fits(_bytes_of(path, default_dtype(self.device))):
                 logger.info("%s will be loaded when it is asked for: memory is short", name)
             else:
-                model = self.load(name, family, path)
-                layers = len(model.inventory[model.component])  # asked for now, or the first LoRA would wait for it
-                logger.info("LoRAs may adapt %d layers of %s", layers, name)
-                if self.device.type == "cuda":
-                    warm_up(model)
+                self.load(name, family, path)
+        for name, model in self._bases.items():  # once there is as much memory as requests will find
+            layers = len(model.inventory[model.component])  # asked for now, or the first LoRA would wait for it
+            logger.info("LoRAs may adapt %d layers of %s", layers, name)
+            if self._compiled:
+                compile_blocks(model)
+                logger.info("compiled %s's blocks", name)
+            if self.device.type == "cuda":
+                warm_up(model)
 
     def load(self, name: str, family: str, path: Path) -> Family:
         """The base, loaded if need be; others leave the accelerator when its memory is short. Raises BaseModelError."""
@@ -63,9 +67,6 @@ class ResidentBases:
             self._bases[name] = model = load_model(family, path, self.device, dtype)
             self._encoders[name] = lru_cache(PROMPTS)(plain_encoder(model))
             logger.info("loaded %s from %s", name, path)
-            if self._compiled:
-                compile_blocks(model)
-                logger.info("compiled %s's blocks", name)
         self._bases.move_to_end(name)
         return self._bases[name]
 

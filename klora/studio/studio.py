@@ -42,7 +42,7 @@ FindBase = Callable[[str | None, str | None], tuple[str, str, Path]]
 
 class Studio:
     """Loaded bases, least recently used first, and the safety checker. compiled: whether go_fast finds compiled blocks,
-    which takes minutes when a base is loaded."""
+    which takes prepare() minutes."""
 
     def __init__(
         self,
