@@ -3,8 +3,10 @@
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,8 +68,9 @@ SERVED = ("predict.py", "train.py", "cog.yaml", "weights.py", "script/serve", "s
 ECHO = "import os, sys\nprint(sys.argv[1:], os.environ['KLORA_MODELS'], os.environ['KLORA_LORA_ROOT'])"
 
 
-@pytest.mark.parametrize("mode", ["predict", "train"])
-def test_script_serve_hands_the_toys_to_its_server(toys: Path, tmp_path: Path, mode: str) -> None:
+@pytest.fixture
+def served(toys: Path, tmp_path: Path) -> Path:
+    """A repository with what script/serve needs, and such a server."""
     for name in SERVED:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
@@ -77,11 +80,43 @@ def test_script_serve_hands_the_toys_to_its_server(toys: Path, tmp_path: Path, m
     for name, text in (("__init__.py", ""), ("server/__init__.py", ""), ("server/http.py", ECHO)):
         (tmp_path / "cog" / name).write_text(text)
     (tmp_path / "examples").mkdir()
-    (seen := tmp_path / "examples" / "toy").symlink_to(toys)
-    command = [sys.executable, tmp_path / "script" / "serve", *(["--train"] if mode == "train" else [])]
-    result = subprocess.run(command, capture_output=True, text=True)
+    (tmp_path / "examples" / "toy").symlink_to(toys)
+    return tmp_path
+
+
+def serve(repository: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, repository / "script" / "serve", *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    """It has a port of loopback, and listens there only when it is told to."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", 0))
+        yield listener
+
+
+@pytest.mark.parametrize("mode", ["predict", "train"])
+def test_script_serve_hands_the_toys_to_its_server(served: Path, listener: socket.socket, mode: str) -> None:
+    port = str(listener.getsockname()[1])
+    result = serve(served, "--port", port, *(["--train"] if mode == "train" else []))
     options = ["--host", "127.0.0.1", *(["--x-mode", "train"] if mode == "train" else [])]
     *said, given, last = result.stderr.splitlines()
     assert said.count(TOLD) == 1
-    assert given == f"{options} {seen} {seen / 'loras'}"
+    toys = served / "examples" / "toy"
+    assert given == f"{options} {toys} {toys / 'loras'}"
     assert (result.returncode, last) == (1, "The server ended with status 0.")
+
+
+def test_script_serve_starts_nothing_where_another_server_would_answer_for_it(
+    served: Path, listener: socket.socket
+) -> None:
+    listener.listen()
+    port = listener.getsockname()[1]
+    result = serve(served, "--port", str(port))
+    *_, last = result.stderr.splitlines()
+    assert result.returncode == 1
+    assert last == f"Port {port} is taken. Stop what listens there, or name another with --port."
+    assert "cog" not in result.stderr and "--host" not in result.stderr
