@@ -48,7 +48,7 @@ class Predictor(BasePredictor):
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         silence_progress_bars()
         self.outputs = LocalPath(tempfile.mkdtemp(prefix="klora-"))
-        compiled = weights.compiles_blocks()
+        compiled = weights.compiled_blocks()
         self.studio = Studio(weights.find_base, weights.safety_checker_path(), compiled=compiled)
         self.loras = weights.LoRAFiles(weights.lora_root())
         bases = weights.resident_bases()

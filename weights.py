@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from klora.bases.hub import stay_offline as stay_offline
@@ -221,12 +221,12 @@ def cache_bytes() -> int:
     return size
 
 
-def compiles_blocks() -> bool:
-    """KLORA_COMPILE: 1 where set-up compiles the bases' blocks for go_fast; 0, the default. Raises RequestError."""
-    text = os.environ.get("KLORA_COMPILE") or "0"
-    if text not in ("0", "1"):
-        raise RequestError(f"KLORA_COMPILE is {text!r}. Expected 1 to compile the bases' blocks at set-up, or 0.")
-    return text == "1"
+def compiled_blocks() -> Literal["own", "float8"] | None:
+    """KLORA_COMPILE, as a Studio takes it: 0, the default, is None, 1 "own", float8 itself. Raises RequestError."""
+    kinds: dict[str, Literal["own", "float8"] | None] = {"0": None, "1": "own", "float8": "float8"}
+    if (text := os.environ.get("KLORA_COMPILE") or "0") not in kinds:
+        raise RequestError(f"KLORA_COMPILE is {text!r}. Expected 1 to compile the bases' blocks, or float8, or 0.")
+    return kinds[text]
 
 
 def own_tokens() -> dict[str, str]:

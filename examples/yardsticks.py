@@ -25,7 +25,7 @@ from klora.fusion import Clock, Schedule, fuse
 from klora.layers import Engine, Gate, attached
 from klora.lora import LoRA, LowRank, Plan
 from klora.models.family import Conditioning, Family
-from klora.models.pace import compiled_linears, paced
+from klora.models.pace import compiled_for, paced
 
 Lap = Callable[[str], None]
 """(name) -> None: what has happened since the last lap took so many seconds."""
@@ -166,10 +166,10 @@ def klora(
     def lent(scale: float) -> AbstractContextManager[Gate]:
         fusion = fuse(content, style, device=subject.device)
         plan = fusion.plan(subject.schedule, steps=subject.steps, content_scale=scale, style_scale=scale, clock=clock)
-        return attached(subject.model.denoiser, plan, engine=engine, alike=alike)
+        return attached(subject.model.denoiser, plan, engine=engine, alike=fast.alike, float8=fast.float8)
 
-    alike = compiled_linears(subject.model.denoiser) if go_fast else ()
     request = replace(subject.request, go_fast=go_fast)
+    fast = compiled_for(subject.model, request)
     with _through_phases(lent, lap) as gate, paced(subject.model, request) as (in_full, _):
 
         def on_step(step: int) -> None:

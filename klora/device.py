@@ -29,6 +29,12 @@ def has_triton(device: torch.device) -> bool:
     return nvidia and torch.cuda.get_device_capability(device) >= (8, 0) and _triton_works()
 
 
+def has_float8(device: torch.device) -> bool:
+    """Whether tensor cores multiply in float8 there: on an NVIDIA GPU since Ada."""
+    nvidia = device.type == "cuda" and torch.version.cuda is not None
+    return nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 @cache
 def _triton_works() -> bool:
     """torch for CUDA has Triton on Linux, which compiles a part of itself when it is first used: for that it needs a C

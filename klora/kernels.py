@@ -9,6 +9,7 @@ Nothing is compiled anew for another rank, another number of tokens or another n
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
+from types import MappingProxyType
 
 import torch
 import triton
@@ -26,12 +27,18 @@ AT_ONCE = 128  # layers: a GPU writes them while the host looks up the next
 class Merges:
     """out = W + sum of gate * B A, of any of these layers, rounded once, from float32.
 
-    weights, outs: a layer's W and out [O, I] each, outs as torch makes them. All that is read or written is on one GPU,
-    a layer's of one dtype.
+    weights, outs: a layer's W and out [O, I] each, outs as torch makes them. scales: {index of a layer: float32 [O]}
+    where out is of another dtype, to be multiplied with its rows, all the same. All that is read or written is on one
+    GPU, a layer's but for that of one dtype.
     """
 
-    def __init__(self, weights: Sequence[Tensor], outs: Sequence[Tensor] | Mapping[int, Tensor]) -> None:
-        self._weights, self._outs = weights, outs
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        outs: Sequence[Tensor] | Mapping[int, Tensor],
+        scales: Mapping[int, Tensor] = MappingProxyType({}),
+    ) -> None:
+        self._weights, self._outs, self._scales = weights, outs, scales
 
     def __call__(self, layers: Iterable[tuple[int, Acting]]) -> None:
         """Write the layers of these indices, of which no more than AT_ONCE are asked for before a launch."""
@@ -40,23 +47,26 @@ class Merges:
             self._write(some)
 
     def _write(self, layers: Sequence[tuple[int, Acting]]) -> None:
-        """Those of one shape and dtype, in which as many LoRAs act, at one launch."""
-        kinds: dict[tuple[torch.Size, torch.dtype, int], tuple[Tensor, list[list[int]], list[list[float]]]] = {}
+        """Those of one shape and of the same dtypes, in which as many LoRAs act, at one launch."""
+        kinds: dict[tuple[object, ...], tuple[Tensor, Tensor, list[list[int]], list[list[float]]]] = {}
         read = []  # which lasts until the kernels are launched
         for index, acting in layers:
             weight, out = _whole(self._weights[index]), self._outs[index]
             factors = [(_whole(pair.A), _whole(pair.B)) for pair, _ in acting]
             read.append((weight, factors))
-            row = [weight.data_ptr(), out.data_ptr()]
+            scale = self._scales.get(index)
+            row = [weight.data_ptr(), out.data_ptr(), 0 if scale is None else scale.data_ptr()]
             for A, B in factors:
                 row += (A.data_ptr(), B.data_ptr(), len(A))
-            _, rows, gates = kinds.setdefault((out.shape, out.dtype, len(acting)), (out, [], []))
+            kind = (out.shape, weight.dtype, out.dtype, len(acting))
+            *_, rows, gates = kinds.setdefault(kind, (weight, out, [], []))
             rows.append(row)
             gates.append([gate for _, gate in acting])
-        for like, rows, gates in kinds.values():
+        for like, target, rows, gates in kinds.values():
             tables = (torch.tensor(table).to(like.device, non_blocking=True) for table in (rows, gates))
+            facts = (*like.shape, len(gates[0]), target.dtype != like.dtype)
             with torch.cuda.device_of(like):  # Triton launches on the current one
-                _merge[(*_strips(like), len(rows))](*tables, like, *like.shape, len(gates[0]), **TILE)
+                _merge[(*_strips(like), len(rows))](*tables, like, target, *facts, **TILE)
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -74,9 +84,11 @@ def _merge(  # no types: triton reads annotations
     addresses,
     gates,
     like,
+    target,
     outputs,
     inputs,
     LORAS: tl.constexpr,
+    SCALED: tl.constexpr,
     TALL: tl.constexpr,
     WIDE: tl.constexpr,
     SPAN: tl.constexpr,
@@ -84,9 +96,9 @@ def _merge(  # no types: triton reads annotations
 ):
     top, left = tl.program_id(0) * TALL, tl.program_id(1) * (SPAN * WIDE)
     row, column, r = tl.arange(0, TALL)[:, None], tl.arange(0, WIDE)[None, :], tl.arange(0, DEEP)
-    layer, corner = addresses + tl.program_id(2) * (2 + 3 * LORAS), top.to(tl.int64) * inputs + left
+    layer, corner = addresses + tl.program_id(2) * (3 + 3 * LORAS), top.to(tl.int64) * inputs + left
     weight = tl.multiple_of(tl.load(layer).to(like.dtype), 16) + corner
-    out = tl.multiple_of(tl.load(layer + 1).to(like.dtype), 16) + corner
+    out = tl.multiple_of(tl.load(layer + 1).to(target.dtype), 16) + corner
     below = row < outputs - top
     ahead = tl.load(weight + row * inputs + column, mask=below & (column < inputs - left))
     for _ in range(SPAN):
@@ -95,16 +107,18 @@ def _merge(  # no types: triton reads annotations
         ahead = tl.load(weight + row * inputs + column, mask=below & (column < inputs - left - WIDE))
         for lora in tl.static_range(LORAS):
             gate = tl.load(gates + tl.program_id(2) * LORAS + lora)
-            lora_A = tl.multiple_of(tl.load(layer + 2 + 3 * lora).to(like.dtype), 16) + left
-            rank = tl.load(layer + 4 + 3 * lora).to(tl.int32)
-            lora_B = tl.load(layer + 3 + 3 * lora).to(like.dtype) + top * rank
+            lora_A = tl.multiple_of(tl.load(layer + 3 + 3 * lora).to(like.dtype), 16) + left
+            rank = tl.load(layer + 5 + 3 * lora).to(tl.int32)
+            lora_B = tl.load(layer + 4 + 3 * lora).to(like.dtype) + top * rank
             for start in range(0, rank, DEEP):
                 B = tl.load(lora_B + row * rank + r[None, :], mask=below & (r[None, :] < rank - start), other=0.0)
                 A = tl.load(lora_A + r[:, None] * inputs + column, mask=(r[:, None] < rank - start) & inside, other=0.0)
                 value += gate * tl.dot(B, A, input_precision="ieee")
                 lora_A += DEEP * inputs
                 lora_B += DEEP
-        tl.store(out + row * inputs + column, value.to(like.dtype.element_ty), mask=below & inside)
+        if SCALED:
+            value /= tl.load(tl.load(layer + 2).to(tl.pointer_type(tl.float32)))
+        tl.store(out + row * inputs + column, value.to(target.dtype.element_ty), mask=below & inside)
         out += WIDE
         left += WIDE
 

@@ -175,7 +175,7 @@ def test_report_of_a_base_is_json_and_its_table_has_a_row_for_each_way(
     script: ModuleType, chosen: list[str] | None
 ) -> None:
     """Of those asked for, and the bare base, with which they are compared."""
-    options = SimpleNamespace(steps=1, rounds=1, warm_up=0, threads=1, full=False, ways=chosen, compile=False)
+    options = SimpleNamespace(steps=1, rounds=1, warm_up=0, threads=1, full=False, ways=chosen, compile=None)
     report = script.machine(options) | {"bases": {"tiny-flux-dev": script.report_of("tiny-flux-dev", options)}}
     lines = script.table(json.loads(json.dumps(report))).splitlines()
     assert {"torch", "diffusers", "peft"} == report["versions"].keys()

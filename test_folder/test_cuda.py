@@ -12,9 +12,10 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 from klora import Request, fuse, generate, load_model
+from klora.device import has_float8
 from klora.fusion import Schedule
 from klora.layers import Engine, attached
-from klora.lora import LoRA
+from klora.lora import LoRA, LowRank, Plan
 from klora.models.family import Family
 
 if not torch.cuda.is_available():
@@ -127,3 +128,30 @@ def test_a_recorded_denoiser_draws_the_very_image(
     replayed = len(replays)
     assert replayed >= STEPS - 1  # PNDM takes one step twice
     assert drawn(False) == exact and len(replays) == replayed
+
+
+@pytest.mark.skipif(not has_float8(CUDA), reason="the GPU does not multiply in float8")
+@pytest.mark.parametrize("rows", [1, 7, 512])
+def test_products_in_float8_are_those_of_the_merged_weight(rows: int) -> None:
+    """Also compiled, for any number of rows; and no flip waits for the GPU."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 1024), torch.nn.Linear(1024, 96, bias=False)).to(CUDA)
+    model.to(torch.bfloat16)
+    lora = {
+        str(index): LowRank(torch.randn(4, part.in_features) / 16, torch.randn(part.out_features, 4) / 16)
+        for index, part in enumerate(model)
+    }
+    x = torch.randn(rows, 256, device=CUDA, dtype=torch.bfloat16)
+    plan = Plan(("0", "1"), (lora,), torch.tensor([[[1.0], [0.0]], [[-0.5], [2.0]]]))
+    compiled = torch.compile(model, dynamic=True)
+    for step in range(2):
+        with torch.no_grad():
+            with attached(model, plan, engine="merged") as gate:
+                gate.set_step(step)
+                expected = model(x)
+            with attached(model, plan, engine="merged", float8=["0", "1"]) as gate:
+                with no_waiting():
+                    gate.set_step(step)
+                outputs = model(x), compiled(x)
+        for output in outputs:
+            assert (output - expected).norm() < 0.08 * expected.norm()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from klora import device as subject
-from klora.device import has_triton
+from klora.device import has_float8, has_triton
 
 CUDA = torch.device("cuda")
 
@@ -55,6 +55,15 @@ def test_kernels_are_used_on_a_gpu_that_is_new_enough(machine: pytest.MonkeyPatc
     assert has_triton(CUDA)
     machine.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert not has_triton(CUDA)
+
+
+def test_float8_is_multiplied_on_an_nvidia_gpu_that_is_new_enough(machine: pytest.MonkeyPatch) -> None:
+    assert has_float8(CUDA) and not has_float8(torch.device("cpu"))
+    for capability, expected in (((8, 9), True), ((8, 6), False), ((8, 0), False), ((10, 0), True)):
+        machine.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert has_float8(CUDA) is expected
+    machine.setattr(torch.version, "cuda", None)
+    assert not has_float8(CUDA)
 
 
 def test_kernels_are_not_used_on_another_makers_gpu(machine: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,7 @@ class Loaded:
     def __init__(self, parts: dict[str, nn.Module], component: str) -> None:
         self.pipe, self.denoiser = SimpleNamespace(components=parts), parts[component]
         self.component, self.inventory = component, {component: linear_shapes(parts[component])}
+        self.host_bound = component == "unet"
 
 
 class Card:
@@ -123,7 +124,7 @@ def studio_of(card: Card) -> Studio:
 def engine(model: Any, targets: str) -> str:
     """Of a LoRA that adapts these layers: attached()'s own choice, without lending anything."""
     names = [name for name in tiny.linear_shapes(model.denoiser) if re.search(TARGETS[targets], name)]
-    fits = klora.layers._fits([model.denoiser.get_submodule(name) for name in names])
+    fits = klora.layers._fits([model.denoiser.get_submodule(name) for name in names], [False] * len(names))
     return "merged" if fits else "gated"
 
 
@@ -199,14 +200,31 @@ def test_blocks_are_compiled_at_set_up_for_the_engine_that_requests_will_have(
     """Not before all is loaded that stays; and no request that loads a base waits for a compiler."""
     compiled: list[tuple[Any, str]] = []
     monkeypatch.setattr(
-        klora.studio.bases, "compile_blocks", lambda model: compiled.append((model, engine(model, "all")))
+        klora.studio.bases, "compile_blocks", lambda model, **_: compiled.append((model, engine(model, "all")))
     )
-    bases = ResidentBases(CUDA, card.free, compiled=True)
+    bases = ResidentBases(CUDA, card.free, compiled="own")
     bases.prepare(named(folders, "sdxl", "flux-dev"))
     loaded = {base: bases.load(base, FAMILY[base], folders / base) for base in bases.names}
     assert compiled == [(model, engine(model, "all")) for model in loaded.values()] != []
     bases.load("illustrious-xl", "sdxl", folders / "illustrious-xl")
     assert len(compiled) == len(loaded) == card.warmed
+
+
+@pytest.mark.parametrize(("products", "capable", "expected"), [
+    ("float8", True, {"sdxl": False, "flux-dev": True}),
+    ("float8", False, {"sdxl": False, "flux-dev": False}),
+    ("own", True, {"sdxl": False, "flux-dev": False}),
+])  # fmt: skip
+@on_each_card({"H100, 80 GB": CARDS["H100, 80 GB"]})
+def test_products_are_in_float8_where_the_card_can_and_they_are_what_takes_the_time(
+    name: str, card: Card, folders: Path, monkeypatch: pytest.MonkeyPatch, products: Any, capable: bool, expected: Any
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(klora.studio.bases, "compile_blocks", lambda model, float8: asked.append(float8))
+    monkeypatch.setattr(klora.studio.bases, "has_float8", lambda device: capable)
+    bases = ResidentBases(CUDA, card.free, compiled=products)
+    bases.prepare(named(folders, *expected))
+    assert dict(zip(bases.names, asked, strict=True)) == expected
 
 
 @on_each_card({"13 GB": 13_000})

@@ -1,6 +1,6 @@
 """go_fast: what is left out, what is compiled, that neither waits nor stays, and that it is said."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -15,11 +15,11 @@ from torch._dynamo.utils import counters
 
 from klora import generate, layers
 from klora.form.request import Request
-from klora.layers import engines
+from klora.layers import engines, takes_float8
 from klora.lora import Acting, LoRA
 from klora.models import load_model, pace
-from klora.models.family import Family
-from klora.models.pace import compile_blocks, is_compiled, paced, warm_up
+from klora.models.family import Compiled, Family
+from klora.models.pace import compile_blocks, paced, warm_up
 from test_folder import tiny
 
 FAMILIES = {"sdxl": "sdxl", "flux": "flux-dev"}
@@ -234,9 +234,8 @@ def test_compiled_blocks_run_for_those_who_ask_and_draw_the_same(
     sdxl = load("sdxl")
     pair = {"content": lora(sdxl, 4, tmp_path), "style": lora(sdxl, 2, tmp_path, seed=1)}
     exact = made(sdxl, **pair)
-    assert not is_compiled(sdxl.denoiser)
+    assert not sdxl.compiled
     compile_blocks(sdxl, backend)
-    assert is_compiled(sdxl.denoiser)
     ran[0], graphs = 0, counters["stats"]["unique_graphs"]
     assert np.array_equal(made(sdxl, **pair), exact)
     assert ran[0] == 0
@@ -248,27 +247,64 @@ def test_compiled_blocks_run_for_those_who_ask_and_draw_the_same(
     assert counters["stats"]["unique_graphs"] == graphs
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_warming_up_writes_a_weight_by_two_loras_by_one_and_by_none_and_leaves_no_trace(
-    load: Callable[[str], Family], family: str, monkeypatch: pytest.MonkeyPatch
+def test_products_in_float8_are_compiled_for_every_pair_and_for_those_who_ask(
+    flux: Family, tmp_path: Path, ran: list[int], backend: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, merge, acting = load(family), engines._merge, list[int]()
+    """Of tokens: what modulates norms keeps its dtype. Where memory is short, the gated engine has the own dtype."""
+    monkeypatch.setattr(pace, "THRESHOLD", -1.0)
+    del flux.denoiser.transformer_blocks[1:], flux.denoiser.single_transformer_blocks[1:]
+    facts: dict[str, Any] = {}
+    pairs = [
+        {"content": lora(flux, rank, tmp_path, layers=count), "style": lora(flux, 1, tmp_path, seed=1, layers=count)}
+        for rank, count in ((2, None), (40, 5))
+    ]
+    exact = [made(flux, num_inference_steps=2, **pair) for pair in (*pairs, {})]
+    compile_blocks(flux, backend, float8=True)
+    assert flux.compiled and len(flux.compiled.float8) == len(flux.compiled.alike) - 3
+    assert not [name for name in flux.compiled.float8 if "norm" in name]
+    graphs = counters["stats"]["unique_graphs"]
+    for pair, expected in zip((*pairs, {}), exact, strict=True):
+        assert np.array_equal(made(flux, facts, num_inference_steps=2, **pair), expected)
+        ran[0] = 0
+        fast = made(flux, facts, num_inference_steps=2, go_fast=True, **pair)
+        assert ran[0] == 2 * 2 and facts["engine"] == "merged"
+        assert facts["go_fast"] == "compiled blocks, first-block cache, float8 products"
+        assert 0 < np.abs(fast.astype(int) - expected).mean() < 3
+        made(flux, num_inference_steps=2, go_fast=True, num_outputs=3, width=128, **pair)
+    assert counters["stats"]["unique_graphs"] == graphs
+    monkeypatch.setattr(layers, "free_bytes", lambda device: 0)
+    made(flux, facts, num_inference_steps=2, go_fast=True, **pairs[0])
+    assert (facts["engine"], facts["go_fast"]) == ("gated", "compiled blocks, first-block cache")
+    assert counters["stats"]["unique_graphs"] == graphs
 
-    def watched(weight: torch.Tensor, own: Acting, out: torch.Tensor) -> None:
-        acting.append(len(own))
-        merge(weight, own, out)
 
-    monkeypatch.setattr(engines, "_merge", watched)
+@pytest.mark.parametrize("float8", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_warming_up_writes_a_weight_of_each_kind_by_two_loras_by_one_and_by_none_and_leaves_no_trace(
+    load: Callable[[str], Family], family: str, float8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, merges, written = load(family), engines._merges, set[tuple[bool, int]]()
+    names = [name for name, part in model.denoiser.named_modules() if type(part) is nn.Linear and takes_float8(part)]
+    model.compiled = Compiled((), tuple(names[-2:])) if float8 else None
+
+    def watched(weights: Any, outs: Any, scales: Any) -> Callable[[Iterable[tuple[int, Acting]]], None]:
+        def write(layers: Iterable[tuple[int, Acting]]) -> None:
+            changes = list(layers)
+            written.update((index in scales, len(acting)) for index, acting in changes)
+            merges(weights, outs, scales)(changes)
+
+        return write
+
+    monkeypatch.setattr(engines, "_merges", watched)
     before = dict(model.denoiser.named_parameters())
     warm_up(model)
-    assert acting == [2, 1, 0]
+    assert written == {(kind, loras) for kind in {False, float8} for loras in (0, 1, 2)}
     assert all(parameter is before[name] for name, parameter in model.denoiser.named_parameters())
 
 
 def test_the_stance_towards_compiling_is_given_back(load: Callable[[str], Family], backend: Callable[..., Any]) -> None:
     sdxl = load("sdxl")
-    sdxl.denoiser.compile_repeated_blocks(backend=backend)
-    assert is_compiled(sdxl.denoiser)
+    compile_blocks(sdxl, backend)
     graphs = counters["stats"]["unique_graphs"]
     with pytest.raises(KeyboardInterrupt), paced(sdxl, Request("a dog", go_fast=False)):
         raise KeyboardInterrupt

@@ -15,7 +15,7 @@ from klora.generation.prompts import Draw, Encode, draws_of, encoded, plain_enco
 from klora.layers import attached
 from klora.lora import LoRA, Plan
 from klora.models.family import Conditioning, Family
-from klora.models.pace import compiled_linears, paced
+from klora.models.pace import compiled_for, paced
 
 __all__ = ["Draw", "Encode", "OnStep", "Record", "combine", "draws_of", "generate", "plain_encoder"]
 
@@ -72,8 +72,9 @@ def _drawn(
     """An image for each seed, in one batch; the plan's LoRAs are lent for so long."""
     steps = request.num_inference_steps or model.steps
     begun: tuple[int, int] | None = None  # the first step that runs, for an image a later one, and the flips until then
-    alike = compiled_linears(model.denoiser) if request.go_fast else ()
-    with attached(model.denoiser, plan, alike=alike) as gate, paced(model, request) as (in_full, means):
+    fast = compiled_for(model, request)
+    lent = attached(model.denoiser, plan, alike=fast.alike, float8=fast.float8)
+    with lent as gate, paced(model, request) as (in_full, means):
 
         def reached(step: int) -> None:
             nonlocal begun
@@ -94,7 +95,8 @@ def _drawn(
     if plan.content_wins is not None:
         record("style_share", 1 - plan.content_wins[first:].double().mean().item())
     if request.go_fast:
-        record("go_fast", " and ".join(means) or f"nothing makes this faster on {model.name}")
+        means += ["float8 products"] if gate.float8 else []
+        record("go_fast", ", ".join(means) or f"nothing makes this faster on {model.name}")
     return images
 
 

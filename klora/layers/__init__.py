@@ -19,12 +19,14 @@ from torch import nn
 
 from klora.device import free_bytes
 from klora.layers.engines import Engine, Gate, LoRALinear, WhenAsked, lend_linear, lent_gated, lent_merged
+from klora.layers.float8 import takes_float8
 from klora.layers.loans import clear, lend, lending
-from klora.layers.pairs import filled, linear_in, pairs_of, placed
+from klora.layers.pairs import covering, filled, linear_in, pairs_of, placed
 from klora.lora import Plan
 
 __all__ = [
     "HEADROOM_BYTES", "Engine", "Gate", "LoRALinear", "Planner", "attached", "clear", "lend", "lend_linear", "lending",
+    "takes_float8",
 ]  # fmt: skip
 HEADROOM_BYTES = 6 << 30  # left free by the merged engine: activations of a batch of four at 1024 px, and the VAE
 
@@ -43,33 +45,38 @@ def attached(
     *,
     engine: Engine | None = None,
     alike: Iterable[str] = (),
+    float8: Iterable[str] = (),
     **options: Any,
 ) -> Iterator[Gate]:
     """Lend LoRAs to a module: `attached(unet, fusion, schedule, steps=50)`, or `attached(unet, plan)`.
 
     Yields a Gate standing at step 0; gate.set_step(i) moves it. engine: None takes merged where a copy of the touched
     weights fits in memory, else gated. alike: linears that the gated engine replaces whatever LoRAs adapt, all by one
-    rank, so that what was compiled with one pair serves every other. On leaving, by whatever exception, every module
-    and parameter is back. Raises LoRAError when a layer is not a linear of the module, or has another shape.
+    rank, so that what was compiled with one pair serves every other. float8: linears by which the merged engine
+    multiplies in float8, whatever LoRAs adapt: faster, and equal no longer. On leaving, by whatever exception, every
+    module and parameter is back. Raises LoRAError when a layer is not a linear of the module, or has another shape.
     """
-    plan = lora if isinstance(lora, Plan) else lora.plan(schedule, **options)
+    asked = lora if isinstance(lora, Plan) else lora.plan(schedule, **options)
+    alike, float8 = tuple(alike), dict.fromkeys(float8)
+    plan = covering(asked, float8) if float8 else asked
     linears = [linear_in(denoiser, name) for name in plan.layers]
-    engine = engine or ("merged" if _fits(linears) else "gated")
-    if engine == "gated" and plan.layers and (alike := tuple(alike)):
-        plan = filled(plan, {name: linear_in(denoiser, name) for name in (*plan.layers, *alike)})
+    engine = engine or ("merged" if _fits(linears, [name in float8 for name in plan.layers]) else "gated")
+    if engine == "gated" and (alike or float8):
+        plan = filled(asked, denoiser, alike) if asked.layers and alike else asked
         linears = [linear_in(denoiser, name) for name in plan.layers]
     loras = [placed(lora, linears) for lora in plan.loras]
     pairs = WhenAsked(lambda index: pairs_of(loras, plan.layers[index], linears[index]))
     with lending() as loans:
         if engine == "merged":
-            yield lent_merged(linears, plan, pairs, loans)
+            yield lent_merged(denoiser, linears, plan, pairs, loans, float8)
         else:
             yield lent_gated(denoiser, plan, pairs, loans)
 
 
-def _fits(linears: list[nn.Linear]) -> bool:
-    """Whether an active copy of these weights fits beside the pristine ones."""
+def _fits(linears: list[nn.Linear], float8: list[bool]) -> bool:
+    """Whether active weights, some of them in float8, fit beside the pristine ones."""
     weights = [linear.weight for linear in linears]
     if any(type(linear) is not nn.Linear for linear in linears) or any(w.itemsize < 2 for w in weights):
         return False  # a quantised base: its weights cannot be written as W + dW
-    return not weights or sum(w.nbytes for w in weights) + HEADROOM_BYTES <= free_bytes(weights[0].device)
+    needed = sum(w.numel() if rounded else w.nbytes for w, rounded in zip(weights, float8, strict=True))
+    return not weights or needed + HEADROOM_BYTES <= free_bytes(weights[0].device)

@@ -1,6 +1,6 @@
 """The two engines that lend a plan's LoRAs to linear layers, and the Gate that moves what they lent."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Literal, Self, TypeVar
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from klora.device import has_triton
+from klora.layers.float8 import FLOAT8, Float8Linear, scales_of
 from klora.layers.loans import Loan, lend
 from klora.layers.pairs import Pairs, linear_in
 from klora.lora import Acting, LowRank, Plan
@@ -49,10 +50,10 @@ class LoRALinear(nn.Module):
 
 
 class Gate:
-    """What attached() yields: moves the attached LoRAs to a denoising step."""
+    """What attached() yields: moves the attached LoRAs to a denoising step. float8: how many layers multiply in it."""
 
-    def __init__(self, plan: Plan, engine: Engine, apply: Apply) -> None:
-        self.engine = engine
+    def __init__(self, plan: Plan, engine: Engine, apply: Apply, float8: int = 0) -> None:
+        self.engine, self.float8 = engine, float8
         self.flips = 0
         self._gates = plan.gates.cpu()  # compared by the host, which then never waits for the denoiser's device
         self._apply = apply
@@ -71,20 +72,33 @@ class Gate:
         return self
 
 
-def lent_merged(linears: list[nn.Linear], plan: Plan, pairs: Mapping[int, Pairs], loans: list[Loan]) -> Gate:
-    """A weight of its own in the place of each layer's, which is written anew where gates change."""
-    pristine = [linear.weight for linear in linears]
-    active = WhenAsked(lambda index: torch.empty_like(pristine[index]))
-    gates, write = plan.gates.cpu(), _merges(pristine, active)
+def lent_merged(
+    denoiser: nn.Module,
+    linears: list[nn.Linear],
+    plan: Plan,
+    pairs: Mapping[int, Pairs],
+    loans: list[Loan],
+    float8: Collection[str] = (),
+) -> Gate:
+    """A weight of its own in the place of each layer's, which is written anew where gates change; in the place of the
+    layers named in float8 a Float8Linear with it."""
+    pristine, gates = [linear.weight for linear in linears], plan.gates.cpu()
+    rounded = [index for index, name in enumerate(plan.layers) if name in float8]
+    scales = scales_of({index: (pristine[index], pairs[index]) for index in rounded}, gates.abs().amax(0))
+    active = WhenAsked(lambda index: torch.empty_like(pristine[index], dtype=FLOAT8 if index in scales else None))
+    write = _merges(pristine, active, scales)
 
     def apply(step: int, changed: list[int]) -> None:
         rows = zip(changed, gates[step, changed].tolist(), strict=True)
         write((index, _acting(pairs[index], own)) for index, own in rows)
 
-    gate = Gate(plan, "merged", apply)  # a GPU writes while the host lends
-    for index, (linear, own) in enumerate(zip(linears, pristine, strict=True)):
-        # As the base's own in all that compiled code has been told of it, or it would be compiled again.
-        lend(loans, linear._parameters, "weight", nn.Parameter(active[index], own.requires_grad))
+    gate = Gate(plan, "merged", apply, len(scales))  # a GPU writes while the host lends
+    for index, (name, linear) in enumerate(zip(plan.layers, linears, strict=True)):
+        if index in scales:
+            lend_linear(loans, denoiser, name, partial(Float8Linear, quantized=active[index], scale=scales[index]))
+        else:  # as the base's own in all that compiled code has been told of it, or it would be compiled again
+            requires_grad = pristine[index].requires_grad
+            lend(loans, linear._parameters, "weight", nn.Parameter(active[index], requires_grad))
     return gate
 
 
@@ -104,17 +118,26 @@ def _acting(pairs: Pairs, gates: list[float]) -> Acting:
     return [(pair, gate) for pair, gate in zip(pairs, gates, strict=True) if pair is not None and gate]
 
 
-def _merges(weights: list[Tensor], outs: Mapping[int, Tensor]) -> Callable[[Iterable[tuple[int, Acting]]], None]:
-    """What writes W + sum of gate * B A of the layers that it is given: (index, what acts there)."""
+def _merges(
+    weights: list[Tensor], outs: Mapping[int, Tensor], scales: Mapping[int, Tensor]
+) -> Callable[[Iterable[tuple[int, Acting]]], None]:
+    """What writes W + sum of gate * B A, over its scale if it has one, of the layers that it is given: (index, what
+    acts there)."""
     devices = {weight.device for weight in weights}
     if len(devices) == 1 and has_triton(*devices):
         from klora.kernels import Merges  # triton is not everywhere
 
-        return Merges(weights, outs)
+        return Merges(weights, outs, scales)
 
     def write(layers: Iterable[tuple[int, Acting]]) -> None:
         for index, acting in layers:
-            _merge(weights[index].detach(), acting, outs[index])
+            weight, out = weights[index].detach(), outs[index]
+            if index in scales:
+                merged = torch.empty_like(weight)
+                _merge(weight, acting, merged)
+                out.copy_(merged.float().div_(scales[index][:, None]))
+            else:
+                _merge(weight, acting, out)
 
     return write
 
@@ -158,7 +181,7 @@ def _stacked(pairs: list[LowRank]) -> LowRank:
     return LowRank(torch.cat([pair.A for pair in pairs]), torch.cat([pair.B for pair in pairs], dim=1))
 
 
-def lend_linear(loans: list[Loan], module: nn.Module, name: str, adapted: Callable[[nn.Linear], LoRALinear]) -> None:
+def lend_linear(loans: list[Loan], module: nn.Module, name: str, adapted: Callable[[nn.Linear], nn.Module]) -> None:
     """Put adapted(linear) in the place of a module's linear layer, until lending() ends. Raises LoRAError."""
     path, _, child = name.rpartition(".")
     lend(loans, module.get_submodule(path)._modules, child, adapted(linear_in(module, name)))

@@ -1,6 +1,7 @@
 """A plan's pairs of factors as the linears of a module need them. Lends nothing.   I inputs, O outputs, R rank."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +29,16 @@ def linear_in(denoiser: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def filled(plan: Plan, linears: Mapping[str, nn.Linear]) -> Plan:
-    """With a LoRA more, of zeros, after which all of these linears are adapted, and by one rank."""
+def covering(plan: Plan, names: Iterable[str], lora: Mapping[str, LowRank] = MappingProxyType({})) -> Plan:
+    """With these layers, too, and with a LoRA more, that never acts."""
+    added = dict.fromkeys(name for name in names if name not in frozenset(plan.layers))
+    gates = F.pad(plan.gates, (0, 1, 0, len(added)))
+    return Plan((*plan.layers, *added), (*plan.loras, lora), gates)
+
+
+def filled(plan: Plan, denoiser: nn.Module, names: Iterable[str]) -> Plan:
+    """With a LoRA more, of zeros, after which all of these linears are adapted, too, and every layer by one rank."""
+    linears = {name: linear_in(denoiser, name) for name in (*plan.layers, *names)}
     ranks = {name: sum(lora[name].rank for lora in plan.loras if name in lora) for name in linears}
     common = -(-max(ranks.values()) // ALIGNED) * ALIGNED
     zeros = {
@@ -40,8 +49,7 @@ def filled(plan: Plan, linears: Mapping[str, nn.Linear]) -> Plan:
         for name, linear in linears.items()
         if ranks[name] < common
     }
-    gates = F.pad(plan.gates, (0, 1, 0, len(linears) - len(plan.layers)))
-    return Plan(tuple(linears), (*plan.loras, zeros), gates)
+    return covering(plan, linears, zeros)
 
 
 def placed(lora: Mapping[str, LowRank], linears: list[nn.Linear]) -> Mapping[str, LowRank]:

@@ -60,6 +60,13 @@ class Recipe(NamedTuple):
     resolutions: tuple[float, ...]
 
 
+class Compiled(NamedTuple):
+    """Linears of compiled blocks, as go_fast lends LoRAs to them: klora.layers.attached() says how."""
+
+    alike: tuple[str, ...] = ()
+    float8: tuple[str, ...] = ()
+
+
 class Family(Protocol):
     """A base model, loaded. No base class: whatever has these is a family."""
 
@@ -76,6 +83,7 @@ class Family(Protocol):
     steps: int  # and guidance_scale: what suits the base when a request does not say
     guidance_scale: float
     recipe: ClassVar[Recipe]
+    compiled: Compiled | None  # what klora.models.pace has compiled
 
     @classmethod
     def load(

@@ -17,6 +17,7 @@ from klora.form.request import Request
 from klora.lora import LoRA
 from klora.models.family import (
     EVERY_PART,
+    Compiled,
     Conditioning,
     Part,
     Posterior,
@@ -47,6 +48,7 @@ class Flux:
 
     def __init__(self, pipe: FluxPipeline) -> None:
         self.pipe = pipe
+        self.compiled: Compiled | None = None
         self.denoiser: nn.Module = pipe.transformer
         self.text_encoders = encoders(pipe)
         self.native_size: int = pipe.vae.config.sample_size

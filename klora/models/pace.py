@@ -3,8 +3,10 @@ compiled, and with the blocks after the first left out in steps where the first 
 before. Knows no LoRA.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +20,10 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unfl
 
 from klora.device import free_bytes, has_triton
 from klora.form.request import Request
-from klora.layers import HEADROOM_BYTES, Engine, attached, clear, lend, lending
+from klora.layers import HEADROOM_BYTES, Engine, Gate, attached, clear, lend, lending, takes_float8
 from klora.lora import LowRank, Plan
 from klora.models.attention import FluxAttention
-from klora.models.family import Conditioning, Family
+from klora.models.family import Compiled, Conditioning, Family
 
 THRESHOLD = 0.1  # relative change of what the first block adds, below which the others' addition is taken over
 
@@ -34,14 +36,17 @@ def compile_blocks(
     backend: str | Callable[..., Any] = "inductor",
     conditioning: Conditioning | None = None,
     engines: Sequence[Engine | None] = (None,),
+    *,
+    float8: bool = False,
 ) -> None:
     """Compile a base's repeated blocks, of which each kind is compiled once (torch's "regional compilation"), and run
     them until that is done for every size and number of images, without LoRAs and with those of the engines, so that no
     request waits for it. backend: of torch.compile; conditioning: of some prompt, where the base has no text encoders
-    to encode one; engines: None is the one that there is memory for."""
+    to encode one; engines: None is the one that there is memory for; float8: whether go_fast multiplies in it."""
     denoiser: Any = model.denoiser
     denoiser.compile_repeated_blocks(dynamic=True, backend=backend)
-    linears = compiled_linears(denoiser)
+    linears = _compiled_linears(denoiser)
+    model.compiled = Compiled(tuple(linears), _for_float8(denoiser, linears) if float8 else ())
     plan = Plan.constant((_idle(denoiser, linears),), (1.0,))
     # As many as there are kinds of inputs and of blocks, which torch's own limit hardly allows.
     limits = torch._dynamo.config.patch(recompile_limit=64)
@@ -49,7 +54,7 @@ def compile_blocks(
         conditioning = conditioning or model.encode_prompt(["a picture"])
         _drawn_by_one_and_by_two(model, conditioning)
         for engine in engines:
-            with attached(denoiser, plan, engine=engine, alike=linears):
+            with attached(denoiser, plan, engine=engine, alike=linears, float8=model.compiled.float8):
                 _drawn_by_one_and_by_two(model, conditioning)
 
 
@@ -63,16 +68,20 @@ def _drawn_by_one_and_by_two(model: Family, conditioning: Conditioning) -> None:
 def warm_up(model: Family) -> None:
     """Draw something small, with two LoRAs that change nothing, then one, then none: no request waits for what a GPU's
     libraries load, and Triton compiles, at its first use."""
-    name = next(name for name, part in model.denoiser.named_modules() if type(part) is nn.Linear)
+    linears = [name for name, part in model.denoiser.named_modules() if type(part) is nn.Linear]
+    float8 = model.compiled.float8 if model.compiled else ()
+    name = [*float8, *linears][0]
     lora = _idle(model.denoiser, [name])
-    gates = torch.tensor([[[1.0, 1.0]], [[1.0, 0.0]], [[0.0, 0.0]]])
-    request = Request("a picture", num_inference_steps=len(gates), megapixels="0.25", seed=0)
-    with torch.no_grad(), paced(model, request), attached(model.denoiser, Plan((name,), (lora, lora), gates)) as gate:
+    plan = Plan((name,), (lora, lora), torch.tensor([[[1.0, 1.0]], [[1.0, 0.0]], [[0.0, 0.0]]]))
+    for go_fast in (False, True) if float8 else (False,):
+        request = Request("a picture", num_inference_steps=3, megapixels="0.25", seed=0, go_fast=go_fast)
+        lent = attached(model.denoiser, plan, float8=float8 if go_fast else ())
+        with torch.no_grad(), paced(model, request), lent as gate:
+            model.sample(model.encode_prompt(["a picture"]), request, partial(_move, gate))
 
-        def on_step(step: int) -> None:
-            gate.set_step(step)
 
-        model.sample(model.encode_prompt(["a picture"]), request, on_step)
+def _move(gate: Gate, step: int) -> None:
+    gate.set_step(step)
 
 
 @contextmanager
@@ -83,14 +92,13 @@ def paced(model: Family, request: Request) -> Iterator[tuple[InFull, list[str]]]
     A request that does not ask runs the blocks as they are, compiled or not. Either way a CUDA graph is recorded where
     the host would be what a denoiser waits for, and there is memory for it: the same kernels, and so the same image.
     """
-    compiled = is_compiled(model.denoiser)
     with ExitStack() as stack:
-        if compiled:
+        if model.compiled:
             # What turns out to lack compiled code runs without: no request waits for it.
             stance = "eager_on_recompile" if request.go_fast else "force_eager"
             stack.enter_context(torch.compiler.set_stance(stance))
         in_full: InFull = _ignore
-        means = ["compiled blocks"] if compiled and request.go_fast else []
+        means = ["compiled blocks"] if model.compiled and request.go_fast else []
         # Only diffusers' text-to-image pipelines say whose pass it is, which the cache has to know.
         if request.go_fast and isinstance(model.denoiser, CacheMixin) and request.image is None:
             in_full = stack.enter_context(_first_block_cache(model.denoiser))
@@ -104,17 +112,23 @@ def paced(model: Family, request: Request) -> Iterator[tuple[InFull, list[str]]]
         yield in_full, means
 
 
-def is_compiled(denoiser: nn.Module) -> bool:
-    """Whether compile_blocks() has been here."""
-    return any(module._compiled_call_impl is not None for module in denoiser.modules())
+def compiled_for(model: Family, request: Request) -> Compiled:
+    """By what a request's LoRAs are lent, so that compiled blocks serve it: by nothing, unless it asks to go fast."""
+    return model.compiled if request.go_fast and model.compiled else Compiled()
 
 
-def compiled_linears(denoiser: nn.Module) -> list[str]:
-    """Names of the linears in what compile_blocks() has compiled."""
+def _compiled_linears(denoiser: nn.Module) -> list[str]:
+    """Names of the linears in blocks that have been compiled."""
     blocks = [(name, part) for name, part in denoiser.named_modules() if part._compiled_call_impl is not None]
     return [
         f"{name}.{place}" for name, block in blocks for place, part in block.named_modules() if type(part) is nn.Linear
     ]
+
+
+def _for_float8(denoiser: Any, names: Iterable[str]) -> tuple[str, ...]:
+    """Those that see tokens. By the others norms are modulated, and an error of theirs would be all tokens'."""
+    seen = (name for name in names if not re.search(r"\.norm\w*\.", name))
+    return tuple(name for name in seen if takes_float8(denoiser.get_submodule(name)))
 
 
 def _idle(denoiser: nn.Module, names: Iterable[str]) -> Mapping[str, LowRank]:

@@ -20,6 +20,7 @@ from klora.form.request import Request
 from klora.lora import LoRA
 from klora.models.family import (
     EVERY_PART,
+    Compiled,
     Conditioning,
     Part,
     Posterior,
@@ -59,6 +60,7 @@ class SDXL:
 
     def __init__(self, pipe: StableDiffusionXLPipeline) -> None:
         self.pipe = pipe
+        self.compiled: Compiled | None = None
         self.denoiser: nn.Module = pipe.unet
         self.text_encoders = encoders(pipe)
         self.native_size: int = pipe.unet.config.sample_size * pipe.vae_scale_factor

@@ -29,7 +29,7 @@ from klora.models.family import Family
 from klora.models.safety import SafetyChecker
 from klora.report import Report, report_on
 from klora.report.numbers import Counts
-from klora.studio.bases import ResidentBases
+from klora.studio.bases import Products, ResidentBases
 from klora.studio.provenance import Place, Provenance, UsedLoRA, canonical, settled, stamp
 from klora.studio.sheets import contact_sheet, draw_ways, tallied, ways_of
 
@@ -42,7 +42,7 @@ FindBase = Callable[[str | None, str | None], tuple[str, str, Path]]
 
 class Studio:
     """Loaded bases, least recently used first, and the safety checker. compiled: whether go_fast finds compiled blocks,
-    which takes prepare() minutes."""
+    which takes prepare() minutes, and in what these multiply."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Studio:
         device: torch.device | None = None,
         free: Callable[[torch.device], int] = free_bytes,
         *,
-        compiled: bool = False,
+        compiled: Products | None = None,
     ) -> None:
         self.device = device or default_device()
         self._find_base, self._safety_checker = find_base, safety_checker

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from klora import layers
-from klora.layers import attached, engines, loans, pairs
+from klora.layers import attached, engines, float8, loans, pairs
 from klora.models import family
 from klora.models.family import following
 from test_folder.layers import network as small
 from test_folder.layers.network import ENGINES, photograph, switching_plan
 
-LENDING = [layers, engines, loans, pairs]
+LENDING = [layers, engines, float8, loans, pairs]
 ON_3_11 = pytest.mark.skipif(
     sys.version_info[:2] != (3, 11), reason="where Python delivers exceptions depends on its version"
 )
@@ -57,8 +57,8 @@ class Interrupter:
         return event == "call"
 
 
-def visit_all_steps(model, plan, engine):
-    with attached(model, plan, engine=engine) as gate:
+def visit_all_steps(model, plan, engine, **options):
+    with attached(model, plan, engine=engine, **options) as gate:
         for step in range(len(plan.gates)):
             gate.set_step(step)
 
@@ -69,6 +69,10 @@ def follow_one_step(denoiser):
     with following(pipe, lambda step: None) as on_step_end:
         denoiser(torch.zeros(1, 6))
         on_step_end(pipe, 0, 1, {})
+
+
+def in_float8(model, plan):
+    visit_all_steps(model, plan, "merged", float8=plan.layers[1:])
 
 
 def interrupted_at(n, modules, work, *inputs):
@@ -107,6 +111,13 @@ def places_that_leave_a_trace(network, modules, work, *inputs):
 def test_interruption_wherever_python_may_deliver_one_leaves_no_trace(network, engine):
     plan = switching_plan(network, steps=3)
     landed, spoilt = places_that_leave_a_trace(network, LENDING, visit_all_steps, plan, engine)
+    assert len(landed) > 100
+    assert spoilt == []
+
+
+@ON_3_11
+def test_interruption_of_products_in_float8_leaves_no_trace(network):
+    landed, spoilt = places_that_leave_a_trace(network, LENDING, in_float8, switching_plan(network, steps=2))
     assert len(landed) > 100
     assert spoilt == []
 

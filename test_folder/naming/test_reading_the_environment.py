@@ -6,6 +6,7 @@ import runpy
 import pytest
 
 import weights
+from klora.errors import RequestError
 
 
 class Recorder(dict[str, str]):
@@ -35,3 +36,21 @@ def test_importing_weights_reads_nothing_from_the_environment(monkeypatch: pytes
     assert recorder.asked == []
     again["models_folder"]()
     assert recorder.asked[0] == "KLORA_MODELS"
+
+
+@pytest.mark.parametrize(("text", "kind"), [(None, None), ("", None), ("0", None), ("1", "own"), ("float8", "float8")])
+def test_blocks_are_compiled_where_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, text: str | None, kind: str | None
+) -> None:
+    monkeypatch.delenv("KLORA_COMPILE", raising=False)
+    if text is not None:
+        monkeypatch.setenv("KLORA_COMPILE", text)
+    assert weights.compiled_blocks() == kind
+
+
+@pytest.mark.parametrize("text", ["yes", "2", "fp8", "own"])
+def test_another_way_to_compile_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("KLORA_COMPILE", text)
+    with pytest.raises(RequestError) as error:
+        weights.compiled_blocks()
+    assert str(error.value) == (f"KLORA_COMPILE is {text!r}. Expected 1 to compile the bases' blocks, or float8, or 0.")
