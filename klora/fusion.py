@@ -122,8 +122,10 @@ def fuse(
     those of the CPU up to the rounding of float32 products.
     """
     layers = _merged_order(list(content), list(style))
-    content_ranks, style_ranks = ({name: pair.rank for name, pair in lora.items()} for lora in (content, style))
-    ks = {name: content_ranks.get(name, 1) * style_ranks.get(name, 1) for name in layers}
+    ks = dict.fromkeys(layers, 1)
+    for lora in (content, style):
+        for name, pair in lora.items():
+            ks[name] *= pair.rank
     (content_score, content_l1), (style_score, style_l1) = (_scores(lora, ks, device) for lora in (content, style))
     if not torch.stack([content_l1, style_l1]).isfinite().all():
         raise LoRAError("A LoRA's weights are so large that they overflow. Expected one that was trained.")
@@ -137,16 +139,19 @@ def _scores(lora: Mapping[str, LowRank], ks: Mapping[str, int], device: torch.de
     What is computed a LoRA remembers, for partners of all RANKS: it depends on nothing else.
     """
     known = lora.scores if isinstance(lora, LoRA) else {}
-    asked = {name: (ks[name], pair.numel) for name, pair in lora.items()}
-    missing = {
-        name: tuple(sorted({*wanted, *(lora[name].rank * rank for rank in RANKS)} - known.get(name, {}).keys()))
-        for name, wanted in asked.items()
-        if name not in known or not known[name].keys() >= {*wanted}
-    }
+    missing: dict[str, tuple[int, ...]] = {}
+    for name, pair in lora.items():
+        sums = known.get(name, {})
+        if ks[name] not in sums or pair.numel not in sums:
+            wanted = {ks[name], pair.numel, *(pair.rank * rank for rank in RANKS)}
+            missing[name] = tuple(sorted(wanted - sums.keys()))
     for name, sums in _computed(lora, missing, device).items():
         known.setdefault(name, {}).update(sums)
-    found = [[known[name][k] for k in asked[name]] if name in asked else [0.0, 0.0] for name in ks]
-    return torch.tensor(found, dtype=torch.float64).view(-1, 2).T
+    found = dict.fromkeys(ks, (0.0, 0.0))
+    for name, pair in lora.items():
+        sums = known[name]
+        found[name] = sums[ks[name]], sums[pair.numel]
+    return torch.tensor(list(found.values()), dtype=torch.float64).view(-1, 2).T
 
 
 def _computed(

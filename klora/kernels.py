@@ -7,6 +7,7 @@ rotated  queries or keys turned by their places: diffusers' very bits, in one pa
 Nothing is compiled anew for another rank, another number of tokens or another number of layers.
 """
 
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from types import MappingProxyType
@@ -21,7 +22,10 @@ from klora.lora import Acting
 TILE = {"TALL": 32, "WIDE": 128, "SPAN": 8, "DEEP": 16, "num_warps": 4, "num_stages": 1, "maxnreg": 96}
 """Of _merge: rows of a program, columns that it has at a time, how often, how much of the rank at a time. The fastest
 of some twenty on an H200, where it moves 3.7 TB/s at ranks up to 16, and torch's copy_() 3.2."""
-AT_ONCE = 128  # layers: a GPU writes them while the host looks up the next
+AT_ONCE = 64  # layers: a GPU writes them while the host looks up the next
+
+Kind = tuple[torch.Size, torch.dtype, torch.dtype, int]
+"""What layers have to have in common to be written at one launch: shape, dtype, out's dtype, how many LoRAs act."""
 
 
 class Merges:
@@ -47,31 +51,32 @@ class Merges:
             self._write(some)
 
     def _write(self, layers: Sequence[tuple[int, Acting]]) -> None:
-        """Those of one shape and of the same dtypes, in which as many LoRAs act, at one launch."""
-        kinds: dict[tuple[object, ...], tuple[Tensor, Tensor, list[list[int]], list[list[float]]]] = {}
-        read = []  # which lasts until the kernels are launched
+        """Those of one kind at one launch."""
+        kinds: dict[Kind, tuple[Tensor, Tensor, list[int], list[float]]] = {}
+        read: list[Tensor] = []  # which lasts until the kernels are launched
         for index, acting in layers:
-            weight, out = _whole(self._weights[index]), self._outs[index]
-            factors = [(_whole(pair.A), _whole(pair.B)) for pair, _ in acting]
-            read.append((weight, factors))
-            scale = self._scales.get(index)
-            row = [weight.data_ptr(), out.data_ptr(), 0 if scale is None else scale.data_ptr()]
-            for A, B in factors:
-                row += (A.data_ptr(), B.data_ptr(), len(A))
+            weight, out, scale = self._weights[index], self._outs[index], self._scales.get(index)
             kind = (out.shape, weight.dtype, out.dtype, len(acting))
-            *_, rows, gates = kinds.setdefault(kind, (weight, out, [], []))
-            rows.append(row)
-            gates.append([gate for _, gate in acting])
-        for like, target, rows, gates in kinds.values():
-            tables = (torch.tensor(table).to(like.device, non_blocking=True) for table in (rows, gates))
-            facts = (*like.shape, len(gates[0]), target.dtype != like.dtype)
+            *_, addresses, gates = kinds.setdefault(kind, (weight, out, [], []))
+            addresses += (_place(weight, read), out.data_ptr(), 0 if scale is None else scale.data_ptr())
+            for pair, gate in acting:
+                addresses += (_place(pair.A, read), _place(pair.B, read), pair.rank)
+                gates.append(gate)
+        for (*_, loras), (like, target, addresses, gates) in kinds.items():
+            # An array, because torch.tensor() looks at each number.
+            tables = torch.frombuffer(array("q", addresses), dtype=torch.int64), torch.tensor(gates)
+            there = (table.to(like.device, non_blocking=True) for table in tables)
+            grid, facts = (*_strips(like), len(addresses) // (3 + 3 * loras)), (loras, target.dtype != like.dtype)
             with torch.cuda.device_of(like):  # Triton launches on the current one
-                _merge[(*_strips(like), len(rows))](*tables, like, target, *facts, **TILE)
+                _merge[grid](*there, like, target, *like.shape, *facts, **TILE)
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """It, or a copy that can be read 16 bytes at a time."""
-    return tensor if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 else tensor.contiguous().clone()
+def _place(tensor: Tensor, read: list[Tensor]) -> int:
+    """Its address, or a copy's where it cannot be read 16 bytes at a time. What has the address is added to read."""
+    if tensor.data_ptr() % 16 or not tensor.is_contiguous():
+        tensor = tensor.contiguous().clone()
+    read.append(tensor)
+    return tensor.data_ptr()
 
 
 def _strips(matrix: Tensor) -> tuple[int, int]:

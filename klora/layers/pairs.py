@@ -67,14 +67,14 @@ def dtype_of(weight: Tensor) -> torch.dtype:
 
 def pairs_of(loras: list[Mapping[str, LowRank]], name: str, linear: nn.Linear) -> Pairs:
     """The layer's pair of each LoRA, None where it has none, on the base weight's device and in its dtype."""
-    weight, own = linear.weight, [lora.get(name) for lora in loras]
+    weight, found = linear.weight, Pairs()
     device, dtype, expected = weight.device, dtype_of(weight), (linear.out_features, linear.in_features)
-    for seen in (pair.shape for pair in own if pair is not None):
-        if seen != expected:
-            raise LoRAError(f"{name!r} is {seen} in the LoRA. Expected {expected}: one made for this base.")
-    return [
-        pair  # most were placed there before
-        if pair is None or (pair.A.device, pair.A.dtype, pair.B.dtype) == (device, dtype, dtype)
-        else LowRank(pair.A.to(device, dtype), pair.B.to(device, dtype))
-        for pair in own
-    ]
+    for lora in loras:
+        if (pair := lora.get(name)) is not None:
+            if pair.shape != expected:
+                seen = f"{name!r} is {pair.shape} in the LoRA"
+                raise LoRAError(f"{seen}. Expected {expected}: one made for this base.")
+            if pair.A.dtype != dtype or pair.B.dtype != dtype or pair.A.device != device:  # most were placed before
+                pair = LowRank(pair.A.to(device, dtype), pair.B.to(device, dtype))
+        found.append(pair)
+    return found
