@@ -170,7 +170,7 @@ def klora(
 
     request = replace(subject.request, go_fast=go_fast)
     fast = compiled_for(subject.model, request)
-    with _through_phases(lent, lap) as gate, paced(subject.model, request) as (in_full, _):
+    with _through_phases(lent, lap) as gate, paced(subject.model, request, engine) as (in_full, _):
 
         def on_step(step: int) -> None:
             before = gate.flips

@@ -74,7 +74,7 @@ def _drawn(
     begun: tuple[int, int] | None = None  # the first step that runs, for an image a later one, and the flips until then
     fast = compiled_for(model, request)
     lent = attached(model.denoiser, plan, alike=fast.alike, float8=fast.float8)
-    with lent as gate, paced(model, request) as (in_full, means):
+    with lent as gate, paced(model, request, gate.engine) as (in_full, means):
 
         def reached(step: int) -> None:
             nonlocal begun

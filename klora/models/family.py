@@ -61,7 +61,8 @@ class Recipe(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """Linears of compiled blocks, as go_fast lends LoRAs to them: klora.layers.attached() says how."""
+    """Linears of compiled blocks, as go_fast lends LoRAs to them: klora.layers.attached() says how. None of them are
+    alike where blocks have not been compiled with the gated engine's."""
 
     alike: tuple[str, ...] = ()
     float8: tuple[str, ...] = ()

@@ -45,17 +45,19 @@ def compile_blocks(
     to encode one; engines: None is the one that there is memory for; float8: whether go_fast multiplies in it."""
     denoiser: Any = model.denoiser
     denoiser.compile_repeated_blocks(dynamic=True, backend=backend)
-    linears = _compiled_linears(denoiser)
-    model.compiled = Compiled(tuple(linears), _for_float8(denoiser, linears) if float8 else ())
-    plan = Plan.constant((_idle(denoiser, linears),), (1.0,))
+    alike = tuple(_compiled_linears(denoiser))
+    rounded = _for_float8(denoiser, alike) if float8 else ()
+    plan, lent = Plan.constant((_idle(denoiser, alike),), (1.0,)), set[Engine]()
     # As many as there are kinds of inputs and of blocks, which torch's own limit hardly allows.
     limits = torch._dynamo.config.patch(recompile_limit=64)
     with torch.no_grad(), torch.compiler.set_stance("default"), limits:
         conditioning = conditioning or model.encode_prompt(["a picture"])
         _drawn_by_one_and_by_two(model, conditioning)
         for engine in engines:
-            with attached(denoiser, plan, engine=engine, alike=linears, float8=model.compiled.float8):
+            with attached(denoiser, plan, engine=engine, alike=alike, float8=rounded) as gate:
+                lent.add(gate.engine)
                 _drawn_by_one_and_by_two(model, conditioning)
+    model.compiled = Compiled(alike if "gated" in lent else (), rounded if "merged" in lent else ())
 
 
 def _drawn_by_one_and_by_two(model: Family, conditioning: Conditioning) -> None:
@@ -85,26 +87,29 @@ def _move(gate: Gate, step: int) -> None:
 
 
 @contextmanager
-def paced(model: Family, request: Request) -> Iterator[tuple[InFull, list[str]]]:
+def paced(model: Family, request: Request, engine: Engine | None = None) -> Iterator[tuple[InFull, list[str]]]:
     """Run a denoiser as request.go_fast asks, for the length of the block. Yields what is to be told before each step,
-    and what makes it fast: nothing where it is not asked for or this base has nothing to offer.
+    and what makes it fast: nothing where it is not asked for or this base has nothing to offer. engine: of the LoRAs
+    that it has been lent.
 
     A request that does not ask runs the blocks as they are, compiled or not. Either way a CUDA graph is recorded where
     the host would be what a denoiser waits for, and there is memory for it: the same kernels, and so the same image.
     """
+    # The merged engine leaves modules as they are, or has its own compiled with the blocks.
+    compiled = request.go_fast and model.compiled and (engine != "gated" or model.compiled.alike)
     with ExitStack() as stack:
         if model.compiled:
             # What turns out to lack compiled code runs without: no request waits for it.
-            stance = "eager_on_recompile" if request.go_fast else "force_eager"
+            stance = "eager_on_recompile" if compiled else "force_eager"
             stack.enter_context(torch.compiler.set_stance(stance))
         in_full: InFull = _ignore
-        means = ["compiled blocks"] if model.compiled and request.go_fast else []
+        means = ["compiled blocks"] if compiled else []
         # Only diffusers' text-to-image pipelines say whose pass it is, which the cache has to know.
         if request.go_fast and isinstance(model.denoiser, CacheMixin) and request.image is None:
             in_full = stack.enter_context(_first_block_cache(model.denoiser))
             means.append("first-block cache")
         device = next(model.denoiser.parameters()).device
-        if has_triton(device) and "compiled blocks" not in means:
+        if has_triton(device) and not compiled:
             stack.enter_context(_in_fewer_kernels(model.denoiser))
         # Twice: what a graph has recorded keeps its memory while the VAE decodes.
         if model.host_bound and device.type == "cuda" and free_bytes(device) >= 2 * HEADROOM_BYTES:
