@@ -19,7 +19,7 @@ SMALLEST = 1e-12  # of a scale: of what is nothing but zeros
 
 class Float8Linear(nn.Module):
     """base(x), but by a weight in float8, and with x, each of its rows over its largest magnitude, in float8 as well;
-    summed in float32, the bias added to the sums. On a GPU since Ada or Hopper, and on a CPU, slowly.
+    summed in as many bits as tensor cores have for it at their fastest. On GPUs since Ada, and slowly on a CPU.
 
     quantized: float8 [O, I], both multiples of 16; scale: float32 [O], what its rows are to be multiplied with; their
     values may change between calls.

@@ -31,9 +31,9 @@ def linear_in(denoiser: nn.Module, name: str) -> nn.Linear:
 
 def covering(plan: Plan, names: Iterable[str], lora: Mapping[str, LowRank] = MappingProxyType({})) -> Plan:
     """With these layers, too, and with a LoRA more, that never acts."""
-    added = dict.fromkeys(name for name in names if name not in frozenset(plan.layers))
-    gates = F.pad(plan.gates, (0, 1, 0, len(added)))
-    return Plan((*plan.layers, *added), (*plan.loras, lora), gates)
+    layers = tuple(dict.fromkeys((*plan.layers, *names)))
+    gates = F.pad(plan.gates, (0, 1, 0, len(layers) - len(plan.layers)))
+    return Plan(layers, (*plan.loras, lora), gates)
 
 
 def filled(plan: Plan, denoiser: nn.Module, names: Iterable[str]) -> Plan:

@@ -22,7 +22,7 @@ from klora.models.pace import compile_blocks, warm_up
 
 logger = logging.getLogger(__name__)
 Products = Literal["own", "float8"]
-"""In what compiled blocks multiply: in the base's own dtype, or in float8 where that has been found to be faster."""
+"""In what compiled blocks multiply: in the base's own dtype, or in float8 where products are most of a step."""
 
 PROMPTS = 16  # remembered as a base's text encoders have read them: 4 MB each on FLUX.1
 
