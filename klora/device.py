@@ -25,14 +25,18 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 def has_triton(device: torch.device) -> bool:
     """Whether klora.kernels can be used there: on an NVIDIA GPU since Ampere, where Triton works."""
-    nvidia = device.type == "cuda" and torch.version.cuda is not None
-    return nvidia and torch.cuda.get_device_capability(device) >= (8, 0) and _triton_works()
+    return _capability(device) >= (8, 0) and _triton_works()
 
 
 def has_float8(device: torch.device) -> bool:
     """Whether tensor cores multiply in float8 there: on an NVIDIA GPU since Ada."""
+    return _capability(device) >= (8, 9)
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Of an NVIDIA GPU; of anything else none."""
     nvidia = device.type == "cuda" and torch.version.cuda is not None
-    return nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
+    return torch.cuda.get_device_capability(device) if nvidia else (0, 0)
 
 
 @cache

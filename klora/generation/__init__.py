@@ -95,7 +95,8 @@ def _drawn(
     if plan.content_wins is not None:
         record("style_share", 1 - plan.content_wins[first:].double().mean().item())
     if request.go_fast:
-        means += ["float8 products"] if gate.float8 else []
+        if gate.float8:
+            means.append("float8 products")
         record("go_fast", ", ".join(means) or f"nothing makes this faster on {model.name}")
     return images
 

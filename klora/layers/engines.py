@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from klora.device import has_triton
 from klora.layers.float8 import FLOAT8, Float8Linear, scales_of
-from klora.layers.loans import Loan, lend
+from klora.layers.loans import InPlaceOf, Loan, lend
 from klora.layers.pairs import Pairs, linear_in
 from klora.lora import Acting, LowRank, Plan
 
@@ -21,7 +21,7 @@ Apply = Callable[[int, list[int]], None]
 """(the step whose gates are to act, the indices of the layers where they differ from those that do) -> None"""
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(InPlaceOf):
     """base(x) + B A x, for inference, in three kernels; one LoRA, a weighted sum and a switching pair.
 
     lora_A [R, I], lora_B [O, R]; their values may change between calls. Cast to the activations' dtype, which they have
@@ -29,19 +29,8 @@ class LoRALinear(nn.Module):
     """
 
     def __init__(self, base: nn.Linear, lora_A: Tensor, lora_B: Tensor) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.lora_A, self.lora_B = lora_A, lora_B
-        # Pipelines and text encoders ask a linear for these.
-        self.in_features, self.out_features = base.in_features, base.out_features
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)  # of this call alone, and so added to where it lies

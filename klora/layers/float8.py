@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from klora.layers.loans import InPlaceOf
 from klora.layers.pairs import Pairs
 
 FLOAT8 = torch.float8_e4m3fn
@@ -17,7 +18,7 @@ LARGEST = torch.finfo(FLOAT8).max
 SMALLEST = 1e-12  # of a scale: of what is nothing but zeros
 
 
-class Float8Linear(nn.Module):
+class Float8Linear(InPlaceOf):
     """base(x), but by a weight in float8, and with x, each of its rows over its largest magnitude, in float8 as well;
     summed in as many bits as tensor cores have for it at their fastest. On GPUs since Ada, and slowly on a CPU.
 
@@ -26,20 +27,9 @@ class Float8Linear(nn.Module):
     """
 
     def __init__(self, base: nn.Linear, quantized: Tensor, scale: Tensor) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         # Parameters, of which torch knows when it compiles that their sizes stay as they are.
         self.quantized, self.scale = (nn.Parameter(tensor, requires_grad=False) for tensor in (quantized, scale))
-        # Pipelines ask a linear for these.
-        self.in_features, self.out_features = base.in_features, base.out_features
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)

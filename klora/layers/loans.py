@@ -4,10 +4,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor, nn
+
 Loan = tuple[dict[str, Any], str, Any]
 """(a module's own table of parts, key, what was there): Any, because parts are modules or parameters."""
 
 NOTHING = object()  # in the place of what was there
+
+
+class InPlaceOf(nn.Module):
+    """What stands in the place of a linear layer, and has of it what pipelines and text encoders ask a linear for."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
 
 
 @contextmanager

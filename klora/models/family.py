@@ -119,7 +119,7 @@ class Family(Protocol):
         """One call of the denoiser on latents mixed with noise, as in training. times [N] in [0, 1): 1 is all noise."""
 
     def sample(
-        self, conditioning: Conditioning, request: Request, on_step: Callable[[int], None], seeds: Sequence[int] = ()
+        self, conditioning: Conditioning, request: Request, on_step: Callable[[int], Any], seeds: Sequence[int] = ()
     ) -> list[Image.Image]:
         """An image for each seed; without seeds, image i by request.seed + i. conditioning: of one prompt for all of
         them, or of as many. on_step(i) is called before the denoiser runs step i of the full schedule, 0-based, and
@@ -252,7 +252,7 @@ def denoise(
     model: Family,
     conditioning: Conditioning,
     request: Request,
-    on_step: Callable[[int], None],
+    on_step: Callable[[int], Any],
     seeds: Sequence[int],
     **options: Any,
 ) -> Tensor:

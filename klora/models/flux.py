@@ -122,7 +122,7 @@ class Flux:
         return Prediction(cells, noise - latents, (1 / times - 1).square(), times**-2)
 
     def sample(
-        self, conditioning: Conditioning, request: Request, on_step: Callable[[int], None], seeds: Sequence[int] = ()
+        self, conditioning: Conditioning, request: Request, on_step: Callable[[int], Any], seeds: Sequence[int] = ()
     ) -> list[Image.Image]:
         vae, processor, scheduler = self.pipe.vae, self.pipe.image_processor, self.pipe.scheduler
         scheduler = type(scheduler).from_config(scheduler.config)  # of the request's own: it keeps state between steps

@@ -6,7 +6,6 @@ before. Knows no LoRA.
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unfl
 
 from klora.device import free_bytes, has_triton
 from klora.form.request import Request
-from klora.layers import HEADROOM_BYTES, Engine, Gate, attached, clear, lend, lending, takes_float8
+from klora.layers import HEADROOM_BYTES, Engine, attached, clear, lend, lending, takes_float8
 from klora.lora import LowRank, Plan
 from klora.models.attention import FluxAttention
 from klora.models.family import Compiled, Conditioning, Family
@@ -75,15 +74,13 @@ def warm_up(model: Family) -> None:
     name = [*float8, *linears][0]
     lora = _idle(model.denoiser, [name])
     plan = Plan((name,), (lora, lora), torch.tensor([[[1.0, 1.0]], [[1.0, 0.0]], [[0.0, 0.0]]]))
-    for go_fast in (False, True) if float8 else (False,):
-        request = Request("a picture", num_inference_steps=3, megapixels="0.25", seed=0, go_fast=go_fast)
-        lent = attached(model.denoiser, plan, float8=float8 if go_fast else ())
-        with torch.no_grad(), paced(model, request), lent as gate:
-            model.sample(model.encode_prompt(["a picture"]), request, partial(_move, gate))
-
-
-def _move(gate: Gate, step: int) -> None:
-    gate.set_step(step)
+    with torch.no_grad():
+        conditioning = model.encode_prompt(["a picture"])
+        for go_fast in (False, True) if float8 else (False,):
+            request = Request("a picture", num_inference_steps=3, megapixels="0.25", seed=0, go_fast=go_fast)
+            lent = attached(model.denoiser, plan, float8=compiled_for(model, request).float8)
+            with paced(model, request), lent as gate:
+                model.sample(conditioning, request, gate.set_step)
 
 
 @contextmanager

@@ -147,7 +147,7 @@ class SDXL:
         return Prediction(predicted.float(), noise, snr, snr)
 
     def sample(
-        self, conditioning: Conditioning, request: Request, on_step: Callable[[int], None], seeds: Sequence[int] = ()
+        self, conditioning: Conditioning, request: Request, on_step: Callable[[int], Any], seeds: Sequence[int] = ()
     ) -> list[Image.Image]:
         vae, processor = self.pipe.vae, self.pipe.image_processor
         # A scheduler of the request's own: one that keeps state between steps must not outlive it.

@@ -18,8 +18,8 @@ def model():
     """Of sizes that tensor cores take."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        parts = {"to_q": nn.Linear(32, 48, bias=False), "mlp": nn.Sequential(nn.Linear(48, 80), nn.Linear(80, 32))}
-        return nn.ModuleDict({"to_q": parts["to_q"], "mlp": parts["mlp"], "own": nn.Linear(32, 16)}).eval()
+        to_q, mlp = nn.Linear(32, 48, bias=False), nn.Sequential(nn.Linear(48, 80), nn.Linear(80, 32))
+        return nn.ModuleDict({"to_q": to_q, "mlp": mlp, "own": nn.Linear(32, 16)}).eval()
 
 
 def switching(model):
