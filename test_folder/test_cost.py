@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from klora.models import FAMILIES, load_model
 from klora.models.family import Family, Part
 from klora.models.linears import linear_shapes
+from klora.training import cost
 from klora.training.config import TrainConfig
 from klora.training.cost import step_flops, step_memory
 from klora.training.memory import TRAINED_BYTES, WORKSPACE_BYTES
@@ -85,7 +87,7 @@ def test_sdxl_at_1024_px_trains_within_12_gb(bases: Path) -> None:
     memory = step_memory(*step, dtype=torch.bfloat16, checkpointing=True)
     weights = sum(weight.numel() for weight in step[0].denoiser.parameters())
     trained = sum(8 * sum(shape) for shape in step[1].values())
-    assert memory.saved_bytes == pytest.approx(0.49e9, rel=0.05) and memory.peak_bytes > memory.saved_bytes
+    assert memory.saved_bytes == pytest.approx(0.46e9, rel=0.02) and memory.peak_bytes > memory.saved_bytes
     assert weights == 2_567_463_684
     assert 2 * weights + TRAINED_BYTES * trained + memory.peak_bytes + WORKSPACE_BYTES < 12e9
 
@@ -120,6 +122,17 @@ def test_twice_the_batch_is_twice_the_arithmetic_recomputing_is_more_in_less_mem
     assert recomputed.saved_bytes < kept.saved_bytes and recomputed.peak_bytes < kept.peak_bytes
     assert list(model.denoiser.named_modules()) == before  # and so without LoRALinear
     assert all(weight.is_meta and weight.grad is None for weight in model.denoiser.parameters())
+
+
+@every_family
+def test_what_is_remembered_of_blocks_alike_is_what_torch_says_of_each(
+    family: str, bases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded(family, bases)
+    tiny(step_memory, model)  # a first step also makes the base's table of noise levels
+    remembered = [tiny(step_memory, model, 2, checkpointing) for checkpointing in (True, False)]
+    monkeypatch.setattr(cost, "_Remembered", nullcontext)
+    assert [tiny(step_memory, model, 2, checkpointing) for checkpointing in (True, False)] == remembered
 
 
 class Ops(TorchDispatchMode):

@@ -6,6 +6,7 @@ Knows no table of models: it runs the step that will be trained, on tensors with
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.variable import Variable
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -45,7 +46,8 @@ def step_memory(model: Family, *step: Any, **options: Any) -> Memory:
     Attention counts as a fused kernel computes it: without a matrix of scores in memory.
     """
     with _bare_step(model, *step, **options) as bare_step, _FusedAttention(), _LiveBytes(model.denoiser) as live:
-        saved, loss = _saved_bytes(bare_step, model.denoiser)
+        loss = bare_step()
+        saved = live.now
         # As loss.backward(), which is a call that _FusedAttention would handle and for so long not be in.
         engine: Any = Variable._execution_engine
         engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), accumulate_grad=True)
@@ -74,28 +76,12 @@ def _bare_step(
         layers = {n: LowRank(_meta(rank, i), _meta(o, rank)) for n, (o, i) in shapes.items()}
         prompts = {name: part[:1].to("meta").expand(latents[0], *part.shape[1:]) for name, part in conditioning.items()}
         batch = Batch(torch.empty(latents), torch.empty(latents), torch.empty(latents[0]), prompts)
-    with trainable(denoiser.requires_grad_(False), layers) as gate:
+    with trainable(denoiser.requires_grad_(False), layers) as gate, _Remembered():
         yield lambda: Objective(model, gate)(batch)
 
 
 def _meta(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, device="meta"))
-
-
-def _saved_bytes(step: Callable[[], Tensor], denoiser: nn.Module) -> tuple[int, Tensor]:
-    """(bytes that autograd keeps of activations, the loss)."""
-    kept = {weight.untyped_storage()._cdata for weight in denoiser.parameters()}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in kept:
-            saved[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = step()
-    return sum(saved.values()), loss
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -124,6 +110,43 @@ class _LiveBytes(TorchDispatchMode):
 
     def _gone(self, size: int) -> None:
         self.now -= size
+
+
+class _Remembered(TorchDispatchMode):
+    """Answers what has been computed before of tensors of these shapes, as most of a step has been in an earlier block,
+    with fresh tensors of what came of it then: torch's own shape functions are in Python, and slow."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._made: dict[Any, Any] = {}
+        self._not_fresh: set[Any] = set()  # operations that give back what they are given, or a view of it
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._not_fresh:
+            return func(*args, **(kwargs or {}))
+        asked = (func, _facts(args), _facts(tuple((kwargs or {}).items())))
+        if asked in self._made:
+            return tree_map_only(partial, lambda fresh: fresh(), self._made[asked])
+        made = func(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        results = [leaf.untyped_storage()._cdata for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
+        if given.isdisjoint(results):
+            self._made[asked] = tree_map_only(Tensor, _like, made)
+        else:
+            self._not_fresh.add(func)
+        return made
+
+
+def _like(tensor: Tensor) -> Callable[[], Tensor]:
+    """What makes tensors of this one's shape and dtype."""
+    return partial(torch.empty_strided, tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+def _facts(value: Any) -> Any:
+    """What an operation's result depends on, on the meta device."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    return tuple(map(_facts, value)) if isinstance(value, (list, tuple)) else (type(value), value)
 
 
 class _FusedAttention(TorchFunctionMode):
