@@ -32,7 +32,7 @@ for library in (diffusers, transformers):
 # long file at the end would keep one of them busy while the others wait.
 LONG = (
     "test_trainings", "test_training", "test_toy", "test_job", "test_taken_up", "test_job_ends", "test_cost",
-    "test_equivalence", "test_pure_images", "test_cluster", "test_pace", "test_make_toy_bases", "test_bench",
+    "test_equivalence", "test_pure_images", "test_cluster", "test_compiled_blocks", "test_make_toy_bases", "test_bench",
     "test_cli", "test_remote_requests", "test_predict", "test_download_weights", "test_report_command",
     "test_reproduction", "test_exported_file", "test_variants", "test_succession", "test_tiny", "test_inspection",
     "test_architecture", "test_sheets", "test_resident_bases",

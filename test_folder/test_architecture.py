@@ -16,11 +16,7 @@ PROGRAMS = [ROOT / name for name in ("predict.py", "train.py", "weights.py")]
 PACKAGE = sorted((ROOT / "klora").rglob("*.py"))
 PLAYGROUND = sorted((ROOT / "playground").glob("*.py"))
 FILES = [path for path in PROGRAMS if path.exists()] + PACKAGE + PLAYGROUND
-FAMILIES = [
-    path
-    for path in PACKAGE
-    if path.parent.name == "models" and path.name not in ("__init__.py", "attention.py", "family.py", "prompts.py")
-]
+FAMILIES = sorted({ROOT / f"{family.__module__.replace('.', '/')}.py" for family in klora.FAMILIES.values()})
 
 # Library: the only files that may import it, by their beginning.
 BORDERS = {
@@ -86,9 +82,13 @@ LAYERS = {
     "klora/models/prompts.py": {"klora.errors"},
     "klora/models/linears.py": set(),
     "klora/models/attention.py": set(),
+    "klora/models/recording.py": {"klora.layers"},
     "klora/models/pace.py": {
-        *("klora.device", "klora.form.request", "klora.kernels", "klora.layers", "klora.lora"),
-        *("klora.models.attention", "klora.models.family"),
+        *("klora.device", "klora.form.request", "klora.kernels", "klora.layers"),
+        *("klora.models.attention", "klora.models.family", "klora.models.recording"),
+    },
+    "klora/models/compiling.py": {
+        *("klora.form.request", "klora.layers", "klora.lora", "klora.models.family", "klora.models.pace")
     },
     "playground/": {"playground", *(f"playground.{path.stem}" for path in PLAYGROUND)},  # and nothing of klora
     "weights.py": {"klora.errors", *ROOMS["bases"], *ROOMS["cache"], *ROOMS["sources"]},
@@ -273,7 +273,7 @@ def lines_of_code(path: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("room", "most"), [("klora", 870), ("layers", 330), ("models", 820), ("files", 760), ("report", 620), ("bulk", 480)]
+    ("room", "most"), [("klora", 870), ("layers", 330), ("models", 830), ("files", 760), ("report", 620), ("bulk", 480)]
 )
 def test_a_room_has_no_more_lines_of_code_than_fit_in_a_head(room: str, most: int) -> None:
     assert sum(lines_of_code(path) for path in PACKAGE if path.parent.name == room) < most

@@ -84,7 +84,7 @@ class Family(Protocol):
     steps: int  # and guidance_scale: what suits the base when a request does not say
     guidance_scale: float
     recipe: ClassVar[Recipe]
-    compiled: Compiled | None  # what klora.models.pace has compiled
+    compiled: Compiled | None  # what klora.models.compiling has compiled
 
     @classmethod
     def load(

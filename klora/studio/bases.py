@@ -17,8 +17,8 @@ from klora.errors import BaseModelError
 from klora.generation import Encode, plain_encoder
 from klora.layers import HEADROOM_BYTES
 from klora.models import files_read, load_model
+from klora.models.compiling import compile_blocks, warm_up
 from klora.models.family import Family
-from klora.models.pace import compile_blocks, warm_up
 
 logger = logging.getLogger(__name__)
 Products = Literal["own", "float8"]

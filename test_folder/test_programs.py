@@ -1,0 +1,22 @@
+"""Programs of script/ and examples/, which import much only when they are asked for it: all of it is there."""
+
+import ast
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = [path for path in (ROOT / "script").iterdir() if b"python" in path.read_bytes().partition(b"\n")[0]]
+OURS = ("examples", "klora", "playground", "weights")
+LACKING = {"playground": "gradio", "klora.kernels": "triton"}  # what needs a library that is not everywhere
+
+
+@pytest.mark.parametrize("path", sorted([*SCRIPTS, *(ROOT / "examples").glob("*.py")]), ids=lambda path: path.name)
+def test_what_a_program_imports_of_ours_is_there(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom) or not node.module or node.module.split(".")[0] not in OURS:
+            continue
+        lacks = {library for module, library in LACKING.items() if f"{node.module}.".startswith(f"{module}.")}
+        if all(map(find_spec, lacks)):
+            exec(compile(ast.Module([node], []), path, "exec"), {})
