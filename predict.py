@@ -169,7 +169,7 @@ class Predictor(BasePredictor):
             default=None,
         ),
         guidance_scale: Optional[float] = Input(
-            description="Adherence to the prompt. Blank means the base's own: 7.5 on SDXL, 3.5 on flux-dev, 0 on flux-schnell.",
+            description="Adherence to the prompt. Blank means the base's own: 7.5 on SDXL, 3.5 on flux-dev. flux-schnell takes none.",
             ge=0,
             le=50,
             default=None,

@@ -221,6 +221,7 @@ REFUSED = {
     ),
     "missing file": ({"style_lora": "none.safetensors"}, ["style_lora", "none.safetensors"]),
     "negative prompt on FLUX": ({"model": "flux-dev", "negative_prompt": "cat"}, ["negative_prompt", "FLUX.1"]),
+    "guidance on schnell": ({"model": "flux-schnell", "guidance_scale": 3.5}, ["guidance_scale is 3.5", "FLUX.1"]),
     "scheduler on FLUX": ({"model": "flux-dev", "scheduler": "DDIM"}, ["scheduler", "FLUX.1"]),
 }
 

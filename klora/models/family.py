@@ -82,7 +82,7 @@ class Family(Protocol):
     text_encoders: dict[str, nn.Module]  # by component, in the order of kohya's lora_te1_, lora_te2_
     native_size: int  # side in pixels of the square that the base was trained on
     steps: int  # and guidance_scale: what suits the base when a request does not say
-    guidance_scale: float
+    guidance_scale: float  # 0 of a base that takes none
     recipe: ClassVar[Recipe]
     compiled: Compiled | None  # what klora.models.compiling has compiled
 
