@@ -73,15 +73,12 @@ def warm_up(model: Family) -> None:
 def _compiled_linears(denoiser: nn.Module) -> list[str]:
     """Names of the linears in blocks that have been compiled."""
     blocks = [(name, part) for name, part in denoiser.named_modules() if part._compiled_call_impl is not None]
-    return [
-        f"{name}.{place}" for name, block in blocks for place, part in block.named_modules() if type(part) is nn.Linear
-    ]
+    return [f"{name}.{at}" for name, block in blocks for at, part in block.named_modules() if type(part) is nn.Linear]
 
 
 def _for_float8(denoiser: Any, names: Iterable[str]) -> tuple[str, ...]:
     """Those that see tokens. By the others norms are modulated, and an error of theirs would be all tokens'."""
-    seen = (name for name in names if not re.search(r"\.norm\w*\.", name))
-    return tuple(name for name in seen if takes_float8(denoiser.get_submodule(name)))
+    return tuple(n for n in names if not re.search(r"\.norm\w*\.", n) and takes_float8(denoiser.get_submodule(n)))
 
 
 def _idle(denoiser: nn.Module, names: Iterable[str]) -> Mapping[str, LowRank]:

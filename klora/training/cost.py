@@ -94,9 +94,8 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
+        for storage in _storages(made):
+            self._count(storage)
         return made
 
     def _count(self, storage: Any) -> None:
@@ -128,13 +127,17 @@ class _Remembered(TorchDispatchMode):
         if asked in self._made:
             return tree_map_only(partial, lambda fresh: fresh(), self._made[asked])
         made = func(*args, **(kwargs or {}))
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        results = [leaf.untyped_storage()._cdata for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
+        given, results = ({storage._cdata for storage in _storages(value)} for value in ((args, kwargs), made))
         if given.isdisjoint(results):
             self._made[asked] = tree_map_only(Tensor, _like, made)
         else:
             self._not_fresh.add(func)
         return made
+
+
+def _storages(value: Any) -> list[Any]:
+    """Of all tensors in what an operation takes or gives."""
+    return [leaf.untyped_storage() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _like(tensor: Tensor) -> Callable[[], Tensor]:
