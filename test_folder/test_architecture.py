@@ -3,7 +3,7 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -144,8 +144,25 @@ def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     yield from (n for n in ast.walk(parsed(path)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
-every_file = pytest.mark.parametrize("path", FILES, ids=relative)
-every_module = pytest.mark.parametrize("path", PACKAGE, ids=relative)
+def each_of(paths: Sequence[Path]) -> Callable[[Callable[[Path], None]], Callable[[], None]]:
+    """One test of all these files, which says what is wrong in each: a test for each would be a thousand."""
+
+    def of_all(rule: Callable[[Path], None]) -> Callable[[], None]:
+        def test() -> None:
+            wrong = []
+            for path in paths:
+                try:
+                    rule(path)
+                except AssertionError as error:
+                    wrong.append(f"{relative(path)}: {error}")
+            assert not wrong, "\n".join(wrong)
+
+        return test
+
+    return of_all
+
+
+every_file, every_module = each_of(FILES), each_of(PACKAGE)
 
 
 def test_the_files_are_found() -> None:
