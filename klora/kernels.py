@@ -17,12 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from klora.lora import Acting
+from klora.lora import Acting, readable
 
 TILE = {"TALL": 32, "WIDE": 128, "SPAN": 8, "DEEP": 16, "num_warps": 4, "num_stages": 1, "maxnreg": 96}
 """Of _merge: rows of a program, columns that it has at a time, how often, how much of the rank at a time. The fastest
 of some twenty on an H200, where it moves 3.7 TB/s at ranks up to 16, and torch's copy_() 3.2."""
-AT_ONCE = 64  # layers: a GPU writes them while the host looks up the next
+FIRST, AT_ONCE = 8, 64  # layers, and twice as many each time: a GPU writes them while the host looks up the next
 
 Kind = tuple[torch.Size, torch.dtype, torch.dtype, int]
 """What layers have to have in common to be written at one launch: shape, dtype, out's dtype, how many LoRAs act."""
@@ -45,22 +45,25 @@ class Merges:
         self._weights, self._outs, self._scales = weights, outs, scales
 
     def __call__(self, layers: Iterable[tuple[int, Acting]]) -> None:
-        """Write the layers of these indices, of which no more than AT_ONCE are asked for before a launch."""
-        rest = iter(layers)
-        while some := list(islice(rest, AT_ONCE)):
+        """Write the layers of these indices. FIRST are asked for before the first launch, and no more than AT_ONCE
+        before another."""
+        rest, count = iter(layers), FIRST
+        while some := list(islice(rest, count)):
             self._write(some)
+            count = min(2 * count, AT_ONCE)
 
     def _write(self, layers: Sequence[tuple[int, Acting]]) -> None:
         """Those of one kind at one launch."""
         kinds: dict[Kind, tuple[Tensor, Tensor, list[int], list[float]]] = {}
-        read: list[Tensor] = []  # which lasts until the kernels are launched
+        read: list[Tensor] = []  # copies, too, which last until the kernels are launched
         for index, acting in layers:
             weight, out, scale = self._weights[index], self._outs[index], self._scales.get(index)
             kind = (out.shape, weight.dtype, out.dtype, len(acting))
             *_, addresses, gates = kinds.setdefault(kind, (weight, out, [], []))
-            addresses += (_place(weight, read), out.data_ptr(), 0 if scale is None else scale.data_ptr())
+            read.append(readable(weight))
+            addresses += (read[-1].data_ptr(), out.data_ptr(), 0 if scale is None else scale.data_ptr())
             for pair, gate in acting:
-                addresses += (_place(pair.A, read), _place(pair.B, read), pair.rank)
+                addresses += pair.addresses
                 gates.append(gate)
         for (*_, loras), (like, target, addresses, gates) in kinds.items():
             # An array, because torch.tensor() looks at each number.
@@ -69,14 +72,6 @@ class Merges:
             grid, facts = (*_strips(like), len(addresses) // (3 + 3 * loras)), (loras, target.dtype != like.dtype)
             with torch.cuda.device_of(like):  # Triton launches on the current one
                 _merge[grid](*there, like, target, *like.shape, *facts, **TILE)
-
-
-def _place(tensor: Tensor, read: list[Tensor]) -> int:
-    """Its address, or a copy's where it cannot be read 16 bytes at a time. What has the address is added to read."""
-    if tensor.data_ptr() % 16 or not tensor.is_contiguous():
-        tensor = tensor.contiguous().clone()
-    read.append(tensor)
-    return tensor.data_ptr()
 
 
 def _strips(matrix: Tensor) -> tuple[int, int]:

@@ -41,6 +41,27 @@ class LowRank:
         outputs, inputs = self.shape
         return outputs * inputs
 
+    @cached_property
+    def place(self) -> tuple[torch.device, torch.dtype] | None:
+        """Where it lies, in what; None where B is of another dtype than A."""
+        return (self.A.device, self.A.dtype) if self.A.dtype == self.B.dtype else None
+
+    @cached_property
+    def addresses(self) -> tuple[int, int, int]:
+        """Of A and of B, as kernels read them, and the rank."""
+        A, B = self._readable
+        return A.data_ptr(), B.data_ptr(), self.rank
+
+    @cached_property
+    def _readable(self) -> tuple[Tensor, Tensor]:
+        return readable(self.A), readable(self.B)
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it cannot be read as it lies, row by row and 16 bytes at a time."""
+    fits = tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
+    return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
+
 
 Acting = list[tuple[LowRank, float]]
 """What acts in a layer: pairs, each with its gate, which is not 0."""

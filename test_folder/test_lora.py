@@ -1,5 +1,7 @@
 """A LoRA is data: the mapping of its layers, and what it remembers of where it was lent; a plan says when it acts."""
 
+import ctypes
+
 import pytest
 import torch
 
@@ -46,3 +48,13 @@ def test_a_large_lora_is_placed_anew_each_time(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr("klora.lora.PLACED_BYTES", most)
         lora = placeable()
         assert (lora.placed(cpu, torch.float32) is lora.placed(cpu, torch.float32)) == kept
+
+
+def test_a_pair_says_where_it_lies_and_where_kernels_read_it() -> None:
+    stored = torch.arange(16.0)
+    askew = LowRank(stored[1:9].view(4, 2).T, stored.view(4, 4)[:, :2].contiguous())
+    lora_A, lora_B, rank = askew.addresses
+    assert rank == 2 and lora_B == askew.B.data_ptr() and lora_A != askew.A.data_ptr() and lora_A % 16 == 0
+    assert list((ctypes.c_float * 8).from_address(lora_A)) == askew.A.flatten().tolist()
+    assert askew.place == (torch.device("cpu"), torch.float32)
+    assert LowRank(askew.A, askew.B.half()).place is None

@@ -67,14 +67,14 @@ def dtype_of(weight: Tensor) -> torch.dtype:
 
 def pairs_of(loras: list[Mapping[str, LowRank]], name: str, linear: nn.Linear) -> Pairs:
     """The layer's pair of each LoRA, None where it has none, on the base weight's device and in its dtype."""
-    weight, found = linear.weight, Pairs()
-    device, dtype, expected = weight.device, dtype_of(weight), (linear.out_features, linear.in_features)
-    for lora in loras:
-        if (pair := lora.get(name)) is not None:
-            if pair.shape != expected:
-                seen = f"{name!r} is {pair.shape} in the LoRA"
-                raise LoRAError(f"{seen}. Expected {expected}: one made for this base.")
-            if pair.A.dtype != dtype or pair.B.dtype != dtype or pair.A.device != device:  # most were placed before
-                pair = LowRank(pair.A.to(device, dtype), pair.B.to(device, dtype))
-        found.append(pair)
+    weight = linear.weight
+    place, expected = (weight.device, dtype_of(weight)), (linear.out_features, linear.in_features)
+    found: Pairs = [lora.get(name) for lora in loras]
+    for which, pair in enumerate(found):
+        if pair is None:
+            continue
+        if pair.shape != expected:
+            raise LoRAError(f"{name!r} is {pair.shape} in the LoRA. Expected {expected}: one made for this base.")
+        if pair.place != place:  # most were placed before
+            found[which] = LowRank(pair.A.to(*place), pair.B.to(*place))
     return found
