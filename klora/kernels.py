@@ -63,7 +63,8 @@ class Merges:
             read.append(readable(weight))
             addresses += (read[-1].data_ptr(), out.data_ptr(), 0 if scale is None else scale.data_ptr())
             for pair, gate in acting:
-                addresses += pair.addresses
+                lora_A, lora_B = pair.readable
+                addresses += (lora_A.data_ptr(), lora_B.data_ptr(), pair.rank)
                 gates.append(gate)
         for (*_, loras), (like, target, addresses, gates) in kinds.items():
             # An array, because torch.tensor() looks at each number.

@@ -38,8 +38,7 @@ class LowRank:
     @cached_property
     def numel(self) -> int:
         """Elements of dW."""
-        outputs, inputs = self.shape
-        return outputs * inputs
+        return self.B.shape[0] * self.A.shape[1]
 
     @cached_property
     def place(self) -> tuple[torch.device, torch.dtype] | None:
@@ -47,13 +46,8 @@ class LowRank:
         return (self.A.device, self.A.dtype) if self.A.dtype == self.B.dtype else None
 
     @cached_property
-    def addresses(self) -> tuple[int, int, int]:
-        """Of A and of B, as kernels read them, and the rank."""
-        A, B = self._readable
-        return A.data_ptr(), B.data_ptr(), self.rank
-
-    @cached_property
-    def _readable(self) -> tuple[Tensor, Tensor]:
+    def readable(self) -> tuple[Tensor, Tensor]:
+        """A and B for kernels."""
         return readable(self.A), readable(self.B)
 
 
