@@ -44,6 +44,10 @@ class Shelf:
 
         return _remembered(self._loras, (base, _facts(path)), scored, self._room)
 
+    def clear(self) -> None:
+        """Let the LoRAs go, and with them the memory that they take; not what is known of files."""
+        self._loras.clear()
+
     def keep(self, place: Path, lora: LoRA) -> None:
         """keep_scores(), but for scores that are there already."""
         kept = place, sum(map(len, lora.scores.values()))

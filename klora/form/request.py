@@ -139,6 +139,10 @@ class Request:
         zoom = math.sqrt(float(self.megapixels)) / multiple
         return max(1, round(sides[0] * zoom)) * multiple, max(1, round(sides[1] * zoom)) * multiple
 
+    def pixels(self, native: int, multiple: int) -> int:
+        """Of an image of this size()."""
+        return math.prod(self.size(native, multiple))
+
 
 def open_images(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """A request's inputs, its image and mask opened: they come as paths. Raises RequestError."""

@@ -39,7 +39,7 @@ def generate(
     prompt and a seed of its own, in one batch for each length of prompts.
 
     K-LoRA needs both LoRAs; one alone acts everywhere, none leaves the base as it is. encode: plain_encoder(model), or
-    what remembers its results. Raises RequestError for what this base cannot do.
+    what remembers its results. Raises RequestError for what this base cannot do, or the device has no memory for.
     """
     steps = _checked_steps(model, request)
     device = next(model.denoiser.parameters()).device
@@ -51,9 +51,12 @@ def generate(
     batches = encoded(model, request, draws, content, style, encode or plain_encoder(model))
     lap("encode_seconds")
     images: dict[int, Image.Image] = {}
-    for places, conditioning in batches:
-        seeds = [draws[place].seed for place in places]
-        images |= zip(places, _drawn(model, request, plan, conditioning, seeds, lap, record, on_step), strict=True)
+    try:
+        for places, conditioning in batches:
+            seeds = [draws[place].seed for place in places]
+            images |= zip(places, _drawn(model, request, plan, conditioning, seeds, lap, record, on_step), strict=True)
+    except torch.OutOfMemoryError as error:
+        raise RequestError(f"{device} has too little memory for these images. Ask for fewer, or smaller.") from error
     if peak := peak_bytes(device):
         record("peak_bytes", peak)
     return [images[place] for place in range(len(draws))]
@@ -73,7 +76,8 @@ def _drawn(
     steps = request.num_inference_steps or model.steps
     begun: tuple[int, int] | None = None  # the first step that runs, for an image a later one, and the flips until then
     fast = compiled_for(model, request)
-    lent = attached(model.denoiser, plan, alike=fast.alike, float8=fast.float8)
+    pixels = request.pixels(model.native_size, model.size_multiple)
+    lent = attached(model.denoiser, plan, alike=fast.alike, float8=fast.float8, pixels=pixels)
     with lent as gate, paced(model, request, gate.engine) as (in_full, means):
 
         def reached(step: int) -> None:

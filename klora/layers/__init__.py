@@ -25,10 +25,15 @@ from klora.layers.pairs import covering, filled, linear_in, pairs_of, placed
 from klora.lora import Plan
 
 __all__ = [
-    "HEADROOM_BYTES", "Engine", "Gate", "LoRALinear", "Planner", "attached", "clear", "lend", "lend_linear", "lending",
-    "takes_float8",
+    "HEADROOM_BYTES", "Engine", "Gate", "LoRALinear", "Planner", "attached", "clear", "headroom_bytes", "lend",
+    "lend_linear", "lending", "takes_float8",
 ]  # fmt: skip
 HEADROOM_BYTES = 6 << 30  # left free by the merged engine: activations of a batch of four at 1024 px, and the VAE
+
+
+def headroom_bytes(pixels: int) -> int:
+    """What is left free to draw images of so many pixels: beyond 1024 px square they take as much more."""
+    return HEADROOM_BYTES * max(pixels, 1 << 20) >> 20
 
 
 class Planner(Protocol):
@@ -46,6 +51,7 @@ def attached(
     engine: Engine | None = None,
     alike: Iterable[str] = (),
     float8: Iterable[str] = (),
+    pixels: int = 0,
     **options: Any,
 ) -> Iterator[Gate]:
     """Lend LoRAs to a module: `attached(unet, fusion, schedule, steps=50)`, or `attached(unet, plan)`.
@@ -53,14 +59,15 @@ def attached(
     Yields a Gate standing at step 0; gate.set_step(i) moves it. engine: None takes merged where a copy of the touched
     weights fits in memory, else gated. alike: linears that the gated engine replaces whatever LoRAs adapt, all by one
     rank, so that what was compiled with one pair serves every other. float8: linears by which the merged engine
-    multiplies in float8, whatever LoRAs adapt: faster, and equal no longer. On leaving, by whatever exception, every
+    multiplies in float8, whatever LoRAs adapt: faster, and equal no longer. pixels: of an image;
+    headroom_bytes() of them are left free by the choice of an engine. On leaving, by whatever exception, every
     module and parameter is back. Raises LoRAError when a layer is not a linear of the module, or has another shape.
     """
     asked = lora if isinstance(lora, Plan) else lora.plan(schedule, **options)
     alike, float8 = tuple(alike), dict.fromkeys(float8)
     plan = covering(asked, float8) if float8 else asked
     linears = [linear_in(denoiser, name) for name in plan.layers]
-    engine = engine or ("merged" if _fits(linears, [name in float8 for name in plan.layers]) else "gated")
+    engine = engine or ("merged" if _fits(linears, [name in float8 for name in plan.layers], pixels) else "gated")
     if engine == "gated" and (alike or float8):
         plan = filled(asked, denoiser, alike) if asked.layers and alike else asked
         linears = [linear_in(denoiser, name) for name in plan.layers]
@@ -73,10 +80,10 @@ def attached(
             yield lent_gated(denoiser, plan, pairs, loans)
 
 
-def _fits(linears: list[nn.Linear], float8: list[bool]) -> bool:
-    """Whether active weights, some of them in float8, fit beside the pristine ones."""
+def _fits(linears: list[nn.Linear], float8: list[bool], pixels: int = 0) -> bool:
+    """Whether active weights, some of them in float8, fit beside the pristine ones and the headroom."""
     weights = [linear.weight for linear in linears]
     if any(type(linear) is not nn.Linear for linear in linears) or any(w.itemsize < 2 for w in weights):
         return False  # a quantised base: its weights cannot be written as W + dW
     needed = sum(w.numel() if rounded else w.nbytes for w, rounded in zip(weights, float8, strict=True))
-    return not weights or needed + HEADROOM_BYTES <= free_bytes(weights[0].device)
+    return not weights or needed + headroom_bytes(pixels) <= free_bytes(weights[0].device)

@@ -34,10 +34,13 @@ def load_model(
     device = device or default_device()
     path = Path(path)
     _refuse_incomplete(path)
+    own = torch.get_default_dtype()
     try:
         model = FAMILIES[family].load(path, device, dtype or default_dtype(device), parts, quantized)
     except Exception as error:  # for a damaged folder the libraries raise whatever they stumble on
         raise BaseModelError(f"The base in {path} cannot be loaded as {family}: {error}") from error
+    finally:
+        torch.set_default_dtype(own)  # diffusers makes models in another, in which an exception would leave torch
     for part, module in model.text_encoders.items():
         stored = sum(not key.endswith("position_ids") for file in weight_files(path / part) for key in _keys(file))
         # transformers fills what is missing with random numbers; of a checkpoint for all parts that is refused above

@@ -17,7 +17,7 @@ from torch import nn
 
 from klora.device import free_bytes, has_triton
 from klora.form.request import Request
-from klora.layers import HEADROOM_BYTES, Engine, clear, lend, lending
+from klora.layers import Engine, clear, headroom_bytes, lend, lending
 from klora.models.attention import FluxAttention
 from klora.models.family import Compiled, Family
 from klora.models.recording import recorded
@@ -54,7 +54,8 @@ def paced(model: Family, request: Request, engine: Engine | None = None) -> Iter
         if has_triton(device) and not compiled:
             stack.enter_context(_in_fewer_kernels(model.denoiser))
         # Twice: what a graph has recorded keeps its memory while the VAE decodes.
-        if model.host_bound and device.type == "cuda" and free_bytes(device) >= 2 * HEADROOM_BYTES:
+        headroom = headroom_bytes(request.pixels(model.native_size, model.size_multiple))
+        if model.host_bound and device.type == "cuda" and free_bytes(device) >= 2 * headroom:
             stack.enter_context(recorded(model.denoiser))
         yield in_full, means
 

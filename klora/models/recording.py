@@ -47,6 +47,12 @@ class Recording:
         held = [leaf.to("cuda", copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = tree_unflatten(held, spec)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = self._forward(*args, **kwargs)
+        stream = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph):
+                output = self._forward(*args, **kwargs)
+        finally:  # torch gives the stream back, but not where a cancellation comes while it begins or ends to record
+            if torch.cuda.is_current_stream_capturing():
+                graph.capture_end()
+            torch.cuda.set_stream(stream)
         return graph, held, output

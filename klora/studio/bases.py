@@ -29,12 +29,18 @@ PROMPTS = 16  # remembered as a base's text encoders have read them: 4 MB each o
 
 class ResidentBases:
     """Loaded bases, least recently used first. compiled: whether prepare() compiles their blocks, which takes minutes;
-    no request waits for that; and in what these multiply then."""
+    no request waits for that; and in what these multiply then. spare: lets go of what is less to read than a base."""
 
-    def __init__(self, device: torch.device, free: Callable[[torch.device], int], *, compiled: Products | None) -> None:
-        self.device, self._free, self._compiled = device, free, compiled
-        self._bases: OrderedDict[str, Family] = OrderedDict()
-        self._encoders: dict[str, Encode] = {}
+    def __init__(
+        self,
+        device: torch.device,
+        free: Callable[[torch.device], int],
+        *,
+        compiled: Products | None,
+        spare: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.device, self._free, self._compiled, self._spare = device, free, compiled, spare
+        self._bases: OrderedDict[str, tuple[Family, Encode]] = OrderedDict()
 
     @property
     def names(self) -> list[str]:
@@ -43,7 +49,7 @@ class ResidentBases:
 
     def encoder(self, name: str) -> Encode:
         """A loaded base's plain_encoder(), which remembers the last PROMPTS."""
-        return self._encoders[name]
+        return self._bases[name][1]
 
     def prepare(self, bases: Iterable[tuple[str, str, Path]]) -> None:
         """Load, in their order, those that fit beside one another. (name, key of FAMILIES, folder) each. Raises
@@ -54,7 +60,7 @@ class ResidentBases:
                 logger.info("%s will be loaded when it is asked for: memory is short", name)
             else:
                 self.load(name, family, path)
-        for name, model in self._bases.items():  # once there is as much memory as requests will find
+        for name, (model, _) in self._bases.items():  # once there is as much memory as requests will find
             layers = len(model.inventory[model.component])  # asked for now, or the first LoRA would wait for it
             logger.info("LoRAs may adapt %d layers of %s", layers, name)
             if self._compiled:
@@ -69,18 +75,22 @@ class ResidentBases:
         if name not in self._bases:
             dtype = default_dtype(self.device)
             self._make_room(name, _bytes_of(path, dtype))
-            self._bases[name] = model = load_model(family, path, self.device, dtype)
-            self._encoders[name] = lru_cache(PROMPTS)(plain_encoder(model))
+            model = load_model(family, path, self.device, dtype)
+            self._bases[name] = model, lru_cache(PROMPTS)(plain_encoder(model))
             logger.info("loaded %s from %s", name, path)
         self._bases.move_to_end(name)
-        return self._bases[name]
+        return self._bases[name][0]
 
     def _fits(self, needed: int) -> bool:
         return self._free(self.device) >= needed + HEADROOM_BYTES
 
     def _make_room(self, name: str, needed: int) -> None:
-        """Let bases go until another fits. Raises BaseModelError, and lets none go, where that could not help."""
-        within_reach = self._free(self.device) + sum(_held_by(model) for model in self._bases.values())
+        """Let what can be spared go, then bases, until another fits. Raises BaseModelError, and lets no base go, where
+        that could not help."""
+        if not self._fits(needed):
+            self._spare()
+            self._release()
+        within_reach = self._free(self.device) + sum(_held_by(model) for model, _ in self._bases.values())
         if needed > within_reach:
             raise BaseModelError(
                 f"{name} needs {needed / 1e9:.1f} GB of memory on {self.device}, where {within_reach / 1e9:.1f} GB can "
@@ -88,11 +98,14 @@ class ResidentBases:
             )
         while self._bases and not self._fits(needed):
             leaving = self._bases.popitem(last=False)[0]
-            del self._encoders[leaving]
             logger.info("%s leaves %s: memory is short", leaving, self.device)
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self._release()
+
+    def _release(self) -> None:
+        """Give back what has just been let go."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _bytes_of(path: Path, dtype: torch.dtype) -> int:

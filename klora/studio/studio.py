@@ -55,8 +55,8 @@ class Studio:
     ) -> None:
         self.device = device or default_device()
         self._find_base, self._safety_checker = find_base, safety_checker
-        self._bases = ResidentBases(self.device, free, compiled=compiled)
         self._shelf = Shelf()
+        self._bases = ResidentBases(self.device, free, compiled=compiled, spare=self._shelf.clear)
         self._checker: SafetyChecker | None = None
 
     @property

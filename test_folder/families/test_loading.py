@@ -126,3 +126,19 @@ def test_damaged_folder_is_refused_in_a_sentence(
 def test_folder_of_another_family_is_refused_in_a_sentence(bases: Path, family: str, base: str) -> None:
     with pytest.raises(BaseModelError, match=re.escape(str(bases / base))):
         load_model(family, bases / base, CPU)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_load_that_is_broken_off_leaves_torch_as_it_was(
+    bases: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    """diffusers makes a model with its dtype as torch's default, and gives that back only when all goes well."""
+
+    def broken(*_: Any, **__: Any) -> None:
+        assert torch.get_default_dtype() == torch.bfloat16
+        raise error
+
+    monkeypatch.setattr("diffusers.models.unets.unet_2d_condition.TimestepEmbedding.__init__", broken)
+    with pytest.raises(BaseModelError if error is ValueError else error):
+        load_model("sdxl", bases / "sdxl", CPU, torch.bfloat16)
+    assert torch.get_default_dtype() == torch.float32

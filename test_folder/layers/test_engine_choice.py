@@ -39,6 +39,15 @@ def test_engine_is_merged_where_a_copy_of_the_touched_weights_fits(monkeypatch, 
         assert gate.engine == engine
 
 
+@pytest.mark.parametrize(("spare", "engine"), [(0, "merged"), (-1, "gated")])
+def test_images_beyond_a_megapixel_leave_as_much_less_for_the_merged_engine(monkeypatch, network, spare, engine):
+    free = weight_bytes(network) + 4 * HEADROOM_BYTES + spare
+    monkeypatch.setattr(subject, "free_bytes", lambda device: free)
+    with attached(network, switching_plan(network), pixels=2048 * 2048) as gate:
+        assert gate.engine == engine
+    assert subject.headroom_bytes(64 * 64) == HEADROOM_BYTES
+
+
 @pytest.mark.parametrize(
     "layer",
     [Quantized(nn.Linear(6, 8)), Renamed(6, 8, bias=False), nn.Linear(6, 8, bias=False).to(torch.float8_e4m3fn)],

@@ -10,6 +10,7 @@ import pytest
 import weights
 from klora.errors import BaseModelError
 from klora.layers import HEADROOM_BYTES
+from klora.lora import LoRA
 from klora.studio import Studio
 from test_folder.pairs import pair_of
 from test_folder.studio.damaging import cut, lacking, without
@@ -42,6 +43,32 @@ def test_a_base_that_leaves_is_gone_from_memory(models: Path) -> None:
     assert denoiser() is not None
     studio.load(*weights.find_base("flux-dev"))
     assert denoiser() is None
+
+
+def test_a_base_whose_load_is_broken_off_at_its_end_is_loaded_again(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studio = room_for(1, models / "safety-checker")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("klora.studio.bases.plain_encoder", interrupted)
+        studio.make(request(model="sdxl"), {})
+    assert studio.resident == []
+    assert len(made(studio, request(model="sdxl"), {})) == 1
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_loras_of_earlier_requests_leave_before_any_base(models: Path, loras: Path) -> None:
+    """As much memory as there is, they would not be missed there: a base takes longer to read."""
+    kept: list[weakref.ref[LoRA]] = []
+    studio = open_studio(models, lambda device: 0 if any(lora() for lora in kept) else PLENTY)
+    studio.make(request(), pair_of(loras, "sdxl"))
+    kept += map(weakref.ref, studio._shelf._loras.values())
+    assert len(kept) == 2 and all(lora() for lora in kept)
+    studio.load(*weights.find_base("flux-dev"))
+    assert studio.resident == ["sdxl", "flux-dev"] and not any(lora() for lora in kept)
 
 
 @pytest.mark.parametrize("family", FIRST)
