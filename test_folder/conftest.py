@@ -83,6 +83,14 @@ def loras(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def few_points() -> Iterator[None]:
+    """The loss is compared at two points instead of eight, which take a third of a training of three steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("klora.training.draw.FIXED_POINTS", 2)
+        yield
+
+
 @pytest.fixture
 def storage() -> Iterator[Storage]:
     """Where the authority of a test keeps its files."""

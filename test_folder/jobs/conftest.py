@@ -7,6 +7,11 @@ import pytest
 from test_folder.jobs.short import entered, trained
 
 
+@pytest.fixture(scope="session", autouse=True)
+def brief(few_points: None) -> None:
+    """Trainings here are of a few steps."""
+
+
 @pytest.fixture(autouse=True)
 def shell(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A working folder with a folder of pictures, and the tiny bases installed."""

@@ -11,6 +11,11 @@ from klora.training.loop import Load
 from test_folder.trainer.material import BASES, four_pictures
 
 
+@pytest.fixture(scope="session", autouse=True)
+def brief(few_points: None) -> None:
+    """Trainings here are of a few steps."""
+
+
 @pytest.fixture(params=FAMILIES)
 def load(request: pytest.FixtureRequest, bases: Path) -> Load:
     return partial(load_model, request.param, bases / BASES[request.param])
