@@ -210,6 +210,14 @@ def test_a_sheet_tells_the_seconds_of_all_its_images_and_no_share_of_one(studio:
     assert {"fusion", "gamma", "denoise_seconds"} <= facts.keys()
 
 
+def test_a_sheet_tells_the_most_memory_that_one_image_took() -> None:
+    facts = dict[str, int]()
+    tell = tallied(facts.__setitem__)
+    for taken in (5, 9, 7):
+        tell("peak_bytes", taken)
+    assert facts == {"peak_bytes": 9}
+
+
 def test_a_report_of_a_request_is_about_its_own_choice(studio: Studio, loras: Path) -> None:
     report = studio.report(asked(style_bias=1.4, pattern="s"), files(loras))
     content, style = (

@@ -77,9 +77,12 @@ def draw_ways(
 def tallied(record: Record) -> Record:
     """What a sheet's images tell, to be told of the sheet: their seconds in all, the most memory that one took, and
     nothing that is each one's own."""
-    seconds = defaultdict[str, float](float)
+    seconds, most = defaultdict[str, float](float), 0
 
     def tell(name: str, value: Any) -> None:
+        nonlocal most
+        if name == "peak_bytes":
+            value = most = max(most, value)
         if name.endswith("_seconds"):
             seconds[name] += value
             value = seconds[name]
