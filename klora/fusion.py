@@ -133,6 +133,11 @@ def fuse(
     return Fusion(tuple(layers), content, style, content_score, style_score, gammas[gamma], gammas)
 
 
+def style_share(wins: Tensor) -> float | None:
+    """How much of all layers and steps is style's, in [0, 1]; None where there are no layers. wins: bool [T, L]."""
+    return 1 - wins.double().mean().item() if wins.numel() else None
+
+
 def _scores(lora: Mapping[str, LowRank], ks: Mapping[str, int], device: torch.device | None) -> Tensor:
     """Each layer's importance at its K, and its L1: float64 [2, L], on the CPU; 0 where the LoRA lacks the layer.
 

@@ -10,6 +10,7 @@ from PIL import Image
 from klora.device import forget_peak, peak_bytes, synchronize
 from klora.errors import RequestError
 from klora.form.request import Request
+from klora.fusion import style_share
 from klora.generation.acting import Record, combine
 from klora.generation.prompts import Draw, Encode, draws_of, encoded, plain_encoder
 from klora.layers import attached
@@ -96,8 +97,8 @@ def _drawn(
     first, unused = begun or (0, 0)
     record("flips", gate.flips - unused)
     record("flips_per_step", round((gate.flips - unused) / (steps - first), 2))
-    if plan.content_wins is not None:
-        record("style_share", 1 - plan.content_wins[first:].double().mean().item())
+    if plan.content_wins is not None and (share := style_share(plan.content_wins[first:])) is not None:
+        record("style_share", share)
     if request.go_fast:
         if gate.float8:
             means.append("float8 products")

@@ -86,22 +86,21 @@ def _alike(report: Report) -> Iterator[str]:
 
 def _never_switching(report: Report) -> Iterator[str]:
     shared, always = report.owners["both"], report.always
-    stuck = sum(always.values())
-    if not shared or stuck < STUCK * shared:
+    stuck, share = sum(always.values()), report.style_share
+    if share is None or not shared or stuck < STUCK * shared:
         return
     if report.steps == 1:
         yield "There is one step, so that no layer can switch: give num_inference_steps more."
         return
     yield (
         f"{stuck} of {shared} shared layers ({stuck / shared:.0%}) never switch: {always['content']} are always "
-        f"content's, {always['style']} always style's. {_remedy(report)}"
+        f"content's, {always['style']} always style's. {_remedy(report, share)}"
     )
 
 
-def _remedy(report: Report) -> str:
-    share = f"{report.style_share:.0%}"
-    if abs(report.style_share - 0.5) <= BALANCED:
-        return f"Style acts in {share} even so; a larger alpha lets more of them switch."
+def _remedy(report: Report, share: float) -> str:
+    if abs(share - 0.5) <= BALANCED:
+        return f"Style acts in {share:.0%} even so; a larger alpha lets more of them switch."
     if report.balance is None:
-        return f"Style acts in {share}, and no style_bias up to {MOST_BIAS:g} brings that near a half."
-    return f"Try style_bias {report.balance:g}, which brings style's share from {share} to about a half."
+        return f"Style acts in {share:.0%}, and no style_bias up to {MOST_BIAS:g} brings that near a half."
+    return f"Try style_bias {report.balance:g}, which brings style's share from {share:.0%} to about a half."

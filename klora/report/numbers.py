@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from klora.errors import RequestError
-from klora.fusion import Fusion, Gamma, Schedule
+from klora.fusion import Fusion, Gamma, Schedule, style_share
 from klora.lora import LowRank
 
 Order = Literal["execution", "file"]
@@ -81,9 +81,9 @@ class Report:
         return (~self.content_wins).double().mean(1).nan_to_num(0.0).tolist() if self.layers else [0.0] * self.steps
 
     @cached_property
-    def style_share(self) -> float:
-        """Of all layers and steps."""
-        return sum(self.style_share_by_step) / self.steps
+    def style_share(self) -> float | None:
+        """Of all layers and steps; None where there are no layers, of which a request has no such metric either."""
+        return style_share(self.content_wins)
 
     @cached_property
     def always(self) -> dict[str, int]:
@@ -100,6 +100,8 @@ class Report:
     def summary(self) -> str:
         """One line, for a log and for metrics."""
         shares, owners = self.style_share_by_step, self.owners
+        share, turns = self.style_share, f"{shares[0]:.0%} at first, {shares[-1]:.0%} at last"
+        acts = "no layer" if share is None else f"{share:.0%}, {turns}"
         low, middle, high = (f"{self.quantiles.get(q, math.nan):.2g}" for q in (0.05, 0.5, 0.95))
         never = sum(self.always.values()) / max(1, owners["both"])
         return (
@@ -107,7 +109,7 @@ class Report:
             f"{self.style_bias:g} steps {self.steps}: {owners['both']} layers shared, {owners['content']} content's, "
             f"{owners['style']} style's; gamma {self.gamma:.3g} (reference {self.gammas['reference']:.3g}, paper "
             f"{self.gammas['paper']:.3g}); R {middle} ({low} to {high}); {never:.0%} never switch; "
-            f"style acts in {self.style_share:.0%}, {shares[0]:.0%} at first, {shares[-1]:.0%} at last; "
+            f"style acts in {acts}; "
             f"warnings {len(self.warnings)}"
         )
 
@@ -181,7 +183,7 @@ def measured(
         alphas=alphas,
         gamma=fusion.gamma,
         gammas=fusion.gammas,
-        slider={bias: _style_share(fusion.content_wins(schedule, steps, bias)) for bias in BIASES},
+        slider={bias: style_share(fusion.content_wins(schedule, steps, bias)) or 0.0 for bias in BIASES},
         balance=_balance(ratio, scale),
     )
 
@@ -190,10 +192,6 @@ def _owner(name: str, content: Mapping[str, LowRank], style: Mapping[str, LowRan
     if name in content and name in style:
         return "both"
     return "content" if name in content else "style"
-
-
-def _style_share(wins: Tensor) -> float:
-    return 1 - wins.double().mean().item() if wins.numel() else 0.0
 
 
 def _balance(ratio: Tensor, scale: Tensor) -> float | None:

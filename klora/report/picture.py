@@ -176,7 +176,7 @@ def _span_logarithms(axes: "Axes", low: float, high: float) -> None:
 
 def _draw_slider(axes: "Axes", report: Report) -> None:
     axes.plot(list(report.slider), list(report.slider.values()), color=STYLE, marker="o", markersize=4, linewidth=2)
-    if report.style_bias > 0:
+    if report.style_bias > 0 and report.style_share is not None:
         axes.plot([report.style_bias], [report.style_share], color=INK, marker="o", markersize=8, fillstyle="none")
     biases = [*report.slider, *([report.style_bias] if report.style_bias > 0 else [])]
     _span_logarithms(axes, min(biases), max(biases))
@@ -204,10 +204,10 @@ def _draw_title(drawn: "Figure", report: Report, room: _Room) -> None:
         f"{report.style_bias:g}, gamma {report.gamma:.3g}",
         fontsize=14, fontweight="bold", va="top", color=INK,
     )  # fmt: skip
-    always = report.always
+    always, share = report.always, "none" if report.style_share is None else f"{report.style_share:.0%}"
     drawn.text(
         16 / room.width, 1 - 42 / room.height,
-        f"{shared['both']} layers in both LoRAs. Style acts in {report.style_share:.0%} of layers and steps; "
+        f"{shared['both']} layers in both LoRAs. Style acts in {share} of layers and steps; "
         f"shared layers that never switch: {always['content']} content's, {always['style']} style's",
         fontsize=10.5, va="top", color=INK,
     )  # fmt: skip

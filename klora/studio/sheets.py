@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from klora.form.request import Request
-from klora.fusion import Fusion, Schedule
+from klora.fusion import Fusion, Schedule, style_share
 from klora.generation import OnStep, Record
 
 SWEEP = (0.5, 0.7, 1.0, 1.4, 2.0)  # of style_bias
@@ -20,7 +20,7 @@ LEGIBLE = 192  # pixels that a cell is wide at least; smaller images are enlarge
 @dataclass(frozen=True)
 class Way:
     """One cell of a sheet: what is written over it, and the request for it.  style_share: in [0, 1], where K-LoRA
-    chooses.  decision: equal where two ways come to the same image."""
+    has layers to choose in.  decision: equal where two ways come to the same image."""
 
     label: str
     request: Request
@@ -57,7 +57,7 @@ def _way(label: str, request: Request, fusion: Fusion, steps: int) -> Way:
         return Way(label, request, None, request.fusion)
     schedule = Schedule.from_pattern(request.pattern, request.alpha, request.beta)
     wins = fusion.content_wins(schedule, steps, request.style_bias)
-    return Way(label, request, 1 - wins.double().mean().item(), wins.numpy().tobytes())
+    return Way(label, request, style_share(wins), wins.numpy().tobytes())
 
 
 def draw_ways(

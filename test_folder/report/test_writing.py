@@ -30,7 +30,9 @@ def test_json_goes_there_and_back():
 def test_json_is_strict_also_of_loras_without_layers(roles):
     content, style = (made(names()) if there else {} for there in roles)
     report = reported(content, style)
-    assert strictly(json.dumps(report.to_json(), allow_nan=False))["ratio_quantiles"] == {}
+    told = strictly(json.dumps(report.to_json(), allow_nan=False))
+    assert told["ratio_quantiles"] == {}
+    assert (told["style_share"] is None) is (roles == (0, 0)) is ("style acts in no layer;" in report.summary())
     assert draw(report) and "\n" not in report.summary()
 
 

@@ -1,6 +1,8 @@
 """A request becomes the images that generate makes, at its LoRAs' scales, each prompt read once and each step told."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,16 @@ def test_layers_of_a_text_encoder_act_at_their_loras_scale(studio: Studio, loras
     assert not same(draw(style_scale=1.0), draw())
     assert not same(draw(style_scale=1.0), draw(style_scale=2.0))
     assert same(draw(style_scale=0.0), draw())
+
+
+def test_a_pair_without_layers_of_the_denoiser_has_no_style_share(studio: Studio, loras: Path) -> None:
+    files = dict.fromkeys(("content_lora", "style_lora"), loras / "encoder.safetensors")
+    asked, facts = request(model="sdxl"), dict[str, Any]()
+    (image,) = studio.make(asked, files, facts.__setitem__).values()
+    record = image.info["provenance"].record()
+    assert json.loads(record, parse_constant=pytest.fail)["measured"] == {"gamma": facts["gamma"]}
+    assert "style_share" not in facts and studio.report(asked, files).style_share is None
+    assert list(studio.make(replace(asked, **dict.fromkeys(files, "x"), sweep=True), files)) == ["sweep"]
 
 
 def test_a_prompt_is_read_once_unless_a_lora_has_a_say_in_it(fresh: Studio, loras: Path) -> None:
