@@ -104,7 +104,7 @@ class Fusion:
 
     def gated(self, wins: Tensor, content_scale: float = 1.0, style_scale: float = 1.0) -> Plan:
         """The gates for a choice that has been made. wins: content_wins()'s bool [T, L]."""
-        gates = torch.stack([wins * float(content_scale), ~wins * float(style_scale)], dim=-1)
+        gates = torch.stack([wins.float() * content_scale, (~wins).float() * style_scale], dim=-1)
         return Plan(self.layers, (self.content, self.style), gates, wins)
 
 

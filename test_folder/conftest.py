@@ -123,3 +123,14 @@ def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
         monkeypatch.setattr("klora.cache.refusals.time", Clock(time.time, lambda: running() + seconds))
 
     return pass_
+
+
+@pytest.fixture
+def bfloat16_by_default() -> Iterator[None]:
+    """Torch's default dtype, as it is while a library makes a model in it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -96,7 +96,8 @@ def _renamed(
     Converters drop names that they do not know. So each runs twice, once with every A filled with its stem's number.
     """
     stems = list(foreign)
-    zero = torch.zeros(())  # expanded, so that this run computes next to nothing
+    # Expanded, so that this run computes next to nothing; in bfloat16, that may be torch's default, 257 would be 256.
+    zero = torch.zeros((), dtype=torch.float64)
     numbered = {
         stem: LowRank((zero + i).expand(pairs[stem].A.shape), zero.expand(pairs[stem].B.shape))
         for i, stem in enumerate(stems)

@@ -9,10 +9,12 @@ from diffusers import FluxPipeline
 from safetensors.torch import save_file
 
 from klora.files import read_lora
+from klora.files.names import located
+from klora.lora import LowRank
 from klora.models.family import Family
 from test_folder import tiny
 from test_folder.files.reading import assert_same_delta, delta, pair, read
-from test_folder.files.spelling import KOHYA, PEFT, bfl_modules, keyed
+from test_folder.files.spelling import BFL, KOHYA, PEFT, bfl_modules, keyed
 
 
 @pytest.mark.parametrize(
@@ -58,6 +60,28 @@ def test_bfls_last_modulation_is_shift_then_scale_and_diffusers_scale_then_shift
     seen = read(flux, path, keyed(stem, factors, KOHYA) | {f"{stem}.alpha": torch.tensor(0.5)})
     shift, scale = delta(factors, 0.5).chunk(2)
     assert_same_delta(seen["norm_out.linear"], torch.cat([scale, shift]))
+
+
+@pytest.mark.usefixtures("bfloat16_by_default")
+def test_every_module_of_a_published_file_finds_its_layers_whatever_torchs_default_dtype_is() -> None:
+    """266 modules, of which bfloat16 could not number the last ones."""
+    blocks = {"double_blocks": 19, "single_blocks": 38}
+    modules = {
+        bfl.format(i): [name.format(i) for name in names]
+        for bfl, names in BFL.items()
+        for i in range(blocks[bfl.partition(".")[0]])
+    }
+    inventory = {"transformer": {name: (4, 4) for names in modules.values() for name in names}}
+    pairs = {
+        f"lora_unet_{bfl.replace('.', '_')}": LowRank(*pair(4 * len(names), 4, seed=seed))
+        for seed, (bfl, names) in enumerate(modules.items())
+    }
+    seen = located(pairs, inventory, FluxPipeline.lora_state_dict)
+    assert len(pairs) == 266
+    for module, names in zip(pairs.values(), modules.values(), strict=True):
+        found = [seen["transformer", name] for name in names]
+        assert torch.equal(torch.cat([layer.B for layer in found]), module.B)
+        assert all(torch.equal(layer.A, module.A) for layer in found)
 
 
 @pytest.mark.parametrize("rank", [3, 4], ids=["shared", "divisible by four"])

@@ -71,6 +71,13 @@ def test_scales_multiply_the_gates_and_never_enter_the_choice(scales, clock):
     assert (plan.layers, plan.loras) == (fusion.layers, (fusion.content, fusion.style))
 
 
+def test_gates_are_float32_whatever_torchs_default_dtype_is(bfloat16_by_default):
+    fusion = fuse(random_pairs(3, 4, seed=1), random_pairs(3, 4, seed=2))
+    wins = torch.tensor([[True, False, True]])
+    expected = torch.tensor([[[0.7, 0], [0, 1.3], [0.7, 0]]], dtype=torch.float32)
+    torch.testing.assert_close(fusion.gated(wins, 0.7, 1.3).gates, expected, rtol=0, atol=0)
+
+
 def test_step_clock_reads_the_schedule_at_the_midpoint_of_every_step():
     steps, schedule = 8, Schedule.from_pattern("s", alpha=1.0, beta=0.0)
     ties = with_ratios(midpoints(steps)).content_wins(schedule, steps)
