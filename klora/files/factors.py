@@ -108,10 +108,10 @@ def pairs(contents: Contents, spelled: Mapping[str, Module]) -> tuple[dict[str, 
     rounding), alpha/rank folded into B. spelled: what modules() says of the file. Raises LoRAError."""
     found, worst = {}, 0.0
     for stem, (kind, keys) in spelled.items():
-        parts = {part: _floating(stem, contents.tensor(key)) for part, key in keys.items() if part != "alpha"}
+        parts = {part: _matrix(stem, contents.tensor(key)) for part, key in keys.items() if part != "alpha"}
         alpha = float(contents.tensor(keys["alpha"])) if "alpha" in keys else None
         if kind == "LoRA":
-            pair = LowRank(parts["A"].flatten(1), parts["B"].flatten(1))
+            pair = LowRank(parts["A"], parts["B"])
             found[stem] = pair if alpha is None else scaled(stem, pair, alpha, pair.rank)
         else:
             found[stem], error = _converted(stem, kind, parts, alpha)
@@ -209,12 +209,13 @@ def _divisor(kind: str, parts: Mapping[str, Tensor]) -> int | None:
     return next((len(parts[name]) for name in thin if name in parts), None)
 
 
-def _floating(stem: str, tensor: Tensor) -> Tensor:
-    """The tensor in a type that can compute; one-byte floats hold values but can compute nothing. Raises LoRAError."""
+def _matrix(stem: str, tensor: Tensor) -> Tensor:
+    """The tensor as a matrix, which files also write as a convolution of one pixel, in a type that can compute:
+    one-byte floats hold values but can compute nothing. Raises LoRAError."""
     tensor = tensor.bfloat16() if tensor.itemsize == 1 else tensor
     if not tensor.isfinite().all():
         raise LoRAError(f"has values for {stem!r} that are not finite. Expected numbers; the file is damaged.")
-    return tensor
+    return tensor.flatten(1)
 
 
 def _checked(stem: str, alpha: float) -> float:

@@ -99,10 +99,19 @@ def assert_near(B: Tensor, A: Tensor, meant: Tensor, error: float) -> None:
     assert seen <= 1.01 * error + 1e-6
 
 
-def test_a_linear_layer_may_be_written_as_a_convolution_of_one_pixel(sdxl: Family, tmp_path: Path) -> None:
-    A, B = pair(32, 32)
-    lora = read(sdxl, tmp_path / "lora.safetensors", keyed(KOHYA_Q, (A[..., None, None], B[..., None, None]), KOHYA))
-    assert torch.equal(lora[Q].A, A) and torch.equal(lora[Q].B, B)
+@pytest.mark.parametrize("kind", ["LoRA", "LoHa", "LoKr", "diff"])
+def test_a_linear_layer_may_be_written_as_a_convolution_of_one_pixel(sdxl: Family, tmp_path: Path, kind: str) -> None:
+    (A, B), (C, D), (small, _) = pair(32, 32), pair(32, 32, seed=1), pair(8, 8, rank=8)
+    tensors = {
+        "LoRA": keyed(KOHYA_Q, (A, B), KOHYA),
+        "LoHa": {f"{KOHYA_Q}.hada_{name}": x for name, x in (("w1_a", B), ("w1_b", A), ("w2_a", D), ("w2_b", C))},
+        "LoKr": {f"{KOHYA_Q}.lokr_w1": torch.ones(4, 4), f"{KOHYA_Q}.lokr_w2": small},
+        "diff": {f"{KOHYA_Q}.diff": B @ A},
+    }[kind]
+    flat = read(sdxl, tmp_path / "flat.safetensors", tensors)
+    lora = read(sdxl, tmp_path / "lora.safetensors", {key: x[..., None, None] for key, x in tensors.items()})
+    assert torch.equal(lora[Q].A, flat[Q].A) and torch.equal(lora[Q].B, flat[Q].B)
+    assert kind != "LoRA" or (torch.equal(lora[Q].A, A) and torch.equal(lora[Q].B, B))
 
 
 # Headers.
