@@ -114,12 +114,19 @@ class Provenance:
             "Version": f"klora {self.versions['klora']}",
         }
         line = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in told.items())
-        if self.loras:  # as CivitAI's readers take them: JSON, the first ten digits
-            hashes = {f"lora:{PurePath(lora.reference).stem}": lora.sha256[0][:10] for lora in self.loras.values()}
-            line += f", Hashes: {json.dumps(hashes)}"
+        if self.loras:
+            line += f", Hashes: {json.dumps(self._hashes())}"
         negative = self.inputs.get("negative_prompt")
         lines = [self.inputs["prompt"], *([f"Negative prompt: {negative}"] if negative else []), line]
         return "\n".join(lines).encode("utf-8", "replace").decode()
+
+    def _hashes(self) -> dict[str, str]:
+        """As CivitAI's readers take them, the first ten digits by a LoRA's name: its file's, unless both have that."""
+        used = self.loras.values()
+        named = {PurePath(lora.reference).stem: lora for lora in used}
+        if len(named) < len(used):
+            named = {lora.reference: lora for lora in used}
+        return {f"lora:{name}": lora.sha256[0][:10] for name, lora in named.items()}
 
     def request(self, **given: Any) -> Request:
         """The request of its batch. given: the images that it was made from, and references of LoRAs that are elsewhere

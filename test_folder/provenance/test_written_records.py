@@ -1,5 +1,6 @@
 """A record reads back from every format, whatever the prompt, and viewers find in it what they look for."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,3 +83,11 @@ def test_the_parameters_are_those_that_viewers_read() -> None:
         'Content LoRA: "hf:someone/dog", Style LoRA: "my, oil.safetensors", '
         f'Version: klora {version}, Hashes: {{"lora:dog": "0123456789", "lora:my, oil": "bbbbbbbbbb"}}'
     )
+
+
+@pytest.mark.parametrize("references", [("x/a.safetensors", "y/a.safetensors"), ("hf:a/b@v1.0", "hf:a/b@v1.1")])
+def test_two_loras_of_one_name_have_both_their_hashes(references: tuple[str, str]) -> None:
+    content, style = references
+    told = made(loras={"content_lora": UsedLoRA(content, (SHA256,)), "style_lora": UsedLoRA(style, ("b" * 64,))})
+    hashes = told.parameters((8, 8)).partition("Hashes: ")[2]
+    assert json.loads(hashes) == {f"lora:{content}": "0123456789", f"lora:{style}": "bbbbbbbbbb"}
