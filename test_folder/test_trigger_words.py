@@ -1,4 +1,4 @@
-"""Words that call a LoRA: its file's own, else what its authority says, added where the prompt has none of them."""
+"""Words that call a LoRA: what its file states, else what its authority says, added where the prompt lacks them."""
 
 from pathlib import Path
 from typing import Any
@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from klora.cache import Borrowed
+from klora.files.report import triggers
 from klora.form.request import Request
 from klora.studio import Studio
 
@@ -58,9 +60,20 @@ def test_none_is_added_when_none_shall_be(studio: Studio, lora: Path) -> None:
     assert drawn(studio, lora, "a dog", fusion="sum", style_scale=0.5)[1] == "zork style"
 
 
-def test_the_files_own_word_goes_before_what_others_say(studio: Studio, lora: Path) -> None:
-    save_file(load_file(lora), lora, {"trigger": "own"})
-    assert drawn(studio, lora, "a dog")[1] == "own"
+@pytest.mark.parametrize("key", ["trigger", "modelspec.trigger_phrase", "ss_trigger", "instance_prompt"])
+def test_what_the_file_states_goes_before_what_others_say_and_is_what_inspect_shows(
+    studio: Studio, lora: Path, key: str
+) -> None:
+    save_file(load_file(lora), lora, {key: "a photo of own, ", "ss_tag_frequency": '{"1_x": {"a tag": 9}}'})
+    image, added = drawn(studio, lora, "a dog")
+    assert added == "a photo of own" == triggers(safe_open(lora, "pt").metadata())[0]
+    assert np.array_equal(image, drawn(studio, lora, "a photo of own, a dog", add_triggers=False)[0])
+    assert drawn(studio, lora, "A photo of own by the sea")[1] is None
+
+
+def test_tags_of_captions_are_no_trigger(studio: Studio, lora: Path) -> None:
+    save_file(load_file(lora), lora, {"ss_tag_frequency": '{"1_x": {"a tag": 9}}'})
+    assert [drawn(studio, lora, "a dog", said)[1] for said in (SAID, ())] == ["zork style", None]
 
 
 def test_what_one_page_says_is_not_said_of_the_same_file_elsewhere(studio: Studio, lora: Path) -> None:

@@ -18,13 +18,14 @@ from klora.files.embeddings import taught
 from klora.files.factors import converted_sides, modules, pairs, weightless
 from klora.files.names import Inventory, Rename, located
 from klora.files.origin import stranger
-from klora.files.report import is_trigger, report
+from klora.files.report import report, stated
 from klora.lora import LoRA
 
 
 def read_lora(path: Path, inventory: Inventory, rename: Rename, widths: Mapping[str, int]) -> LoRA:
     """Read a LoRA file for the base that the inventory describes, or raise LoRAError: not a LoRA, damaged, of a kind
-    that cannot be applied exactly, or not of this base. widths: of the base's text encoders' vectors, by component."""
+    that cannot be applied exactly, or not of this base. widths: of the base's text encoders' vectors, by component.
+    What calls the LoRA is its metadata's "trigger", under whatever key the file states it."""
     with opened(path) as contents:
         if made_for := stranger(contents):
             raise LoRAError(f"is a LoRA for {made_for}. Expected one for the base of this request.")
@@ -36,7 +37,9 @@ def read_lora(path: Path, inventory: Inventory, rename: Rename, widths: Mapping[
         ordered = {part: {n: found[part, n] for n in names if (part, n) in found} for part, names in inventory.items()}
         layers = ordered.pop(next(iter(inventory)))
         texts = {part: layers for part, layers in ordered.items() if layers}
-        told = {key: text for key, text in contents.metadata.items() if key != "lora_adapter_metadata"}
-        metadata = {key: text for key, text in told.items() if key != "trigger" or is_trigger(text)}
+        own = ("lora_adapter_metadata", "trigger")
+        metadata = {key: text for key, text in contents.metadata.items() if key not in own}
+        if said := stated(contents.metadata):
+            metadata["trigger"] = said[0]
         lora = LoRA(layers, texts, metadata, taught(contents, widths))
         return replace(lora, report=report(contents, spelled, lora, error))

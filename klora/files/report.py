@@ -20,6 +20,7 @@ _FORMATS = {  # the first that some key has
 }  # fmt: skip
 ENCODERS = ("text_encoder", "text_encoder_2")
 MAX_TRIGGER = 200  # characters
+_STATED = ("trigger", "modelspec.trigger_phrase", "ss_trigger", "instance_prompt")  # as trainers write it
 _TAGS = 5  # of the most frequent ones in a file's training captions
 
 
@@ -67,12 +68,16 @@ def report(contents: Contents, spelled: Mapping[str, Module], lora: LoRA, inexac
 
 def triggers(metadata: Mapping[str, str]) -> tuple[str, ...]:
     """Words that a file's metadata says call it, the surest first; from a trainer's captions the most frequent tags."""
-    said = [metadata.get(key, "") for key in ("trigger", "modelspec.trigger_phrase", "ss_trigger", "instance_prompt")]
-    words = (*said, *_tags(metadata.get("ss_tag_frequency", "")))
-    return tuple(dict.fromkeys(filter(is_trigger, words)))
+    words = (*stated(metadata), *_tags(metadata.get("ss_tag_frequency", "")))
+    return tuple(dict.fromkeys(filter(_is_trigger, words)))
 
 
-def is_trigger(word: str) -> bool:
+def stated(metadata: Mapping[str, str]) -> list[str]:
+    """Words or phrases that a file's metadata states as what calls it, the surest first: the first is the trigger."""
+    return [word for key in _STATED if _is_trigger(word := metadata.get(key, "").strip(" ,"))]
+
+
+def _is_trigger(word: str) -> bool:
     """Whether it can stand in a prompt and in a line of a log."""
     return word.isprintable() and 0 < len(word) <= MAX_TRIGGER
 

@@ -144,10 +144,6 @@ class Provenance:
                 raise RequestError(f"{name} came in the request itself. Give its file by --{name.replace('_', '-')}.")
         return Request(**self.inputs, **loras)
 
-    def triggers(self, name: str) -> tuple[str, ...]:
-        """The word that calls a LoRA, by its input, if there is one."""
-        return (self.loras[name].trigger,) if self.loras[name].trigger else ()
-
     def check(self, found: Mapping[str, Sequence[str]]) -> None:
         """Raise LoRAError where a LoRA's files are not those that were used. found: their sha256, by input."""
         for name, lora in self.loras.items():

@@ -175,10 +175,10 @@ class Studio:
             facts = lent.get(name)
             read_lora = partial(_said_of, name, lambda path: model.read_lora(path).to(self.device))
             lora = self._shelf.take(base, file, read_lora, facts.scores if facts else None)
-            triggers = again.triggers(name) if again else facts.triggers if facts else ()
-            read[name.removesuffix("_lora")] = lora = _called(lora, triggers, request.prompt)
+            word = again.loras[name].trigger if again else _trigger(lora, facts, request.prompt)
+            read[name.removesuffix("_lora")] = replace(lora, metadata={**lora.metadata, "trigger": word})
             reference = canonical(request.loras.get(name, file.name), fetched=facts is not None)
-            used[name] = UsedLoRA(reference, sha256[name], lora.metadata.get("trigger", ""))
+            used[name] = UsedLoRA(reference, sha256[name], word)
         return _Ready(base, path, model, read, used, checker)
 
     def _base_for(self, request: Request, loras: Mapping[str, Path]) -> tuple[str, str, Path]:
@@ -255,12 +255,11 @@ def save_images(images: Mapping[Place, Image.Image], folder: Path, request: Requ
     return list(paths.values())
 
 
-def _called(lora: LoRA, triggers: Sequence[str], prompt: str) -> LoRA:
-    """With one of its authority's words, where its file names none: one that the prompt has, else the first."""
-    if not triggers or lora.metadata.get("trigger"):
-        return lora
-    word = next((word for word in triggers if word.lower() in prompt.lower()), triggers[0])
-    return replace(lora, metadata={**lora.metadata, "trigger": word})
+def _trigger(lora: LoRA, facts: Borrowed | None, prompt: str) -> str:
+    """What its file states, else one of its authority's words: one that the prompt has, else the first; "" for none."""
+    said = facts.triggers if facts else ()
+    had = [word for word in said if word.lower() in prompt.lower()]
+    return next(filter(None, (lora.metadata.get("trigger"), *had, *said)), "")
 
 
 def _said_of(name: str, read: Callable[[Path], T], path: Path) -> T:

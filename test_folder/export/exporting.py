@@ -55,6 +55,6 @@ def with_text_encoder(model: Family, given: Mapping[str, Path], folder: Path) ->
     found = {}
     for seed, (name, path) in enumerate(given.items()):
         read = model.read_lora(path)
-        both = LoRA(read.layers, {"text_encoder": pairs(texts, 2, seed)}, {"trigger": ("sbu", "szn")[seed]})
+        both = LoRA(read.layers, {"text_encoder": pairs(texts, 2, seed)}, {"ss_trigger": ("sbu", "szn")[seed]})
         found[name] = save_lora(folder / path.name, both, model.component)
     return found

@@ -101,7 +101,7 @@ def test_a_trigger_that_can_stand_in_no_prompt_is_none(sdxl: Family, tmp_path: P
     for trigger in ("\x1b[2Jsks\nERROR", "x" * 300):
         save_file(GOOD, tmp_path / "lora.safetensors", {"trigger": trigger, "ss_trigger": "sks"})
         lora = sdxl.read_lora(tmp_path / "lora.safetensors")
-        assert "trigger" not in lora.metadata and lora.report.triggers == ("sks",)
+        assert lora.metadata["trigger"] == "sks" and lora.report.triggers == ("sks",)
         assert str(lora.report).isprintable()
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import load_file, save_file
 
 from klora.cache import Borrowed
 from klora.form.request import Request
@@ -77,6 +78,18 @@ def test_a_lora_elsewhere_serves_under_the_words_that_its_page_had(shop: Path, s
     result = reproduce(str(told), "--style-lora", "moved.safetensors")
     assert (result.exit_code, result.stderr) == (0, "")
     assert np.array_equal(pixels("reproduced/klora_7_0.png"), images[0])
+
+
+def test_a_word_that_an_image_was_made_without_is_not_added_to_it(shop: Path) -> None:
+    """As of an image that was made before what its file states was known for a trigger."""
+    save_file(load_file("sdxl_style.safetensors"), "stating.safetensors", {"ss_trigger": "zork"})
+    fuse("--style-lora", "stating.safetensors", "--output-format", "png")
+    image = Path("out/klora_7_0.png")
+    assert read_provenance(image).loras["style_lora"].trigger == "zork"
+    result = reproduce(rewritten(image, lambda told: told["loras"]["style_lora"].update(trigger="")))
+    assert result.exit_code == 0 and result.stderr.startswith("Warning: its pixels differ")
+    fuse("--style-lora", "stating.safetensors", "--output-format", "png", "--no-add-triggers")
+    assert np.array_equal(pixels("reproduced/klora_7_0.png"), pixels(image))
 
 
 def test_other_libraries_another_base_and_other_pixels_are_told(image: Path, bases: Path) -> None:
