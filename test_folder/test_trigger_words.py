@@ -76,6 +76,17 @@ def test_tags_of_captions_are_no_trigger(studio: Studio, lora: Path) -> None:
     assert [drawn(studio, lora, "a dog", said)[1] for said in (SAID, ())] == ["zork style", None]
 
 
+@pytest.mark.parametrize(("prompt", "added"), [("a tok dog", "TOK"), ("a TOK dog", None), ("style:TOK", None)])
+def test_a_word_that_the_lora_teaches_is_there_as_it_is_spelled_or_not_at_all(
+    studio: Studio, lora: Path, prompt: str, added: str | None
+) -> None:
+    words = {f"bundle_emb.TOK.{encoder}": torch.ones(2, 32) for encoder in ("clip_l", "clip_g")}
+    save_file(load_file(lora) | words, lora, {"trigger": "TOK"})
+    image, seen = drawn(studio, lora, prompt)
+    assert seen == added
+    assert not np.array_equal(image, drawn(studio, lora, prompt.replace("TOK", "tok"), add_triggers=False)[0])
+
+
 def test_what_one_page_says_is_not_said_of_the_same_file_elsewhere(studio: Studio, lora: Path) -> None:
     """The file is kept in memory by its bytes, its words are not."""
     for said, added in ((SAID, "zork style"), (("other",), "other"), ((), None)):

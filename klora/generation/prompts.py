@@ -39,7 +39,8 @@ def draws_of(
     prompt, added = request.prompt, []
     for _, lora, _ in acting(request, content, style) if request.add_triggers else ():
         trigger = lora.metadata.get("trigger", "")
-        if trigger and not re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", prompt, re.IGNORECASE):
+        case = re.NOFLAG if trigger in lora.words else re.IGNORECASE  # what is taught is read as spelled
+        if trigger and not re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", prompt, case):
             added.append(trigger)
             styled = lora.metadata.get("lora_type") == "style"
             prompt = f"{prompt}, {trigger} style" if styled else f"{trigger}, {prompt}"
