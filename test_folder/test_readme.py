@@ -1,5 +1,6 @@
 """What the README shows is what works."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,24 @@ def test_the_plug_in_lines_do_what_generate_does(
     [expected] = generate(model, request, content=content, style=style)
     # The pipeline decodes by its own path; one level of 255.
     assert np.abs(np.asarray(names["image"], dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
+
+
+OTHERS = {  # their inputs, as predict.py of replicate/cog-flux and of replicate/cog-sdxl name them
+    "flux-dev-lora": """prompt aspect_ratio image prompt_strength num_outputs num_inference_steps guidance seed
+        output_format output_quality disable_safety_checker go_fast megapixels lora_weights lora_scale extra_lora
+        extra_lora_scale hf_api_token civitai_api_token""",
+    "cog-sdxl": """prompt negative_prompt image mask width height num_outputs scheduler num_inference_steps
+        guidance_scale prompt_strength seed refine high_noise_frac refine_steps apply_watermark replicate_weights
+        lora_scale disable_safety_checker""",
+}
+
+
+def test_of_other_models_inputs_those_that_are_not_taken_are_named() -> None:
+    schema = json.loads((Path(__file__).parent / "golden" / "openapi_schema.json").read_text())
+    taken = schema["components"]["schemas"]["Input"]["properties"].keys()
+    lacking = {name for names in OTHERS.values() for name in names.split()} - taken
+    said = re.search(r"cog-sdxl's ([^.]*?) have no\s+effect", README)
+    assert said and {*re.findall(r"`(\w+)`", said[1])} == lacking
 
 
 class Seeded:
