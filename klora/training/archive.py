@@ -15,7 +15,7 @@ import tarfile
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PureWindowsPath
@@ -73,7 +73,7 @@ class Intake:
             data = None if name is None else self._read(name, opened)
             if name is None or data is None:
                 continue
-            if not folder and (inside := _inside(data)):
+            if not folder and (inside := _inside(data, self)):
                 self.unpacked_bytes -= len(data)
                 self._take_inside(name, inside)
             else:
@@ -225,13 +225,13 @@ def _is_tar(head: bytes) -> bool:
     return True
 
 
-def _inside(data: bytes) -> Iterator[Member] | None:
+def _inside(data: bytes, intake: Intake) -> Iterator[Member] | None:
     if data.startswith(b"PAR1"):
-        return _parquet(data)
+        return _parquet(data, intake)
     return _tar(io.BytesIO(data)) if _is_tar(data) else None
 
 
-def _parquet(data: bytes) -> Iterator[Member]:
+def _parquet(data: bytes, intake: Intake) -> Iterator[Member]:
     try:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
@@ -242,12 +242,21 @@ def _parquet(data: bytes) -> Iterator[Member]:
     columns = [name for name in ("image", *CAPTION_COLUMNS) if name in table.schema_arrow.names]
     if "image" not in columns:
         raise ValueError(f"its columns are {', '.join(table.schema_arrow.names)}, and none is called image")
-    rows = (row for batch in table.iter_batches(batch_size=16, columns=columns) for row in batch.to_pylist())
+    check_bytes(intake.unpacked_bytes + _stored_bytes(table.metadata, columns), intake.packed_bytes, intake.limits)
+    # One row at a time, because rows that share a value each get a copy of it, and are counted only when they are read.
+    rows = (row for batch in table.iter_batches(batch_size=1, columns=columns) for row in batch.to_pylist())
     for number, row in enumerate(rows):
         image = row["image"].get("bytes") if isinstance(row["image"], dict) else row["image"]
         yield f"{number:06}", True, partial(io.BytesIO, image if isinstance(image, bytes) else b"")
         if caption := next((row[name] for name in columns[1:] if isinstance(row[name], str)), None):
             yield f"{number:06}.txt", True, partial(io.BytesIO, caption.encode())
+
+
+def _stored_bytes(metadata: Any, columns: Sequence[str]) -> int:
+    """What these columns of a parquet file unpack to, as it says, a value that rows share counted once."""
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    chunks = (group.column(number) for group in groups for number in range(group.num_columns))
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
 
 
 def _label(name: str) -> str:
