@@ -156,9 +156,7 @@ def open_image(name: str, path: Path, mode: str) -> Image.Image:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise RequestError(f"{name} has {file.width}x{file.height} pixels. Expected at most {MAX_PIXELS}.")
-            file.getexif()  # read now, and not written again, as Pillow would: odd tags break that
-            file.info.pop("exif", None)
-            image = ImageOps.exif_transpose(file)
+            image = upright(file)
             if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.has_transparency_data:  # over white; what is transparent in a mask is not repainted
@@ -169,3 +167,12 @@ def open_image(name: str, path: Path, mode: str) -> Image.Image:
         raise
     except Exception as error:  # of a damaged file Pillow raises whatever it stumbles on
         raise RequestError(f"{name} cannot be read as an image. Expected a PNG, JPEG or WebP file.") from error
+
+
+def upright(file: Image.Image) -> Image.Image:
+    """A file's image, turned as its EXIF says, of which nothing is kept. Raises what Pillow does of damaged files."""
+    file.load()  # a PNG may have it behind its pixels
+    file.getexif()  # kept by Pillow, which reads it no more, and does not write it again: odd tags break that
+    for name in ("exif", "Raw profile type exif"):
+        file.info.pop(name, None)
+    return ImageOps.exif_transpose(file)

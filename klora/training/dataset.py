@@ -14,10 +14,10 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from klora.errors import RequestError
-from klora.form.request import MAX_PIXELS
+from klora.form.request import MAX_PIXELS, upright
 from klora.training.archive import Intake, Limits, Skipped, unpack
 from klora.training.config import whole_word
 
@@ -96,7 +96,7 @@ def _decoded(data: bytes, backdrop: str) -> Image.Image:
     with Image.open(io.BytesIO(data), formats=FORMATS) as file:
         if file.width * file.height > MAX_PIXELS:
             raise RequestError(f"has {file.width}x{file.height} pixels, more than {MAX_PIXELS}")
-        image = ImageOps.exif_transpose(file)
+        image = upright(file)
     if image.mode in ("F", "LAB"):
         raise RequestError(f"holds {image.mode} pixels, neither grey, palette, RGB nor CMYK")
     if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255

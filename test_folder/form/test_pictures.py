@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from klora.errors import RequestError
 from klora.form.request import open_image
+from test_folder.photographs import ODD_EXIF
 
 
 def save(path: Path, image: Image.Image, **options: Any) -> Path:
@@ -53,11 +54,22 @@ def test_an_upload_is_turned_as_its_exif_says(tmp_path: Path, orientation: int, 
     assert np.array_equal(opened, stored if turn is None else stored.transpose(turn))
 
 
-def test_an_odd_tag_beside_the_orientation_hinders_nothing(tmp_path: Path) -> None:
-    """Pillow would write all tags again: a resolution unit that is a text is no number."""
-    entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHI4s", 0x0128, 2, 2, b"2")
-    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
-    path = save(tmp_path / "photo.jpg", Image.new("RGB", (8, 4)), exif=exif)
+@pytest.mark.parametrize("exif", ODD_EXIF.values(), ids=ODD_EXIF)
+@pytest.mark.parametrize("kept", ["jpg", "png", "profile"])
+def test_an_odd_tag_beside_the_orientation_hinders_nothing(tmp_path: Path, kept: str, exif: bytes) -> None:
+    """Pillow would write all tags again; ImageMagick keeps them in a text of the PNG."""
+    profile = PngInfo()
+    profile.add_text("Raw profile type exif", f"\nexif\n{len(exif):8}\n{exif.hex()}\n")
+    options = {"png": {"exif": exif}, "jpg": {"exif": exif}, "profile": {"pnginfo": profile, "format": "PNG"}}[kept]
+    path = save(tmp_path / f"photo.{kept}", Image.new("RGB", (8, 4)), **options)
+    assert open_image("image", path, "RGB").size == (4, 8)
+
+
+def test_exif_behind_the_pixels_is_of_the_picture_too(tmp_path: Path) -> None:
+    chunk = b"eXIf" + next(iter(ODD_EXIF.values()))[6:]
+    behind = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    path = save(tmp_path / "photo.png", Image.new("RGB", (8, 4)), exif=next(iter(ODD_EXIF.values())))
+    path.write_bytes(path.read_bytes()[:-12] + behind + path.read_bytes()[-12:])
     assert open_image("image", path, "RGB").size == (4, 8)
 
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from klora.training.dataset import Picture, read_upload
+from test_folder.photographs import ODD_EXIF
 from test_folder.uploads.packing import PNG, drawn, encoded, in_zip, reasons
 
 
@@ -76,6 +77,13 @@ def test_exif_turns_the_picture() -> None:
     exif[0x0112] = 6
     turned = opened(encoded(drawn(), exif=exif))
     assert turned.tobytes() == drawn().transpose(Image.Transpose.ROTATE_270).tobytes()
+
+
+@pytest.mark.parametrize("exif", ODD_EXIF.values(), ids=ODD_EXIF)
+def test_an_odd_tag_beside_the_orientation_costs_no_picture(tmp_path: Path, exif: bytes) -> None:
+    (picture,), skipped = read_upload(in_zip(tmp_path, {"0.jpg": encoded(drawn(), "JPEG", exif=exif)}))
+    assert picture.open().size == (70, 80)
+    assert not skipped
 
 
 def test_transparency_lies_over_white() -> None:
