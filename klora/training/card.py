@@ -37,7 +37,7 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image | None]]], titl
     """One sheet: a row of pictures behind each label, a column under each title. None leaves its cell empty."""
     font = ImageFont.load_default(TEXT)
     columns = max([len(titles), *(len(pictures) for _, pictures in rows)], default=0)
-    grid = [[p and _fitted(p) for p in [*pictures, *[None] * columns][:columns]] for _, pictures in rows]
+    grid = [[p and fitted(p) for p in [*pictures, *[None] * columns][:columns]] for _, pictures in rows]
     widths = [max([SMALLEST, *(picture.width for picture in column if picture)]) for column in zip(*grid, strict=True)]
     heights = [max([SMALLEST, *(picture.height for picture in row if picture)]) for row in grid]
     labels = [_wrapped(label, font, LABEL_WIDTH) for label, _ in rows]
@@ -58,8 +58,8 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image | None]]], titl
     return sheet
 
 
-def _fitted(picture: Image.Image) -> Image.Image:
-    """In its shape: large ones at the largest size, small ones by a whole factor, so that pixels stay squares."""
+def fitted(picture: Image.Image) -> Image.Image:
+    """As a sheet shows it: large ones at LARGEST, small ones by a whole factor, so that pixels stay squares."""
     side = max(picture.size)
     factor = -(-SMALLEST // side) if side <= LARGEST else LARGEST / side
     size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))

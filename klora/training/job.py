@@ -28,7 +28,7 @@ from klora.generation import generate
 from klora.lora import LoRA, save_lora
 from klora.models import FAMILIES, load_model
 from klora.training.annotate import Captioner, Segmenter, autocaptioned, segmented
-from klora.training.card import RESUME_STATE, SETTINGS, contact_sheet, model_card
+from klora.training.card import RESUME_STATE, SETTINGS, contact_sheet, fitted, model_card
 from klora.training.config import TrainConfig
 from klora.training.dataset import Picture, dataset_hash, read_upload
 from klora.training.kohya import save_kohya
@@ -39,6 +39,8 @@ from klora.training.taken_up import FACTS, LOG, TakenUp, taken_up
 from klora.training.writing import require_place, tarred, whole, writing
 
 logger = logging.getLogger(__name__)
+
+ROWS, COLUMNS = 16, 16  # of the sheet: at most 6,600 pixels a side, whatever a training has drawn
 
 
 @dataclass(frozen=True)
@@ -190,13 +192,28 @@ def _write_card(folder: Path, facts: Mapping[str, Any], licence: str, config: Tr
 
 
 def _sheet(samples: Path, config: TrainConfig) -> Image.Image:
-    """All samples: a row for each step that made some."""
-    steps = sorted({path.stem.split("_")[1] for path in samples.glob("step_*.png")})
-    rows = []
-    for step in steps:
-        paths = [samples / f"step_{step}_{number}.png" for number in range(len(config.samples))]
-        rows.append((f"step {int(step)}", [Image.open(path) if path.is_file() else None for path in paths]))
-    return contact_sheet(rows, config.samples)
+    """A row for each step that made samples, for ROWS of them where there are more; their first COLUMNS prompts."""
+    steps, prompts = sorted({path.stem.split("_")[1] for path in samples.glob("step_*.png")}), config.samples[:COLUMNS]
+    rows = [
+        (f"step {int(step)}", [_shown(samples / f"step_{step}_{number}.png") for number in range(len(prompts))])
+        for step in _spread(steps, ROWS)
+    ]
+    return contact_sheet(rows, prompts)
+
+
+def _spread(steps: Sequence[str], most: int) -> Sequence[str]:
+    """At most so many of them, two or more, as evenly as can be: the first, the last and some between."""
+    if len(steps) <= most:
+        return steps
+    return [steps[round(number * (len(steps) - 1) / (most - 1))] for number in range(most)]
+
+
+def _shown(path: Path) -> Image.Image | None:
+    """A sample as a sheet shows it, its file closed. None: there is none."""
+    if not path.is_file():
+        return None
+    with Image.open(path) as picture:
+        return fitted(picture)
 
 
 def _annotated(
