@@ -17,8 +17,9 @@ def filled(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def uploaded(name: str, path: Any) -> Path:  # Any: Cog's path class, which is no Path of ours
     """The server's own copy of an upload. Raises RequestError: a bare text would open any file of the container."""
-    local = Path(str(path)).resolve()
-    if not local.is_relative_to(Path(tempfile.gettempdir()).resolve()):
+    local, scratch = Path(str(path)).resolve(), Path(tempfile.gettempdir()).resolve()
+    # What Cog fetched comes as its path class, a bare text as it was sent; the rest holds if Cog should change that.
+    if isinstance(path, str) or not local.is_relative_to(scratch) or not local.is_file():
         raise RequestError(f"{name} is {str(path)!r}. Expected an uploaded file, an http(s) URL or a data URI.")
     return local
 

@@ -83,6 +83,24 @@ def test_a_file_of_the_trainer_is_no_upload(trainer: Client, name: str, path: st
     assert said.startswith(f"{name} is {path!r}. Expected an uploaded file")
 
 
+@pytest.mark.local
+@pytest.mark.parametrize("name", ["image", "mask", "prompts"])
+def test_a_file_where_uploads_are_put_is_none_by_its_name(predictor: Client, place: Place, name: str) -> None:
+    secret = place.temporary / "tmp01234567secret.txt"  # as Cog names what it fetches
+    secret.write_text("a secret")
+    said = predictor.refusal(**predictor.mode.quick | {"prompt": "{}", "image": PNG} | {name: str(secret)})
+    assert said == f"{name} is {str(secret)!r}. Expected an uploaded file, an http(s) URL or a data URI."
+
+
+@pytest.mark.local
+def test_a_folder_where_uploads_are_put_is_none(trainer: Client, training_place: Place) -> None:
+    (training_place.temporary / "pictures").mkdir(exist_ok=True)
+    (training_place.temporary / "pictures" / "0.png").write_bytes(encoded(gradient()))
+    for folder in (training_place.temporary, training_place.temporary / "pictures"):
+        said = trainer.refusal(**trainer.mode.quick | {"input_images": str(folder)})
+        assert said.startswith(f"input_images is {str(folder)!r}. Expected an uploaded file")
+
+
 @pytest.mark.parametrize("path", ["/etc/passwd", "../predict.py", "~/.ssh/id_rsa", "/models/sdxl/model_index.json"])
 def test_a_file_of_the_server_is_no_lora(predictor: Client, path: str) -> None:
     said = predictor.refusal(**predictor.mode.quick, content_lora=path)

@@ -1,0 +1,35 @@
+"""What Cog hands over for an upload is a file of its own, or is refused; by servers: conformance/test_files.py."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from klora.errors import RequestError
+from klora.form.inputs import uploaded
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The temporary folder, with an upload in it, beside a file that is none."""
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp" / "tmp01234567dog.zip").touch()
+    (tmp_path / "secret").touch()
+    (tmp_path / "tmp" / "link").symlink_to(tmp_path / "secret")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    return tmp_path / "tmp"
+
+
+def test_a_file_that_was_fetched_is_taken(scratch: Path) -> None:
+    assert uploaded("image", scratch / "tmp01234567dog.zip") == (scratch / "tmp01234567dog.zip").resolve()
+
+
+@pytest.mark.parametrize("name", [".", "lost.zip", "link", "../secret"])
+def test_a_folder_a_lost_file_and_one_from_elsewhere_are_refused(scratch: Path, name: str) -> None:
+    with pytest.raises(RequestError, match=r"^image is '.*'\. Expected an uploaded file"):
+        uploaded("image", scratch / name)
+
+
+def test_a_bare_text_is_no_upload_wherever_it_leads(scratch: Path) -> None:
+    with pytest.raises(RequestError, match="Expected an uploaded file"):
+        uploaded("prompts", str(scratch / "tmp01234567dog.zip"))
