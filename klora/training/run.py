@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from klora.errors import RequestError
+from klora.interruptible import interruptible
 from klora.lora import LoRA, LowRank
 from klora.training.config import TrainConfig
 from klora.training.writing import whole
@@ -58,17 +59,25 @@ class Run:
         return bool(torch.stack([parameter.isfinite().all() for parameter in self.parameters]).all())
 
     def advance(self, max_grad_norm: float) -> None:
-        """Take one step by the gradients that have gathered. max_grad_norm: 0 leaves them as they are."""
+        """Take one step by the gradients that have gathered. max_grad_norm: 0 leaves them as they are.
+
+        An interruption is raised when the step is whole: optimisers wait in it for the GPU, so that most come there.
+        """
         if max_grad_norm:
             nn.utils.clip_grad_norm_(self.parameters, max_grad_norm)
-        self.whole = False
-        self.optimizer.step()
-        self.schedule.step()
-        if self.ema:
-            self.ema.step(self.parameters)
-        self.step += 1
-        self.whole = True
+        interruptible(self._move)
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _move(self) -> None:
+        """All of the step that may not be left half done."""
+        with torch.cuda.device_of(self.parameters[0]):  # which is each thread's own; without CUDA it does nothing
+            self.whole = False
+            self.optimizer.step()
+            self.schedule.step()
+            if self.ema:
+                self.ema.step(self.parameters)
+            self.step += 1
+            self.whole = True
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import tarfile
+from _thread import interrupt_main
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,25 @@ def test_a_tar_taken_up_again_is_the_same_training(quick: Path) -> None:
     assert [json.loads(line)["step"] for line in resumed["train.jsonl"].splitlines()] == list(range(13))
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit], ids=["interrupt", "exit"])
-def test_an_interruption_leaves_a_tar_that_can_be_taken_up_in_its_place(stop: type[BaseException], quick: Path) -> None:
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit], ids=["inside a step", "between two"])
+def test_an_interruption_leaves_a_tar_that_can_be_taken_up_in_its_place(
+    stop: type[BaseException], quick: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without any checkpoint."""
+    step = torch.optim.AdamW.step
+
+    def interrupted(self: Any) -> None:
+        if [int(state["step"]) for state in self.state.values()][:1] == [3]:
+            interrupt_main()
+        step(self)
+
     def stop_at_4(progress: Progress) -> None:
         if progress.step == 4:
             raise stop
 
-    with pytest.raises(stop):
+    with monkeypatch.context() as patch, pytest.raises(stop):
+        if stop is KeyboardInterrupt:
+            patch.setattr(torch.optim.AdamW, "step", interrupted)
         trained("left.tar", on_progress=stop_at_4)
     assert steps_of(held(Path("left.tar"))) == "4"
     resumed = trained("left.tar", resume_from=Path("left.tar"))

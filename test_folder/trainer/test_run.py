@@ -1,11 +1,18 @@
 """A run by itself: its rates, its gradients, what its file says."""
 
+import ctypes
+import threading
+import time
+from _thread import interrupt_main
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import klora.interruptible
 from klora.lora import LowRank
 from klora.training.config import TrainConfig
 from klora.training.run import Run, new_run, saved_step
@@ -53,3 +60,41 @@ def test_a_run_knows_whether_it_is_numbers() -> None:
     assert run.finite
     advanced(run, size=torch.inf)
     assert not run.finite
+
+
+def as_cog_does() -> None:
+    """Raise in the main thread, from whichever this is."""
+    main = ctypes.c_ulong(threading.main_thread().ident or 0)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(KeyboardInterrupt))
+
+
+@pytest.mark.parametrize(
+    ("interrupt", "times"),
+    [(interrupt_main, 1), (as_cog_does, 1), (as_cog_does, 2)],
+    ids=["signal", "cog", "cog twice"],
+)
+def test_a_step_that_is_interrupted_is_taken_to_its_end(
+    interrupt: Callable[[], None], times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit as if nothing had been."""
+    monkeypatch.setattr(klora.interruptible, "LOOK", 0.001)
+    config = TrainConfig(steps=4, ema_decay=0.9, lr_scheduler="cosine")
+    run, undisturbed = a_run(config), a_run(config)
+    step = run.optimizer.step
+
+    def interrupted(*given: Any) -> None:
+        for _ in range(times):
+            interrupt()
+            time.sleep(0.05)
+        step(*given)
+
+    for each in (run, undisturbed):
+        advanced(each)
+    run.optimizer.step = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        advanced(run)
+    advanced(undisturbed)
+    assert run.whole and run.step == 2
+    for each, name in ((run, "run"), (undisturbed, "undisturbed")):
+        each.save(tmp_path / name)
+    assert (tmp_path / "run").read_bytes() == (tmp_path / "undisturbed").read_bytes()
