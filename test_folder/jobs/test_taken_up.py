@@ -1,6 +1,7 @@
 """A training that goes on from the tar that one has left: the same training, whatever broke it off, and refused where
 it would be another."""
 
+import gzip
 import io
 import json
 import shutil
@@ -136,6 +137,8 @@ def test_steps_at_their_default_are_meant_where_the_training_had_come_to_its_end
 
 # Refused
 
+PLAIN = "resume_from cannot be read as a plain tar. Expected the tar of a training, not compressed."
+
 
 @pytest.mark.parametrize(
     ("given", "said"),
@@ -144,22 +147,34 @@ def test_steps_at_their_default_are_meant_where_the_training_had_come_to_its_end
         ({"upload": "others"}, "input_images is not what resume_from was trained on. Expected the same."),
         ({"base": "flux-dev"}, "base_model is not what resume_from was trained on. Expected the same."),
         ({"steps": 6}, "steps is 6, and resume_from has done 6. Expected more."),
-        ({"resume_from": Path("no.tar")}, "resume_from cannot be read as a tar. Expected the tar of a training."),
-        ({"resume_from": Path("pictures")}, "resume_from cannot be read as a tar. Expected the tar of a training."),
+        ({"resume_from": Path("no.tar")}, PLAIN),
+        ({"resume_from": Path("pictures")}, PLAIN),
+        ({"resume_from": Path("packed.tar.gz")}, PLAIN),
+        ({"resume_from": Path("numbers.tar")}, PLAIN),
         ({"resume_from": Path("other.tar")}, "resume_from holds no config.json. Expected the tar of a training."),
     ],
-    ids=["rank", "pictures", "base", "steps", "no tar", "a folder", "another tar"],
+    ids=["rank", "pictures", "base", "steps", "no tar", "a folder", "packed", "numbers", "another tar"],
 )
 def test_what_cannot_be_taken_up_is_refused(given: dict[str, Any], said: str, quick: Path) -> None:
     Path("others").mkdir()
     Image.new("RGB", (64, 64), "white").save("others/white.png")
     Path("no.tar").write_bytes(b"no tar")
-    with tarfile.open("other.tar", "w") as tar:
-        tar.add("no.tar")
+    Path("packed.tar.gz").write_bytes(gzip.compress(quick.read_bytes(), 1))
+    for name, headers in (("other", {}), ("numbers", {"GNU.sparse.size": "many"})):
+        with tarfile.open(f"{name}.tar", "w", pax_headers=headers) as tar:
+            tar.add("no.tar")
     with pytest.raises(RequestError) as refusal:
         trained("rest.tar", **{"resume_from": quick, "steps": 12} | given)
     assert str(refusal.value) == said
     assert not Path("rest.tar").exists()
+
+
+def test_a_tar_of_more_than_there_may_be_says_so(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taken_up, "MAX_BYTES", 1000)
+    with pytest.raises(
+        RequestError, match=r"^resume_from holds more than 1000 bytes\. Expected the tar of a training\.$"
+    ):
+        taken_up.taken_up(quick, Path("earlier"))
 
 
 @pytest.mark.parametrize(
