@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from klora.device import default_device, free_bytes
+from klora.device import default_device
 from klora.errors import RequestError
 from klora.form.request import Request
 from klora.lora import LoRA, LowRank, save_lora
@@ -25,10 +25,9 @@ from klora.models.family import Family
 from klora.models.linears import linear_shapes
 from klora.training.cache import encode_pictures, encode_texts, keyed_generator
 from klora.training.config import TrainConfig
-from klora.training.cost import step_memory
 from klora.training.dataset import Picture, captioned
 from klora.training.draw import Draw, Material
-from klora.training.memory import Mode, check_precision, choose
+from klora.training.memory import check_precision, mode_for
 from klora.training.objective import Objective, trainable_attention
 from klora.training.run import Run, new_run, require_optimizer
 from klora.training.trainable import trainable
@@ -97,7 +96,7 @@ def train_lora(
     shapes = {name: shapes[name] for name in config.targets(shapes)}
     rank = config.lora_rank or bare.recipe.rank
     material = encode(load, pictures, class_pictures(), config, accelerator.device)
-    mode = _mode(bare, shapes, rank, material, config, accelerator.device)
+    mode = mode_for(bare, shapes, rank, material, config, accelerator.device)
     parts = ("denoiser", "vae")  # the VAE, for samples
     model = load(device=accelerator.device, dtype=mode.dtype, parts=parts, quantized=mode.quantized)
     layers = new_layers(shapes, rank, config.seed, accelerator.device)
@@ -264,28 +263,6 @@ class _Loop:
             save_lora(part, self.run.lora(), self.model.component, torch.float16)
         for old in sorted(folder.glob("lora_*.safetensors"))[: -self.config.keep_checkpoints]:
             old.unlink()
-
-
-def _mode(
-    bare: Family,
-    shapes: Mapping[str, tuple[int, int]],
-    rank: int,
-    material: Material,
-    config: TrainConfig,
-    device: torch.device,
-) -> Mode:
-    """How to hold the base, by what a step at the largest size costs."""
-    largest = max((e.views[0].posterior.mean.shape for e in material.examples), key=math.prod)
-    passes = 1 if config.prior_preservation == "none" else 2  # whose activations are alive at once
-
-    def peak_bytes(dtype: torch.dtype, checkpointing: bool) -> int:
-        prompt, latents = material.texts[""], (config.batch_size, *largest)
-        memory = step_memory(bare, shapes, rank, latents, prompt, dtype=dtype, checkpointing=checkpointing)
-        return memory.peak_bytes * passes
-
-    weights = sum(parameter.numel() for parameter in bare.denoiser.parameters())
-    trained = sum(rank * (outputs + inputs) for outputs, inputs in shapes.values())
-    return choose(config, device, weights, trained, peak_bytes, free_bytes(device))
 
 
 def _due(step: int, steps: int, times: int) -> bool:

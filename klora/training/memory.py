@@ -2,16 +2,19 @@
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import NamedTuple
 
 import torch
 
-from klora.device import default_dtype
+from klora.device import default_dtype, free_bytes
 from klora.errors import RequestError
-from klora.models.family import Quantized
+from klora.models.family import Family, Quantized
 from klora.training.config import TrainConfig
+from klora.training.cost import step_memory
+from klora.training.draw import Material
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +31,31 @@ class Mode(NamedTuple):
     quantized: Quantized | None
     checkpointing: bool
     compiled: bool
+
+
+def mode_for(
+    bare: Family,
+    shapes: Mapping[str, tuple[int, int]],
+    rank: int,
+    material: Material,
+    config: TrainConfig,
+    device: torch.device,
+) -> Mode:
+    """How to hold the base, by what a step at the largest size costs. bare: the base without weights.
+
+    shapes: (outputs, inputs) of the layers to train, by name.   Raises RequestError as choose() does.
+    """
+    largest = max((e.views[0].posterior.mean.shape for e in material.examples), key=math.prod)
+    passes = 1 if config.prior_preservation == "none" else 2  # whose activations are alive at once
+
+    def peak_bytes(dtype: torch.dtype, checkpointing: bool) -> int:
+        prompt, latents = material.texts[""], (config.batch_size, *largest)
+        memory = step_memory(bare, shapes, rank, latents, prompt, dtype=dtype, checkpointing=checkpointing)
+        return memory.peak_bytes * passes
+
+    weights = sum(parameter.numel() for parameter in bare.denoiser.parameters())
+    trained = sum(rank * (outputs + inputs) for outputs, inputs in shapes.values())
+    return choose(config, device, weights, trained, peak_bytes, free_bytes(device))
 
 
 def choose(
