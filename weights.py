@@ -3,7 +3,6 @@
 Knows nothing of torch, pipelines or the web form.
 """
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,13 +20,13 @@ from klora.bases.table import BASES as BASES
 from klora.bases.table import Base as Base
 from klora.bases.table import base_of
 from klora.cache import Borrowed, Library, Store
-from klora.errors import BaseModelError, LoRAError, RequestError, SourceError
+from klora.errors import BaseModelError, RequestError
 from klora.sources.authorities import Authorities
 from klora.sources.deadline import Deadline
 from klora.sources.formats import check_structure
-from klora.sources.kinds import Local, Reference
+from klora.sources.kinds import Local
+from klora.sources.local import lora_path, own, parsed, pinned
 from klora.sources.network import Network
-from klora.sources.reference import parse
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +166,7 @@ class LoRAFiles:
     """
 
     def __init__(self, root: Path | None = None, *, anywhere: bool = False) -> None:
-        self._root, self._anywhere = Path.cwd() if anywhere else root, anywhere
+        self._root, self._anywhere = root, anywhere
 
     @cached_property
     def _library(self) -> Library:  # made when first needed: a server of local files does without a cache
@@ -185,18 +184,19 @@ class LoRAFiles:
         tokens: of the user's, by authority, "hf", "civitai" and "replicate".  bases: that the request can run; what its
         authority says is for none of them is refused before it is fetched. Without any nothing is.
         """
-        own = {name: _own(text) for name, text in references.items() if self._anywhere}
-        given = {name: _pinned(Path(found.path), found, name) for name, found in own.items() if found}
-        parsed = {name: _parsed(name, text) for name, text in references.items() if name not in given}
-        local = {name: found for name, found in parsed.items() if isinstance(found, Local)}
-        given |= {name: _pinned(lora_path(found.path, self._root, name), found, name) for name, found in local.items()}
-        fetched = {name: found for name, found in parsed.items() if name not in local}
+        found = {name: (own if self._anywhere else parsed)(name, text) for name, text in references.items()}
+        local = {name: one for name, one in found.items() if isinstance(one, Local)}
+        given = {name: pinned(self._path(name, one), one, name) for name, one in local.items()}
+        fetched = {name: one for name, one in found.items() if name not in local}
         if not fetched:
             yield given, {}
             return
         families = {name: family for name in bases if (family := BASES[name].family)}
         with Deadline(FETCH_SECONDS) as deadline, self._library.borrowed(fetched, tokens, deadline, families) as lent:
             yield given | {name: loan.path for name, loan in lent.items()}, lent
+
+    def _path(self, name: str, reference: Local) -> Path:
+        return Path(reference.path) if self._anywhere else lora_path(reference.path, self._root, name)
 
 
 def runnable(model: str | None) -> list[str]:
@@ -246,51 +246,6 @@ def _authorities() -> Authorities:
     hosts = {urlsplit(url).netloc for url in named.values()}
     hosts |= {host.strip() for host in os.environ.get("KLORA_TRUSTED_HOSTS", "").split(",") if host.strip()}
     return replace(Authorities(network=Network(frozenset(hosts))), **named)
-
-
-def _own(text: str) -> Local | None:
-    """What lies at a path, of a file also a pinned one; None where nothing does."""
-    body, _, pin = text.rpartition("#sha256=")
-    try:
-        if Path(text).exists():
-            return Local(text)
-        return Local(body, pin=pin.lower()) if body and Path(body).is_file() else None
-    except (OSError, ValueError):  # a name that the file system cannot take
-        return None
-
-
-def _parsed(name: str, text: str) -> Reference:
-    try:
-        return parse(text)
-    except SourceError as error:
-        raise SourceError(f"{name}: {error}") from None
-
-
-def _pinned(path: Path, reference: Local, name: str) -> Path:
-    """A local file, compared with its reference's #sha256=."""
-    if reference.pin:
-        with path.open("rb") as file:
-            seen = hashlib.file_digest(file, "sha256").hexdigest()
-        if seen != reference.pin:
-            raise SourceError(f"{name}: {reference.path} has the sha256 {seen}. Expected {reference.pin}, its pin.")
-    return path
-
-
-def lora_path(reference: str, root: Path | None, name: str) -> Path:
-    """The file below root that a LoRA reference names. name: the input, for the message. Raises LoRAError, which says
-    nothing of what lies elsewhere."""
-    if root is None:
-        raise LoRAError(f"{name} is {reference!r}, but this server takes no LoRA paths: KLORA_LORA_ROOT is not set.")
-    try:
-        path = (root / reference).resolve()
-        inside = path.is_relative_to(root.resolve()) and path.is_file()
-    except (OSError, RuntimeError, ValueError):  # a name that the file system cannot take, a link that goes round
-        inside = False
-    if not inside:
-        raise LoRAError(
-            f"{name} is {reference!r}. Expected the path of a .safetensors file in the server's LoRA folder."
-        )
-    return path
 
 
 def download_base(name: str, folder: Path | None = None, token: str | None = None) -> Path:

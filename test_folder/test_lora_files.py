@@ -110,6 +110,30 @@ def test_who_owns_the_machine_may_name_any_path(root: Path, tmp_path: Path, monk
     assert "has the sha256" in refusal(files, f"dog.safetensors#sha256={'0' * 64}")
 
 
+@pytest.mark.parametrize(
+    "reference",
+    [
+        *("none.safetensors", "./none", "folder/none.tar", "../none.safetensors", "folder/../none.safetensors"),
+        *("~/dog", "/no/such/file.safetensors", "/no/such/folder", f"./none.safetensors#sha256={'0' * 64}"),
+        *(f"{'a' * 300}.safetensors", f"/{'a' * 300}", ".\0", "..\\dog.safetensors"),
+    ],
+)
+def test_a_path_at_which_nothing_lies_is_told_as_such(
+    root: Path, monkeypatch: pytest.MonkeyPatch, reference: str
+) -> None:
+    monkeypatch.chdir(root)
+    assert refusal(weights.LoRAFiles(anywhere=True), reference, LoRAError) == (
+        f"style_lora is {reference!r:.200}, but there is no such file, or none that can be read. Expected the path of "
+        "a LoRA, or a reference such as hf:owner/name or an https address."
+    )
+
+
+@pytest.mark.parametrize("reference", [" dog.safetensors\n", f"./dog.safetensors#SHA256={sha256(CONTENT)}"])
+def test_a_path_is_taken_as_a_server_spells_it(root: Path, monkeypatch: pytest.MonkeyPatch, reference: str) -> None:
+    monkeypatch.chdir(root)
+    assert read(weights.LoRAFiles(anywhere=True), reference) == CONTENT
+
+
 def test_there_a_path_that_exists_goes_before_what_else_it_may_mean(
     hub: Hub, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,8 +33,8 @@ def test_a_lora_that_is_not_there_in_one_line_of_five(shell: Path) -> None:
     assert result.exit_code == 1
     assert result.stdout.splitlines()[-2:] == [
         "2 images made in out.",
-        "Not made: line 2: style_lora is 'none.safetensors'. Expected the path of a .safetensors file in the server's "
-        "LoRA folder.",
+        "Not made: line 2: style_lora is 'none.safetensors', but there is no such file, or none that can be read. "
+        "Expected the path of a LoRA, or a reference such as hf:owner/name or an https address.",
     ]
     made = read_provenance(shell / "out" / "00002.png")
     assert (made.seed, made.inputs["prompt"], made.loras["style_lora"].reference) == (

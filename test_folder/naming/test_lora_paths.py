@@ -6,6 +6,7 @@ import pytest
 
 import weights
 from klora.errors import LoRAError
+from klora.sources.local import lora_path
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def root(tmp_path: Path) -> Path:
 
 def lora_refusal(reference: str, root: Path | None) -> str:
     with pytest.raises(LoRAError) as error:
-        weights.lora_path(reference, root, "style_lora")
+        lora_path(reference, root, "style_lora")
     return str(error.value)
 
 
@@ -42,12 +43,12 @@ def lora_refusal(reference: str, root: Path | None) -> str:
     ],
 )
 def test_a_path_below_the_root_is_accepted(root: Path, reference: str, file: str) -> None:
-    assert weights.lora_path(reference.format(root=root), root, "style_lora") == root / file
+    assert lora_path(reference.format(root=root), root, "style_lora") == root / file
 
 
 def test_a_root_that_is_a_link_serves_what_is_below_it(root: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(root)
-    assert weights.lora_path("dog.safetensors", tmp_path / "link", "style_lora") == root / "dog.safetensors"
+    assert lora_path("dog.safetensors", tmp_path / "link", "style_lora") == root / "dog.safetensors"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,68 @@
+"""The LoRA files of this machine: what lies at a path, below one folder or anywhere. Asks nobody.
+
+name, everywhere: the input whose reference it is, of which errors speak.
+"""
+
+import hashlib
+from contextlib import suppress
+from pathlib import Path
+
+from klora.errors import LoRAError, SourceError
+from klora.sources.kinds import Local, Reference
+from klora.sources.reference import parse
+
+
+def parsed(name: str, text: str) -> Reference:
+    """What a text refers to. Raises SourceError, which says it of the input."""
+    try:
+        return parse(text)
+    except SourceError as error:
+        raise SourceError(f"{name}: {error}") from None
+
+
+def own(name: str, text: str) -> Reference:
+    """What a text refers to for whoever owns the machine: what lies at a path, of a file also a pinned one, before all
+    else. Raises LoRAError for a path at which nothing does, SourceError as parsed() does."""
+    body, _, pin = text.rpartition("#sha256=")
+    with suppress(OSError, ValueError):  # a name that the file system cannot take
+        if Path(text).exists():
+            return Local(text)
+        if body and Path(body).is_file():
+            return Local(body, pin=pin.lower())
+    climbs = ":" not in text and ".." in Path(text).parts
+    only_a_path = climbs or text.startswith(("/", "~", "."))
+    with suppress(OSError, *([SourceError] if only_a_path else [])):
+        found = parsed(name, text)
+        if not isinstance(found, Local) or Path(found.path).is_file():
+            return found
+    raise LoRAError(
+        f"{name} is {text!r:.200}, but there is no such file, or none that can be read. Expected the path of a LoRA, "
+        "or a reference such as hf:owner/name or an https address."
+    )
+
+
+def lora_path(reference: str, root: Path | None, name: str) -> Path:
+    """The file below root that a LoRA reference names. name: the input, for the message. Raises LoRAError, which says
+    nothing of what lies elsewhere."""
+    if root is None:
+        raise LoRAError(f"{name} is {reference!r}, but this server takes no LoRA paths: KLORA_LORA_ROOT is not set.")
+    try:
+        path = (root / reference).resolve()
+        inside = path.is_relative_to(root.resolve()) and path.is_file()
+    except (OSError, RuntimeError, ValueError):  # a name that the file system cannot take, a link that goes round
+        inside = False
+    if not inside:
+        raise LoRAError(
+            f"{name} is {reference!r}. Expected the path of a .safetensors file in the server's LoRA folder."
+        )
+    return path
+
+
+def pinned(path: Path, reference: Local, name: str) -> Path:
+    """A local file, compared with its reference's #sha256=. Raises SourceError."""
+    if reference.pin:
+        with path.open("rb") as file:
+            seen = hashlib.file_digest(file, "sha256").hexdigest()
+        if seen != reference.pin:
+            raise SourceError(f"{name}: {reference.path} has the sha256 {seen}. Expected {reference.pin}, its pin.")
+    return path
