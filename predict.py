@@ -264,10 +264,11 @@ class Predictor(BasePredictor):
         lines, template, folder = inputs.pop("prompts"), inputs.pop("prompt"), self.outputs / "images"
         _record("seed", seed := inputs.setdefault("seed", random_seed()))
         print(f"seed {seed}")
+        allowance = weights.Allowance(weights.FETCH_SECONDS)
 
         def draw(requests: Sequence[Request]) -> dict[int, Image]:
             shared = requests[0]
-            with self.loras.borrowed(shared.loras, tokens, weights.runnable(shared.model)) as (files, lent):
+            with self.loras.borrowed(shared.loras, tokens, weights.runnable(shared.model), allowance) as (files, lent):
                 return self.studio.draw(requests, files, lent)
 
         prompts = read_prompts(lines, inputs, template=template, most=MAX_LINES)

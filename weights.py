@@ -6,7 +6,7 @@ Knows nothing of torch, pipelines or the web form.
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from klora.bases.table import base_of
 from klora.cache import Borrowed, Library, Store
 from klora.errors import BaseModelError, RequestError
 from klora.sources.authorities import Authorities
-from klora.sources.deadline import Deadline
+from klora.sources.deadline import Allowance as Allowance
 from klora.sources.formats import check_structure
 from klora.sources.kinds import Local
 from klora.sources.local import lora_path, own, parsed, pinned
@@ -176,13 +176,18 @@ class LoRAFiles:
 
     @contextmanager
     def borrowed(
-        self, references: Mapping[str, str], tokens: Mapping[str, str], bases: Sequence[str] = ()
+        self,
+        references: Mapping[str, str],
+        tokens: Mapping[str, str],
+        bases: Sequence[str] = (),
+        allowance: Allowance | None = None,
     ) -> Iterator[tuple[dict[str, Path], dict[str, Borrowed]]]:
         """Of each reference, by its input, the file, there until the end of the block; and what more is known of those
         that were fetched. Raises KLoRAError.
 
         tokens: of the user's, by authority, "hf", "civitai" and "replicate".  bases: that the request can run; what its
-        authority says is for none of them is refused before it is fetched. Without any nothing is.
+        authority says is for none of them is refused before it is fetched. Without any nothing is.  allowance: of a
+        request that borrows several times; None: FETCH_SECONDS for this time.
         """
         found = {name: (own if self._anywhere else parsed)(name, text) for name, text in references.items()}
         local = {name: one for name, one in found.items() if isinstance(one, Local)}
@@ -192,7 +197,9 @@ class LoRAFiles:
             yield given, {}
             return
         families = {name: family for name in bases if (family := BASES[name].family)}
-        with Deadline(FETCH_SECONDS) as deadline, self._library.borrowed(fetched, tokens, deadline, families) as lent:
+        with ExitStack() as loans:
+            with (allowance or Allowance(FETCH_SECONDS)).deadline() as deadline:
+                lent = loans.enter_context(self._library.borrowed(fetched, tokens, deadline, families))
             yield given | {name: loan.path for name, loan in lent.items()}, lent
 
     def _path(self, name: str, reference: Local) -> Path:

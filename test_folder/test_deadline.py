@@ -4,12 +4,13 @@ import contextlib
 import gc
 import socket
 import threading
+import time
 
 import pytest
 
 from klora.errors import SourceError
 from klora.sources.connection import Dialler
-from klora.sources.deadline import Cancelled, Deadline, Patience
+from klora.sources.deadline import Allowance, Cancelled, Deadline, Patience
 from klora.sources.download import Unreachable
 from klora.sources.network import Network
 from test_folder.asking import GOOD, body_of, refusal, timed
@@ -81,6 +82,18 @@ def test_a_deadline_that_is_over_begins_nothing() -> None:
     with Hostile({"/x": GOOD}) as server, pytest.raises(Unreachable), Deadline(0) as deadline:
         network(server).json(server.url("/x"), {}, deadline)
     assert not server.requests
+
+
+def test_deadlines_of_one_allowance_have_its_seconds_together() -> None:
+    allowance = Allowance(0.3)
+    for least in (0.2, 0.05):
+        with timed(least, least + 0.1), allowance.deadline() as deadline:
+            time.sleep(least)
+            deadline.left()
+    late = "All downloads of this request took longer than 0.3 seconds. Expected faster sources."
+    for least in (0, 0):
+        with timed(least, 0.3), pytest.raises(Unreachable, match=f"^{late}$"), allowance.deadline() as deadline:
+            deadline.sleep(30)
 
 
 def test_what_waits_under_a_deadline_ends_with_its_block() -> None:

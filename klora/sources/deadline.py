@@ -1,4 +1,5 @@
-"""How long things may take: a Deadline for all that a request fetches, and Patience for a single wait.
+"""How long things may take: an Allowance for all that a request fetches, a Deadline for what of it is fetched at once,
+and Patience for a single wait.
 
 Knows sockets only as what can be shut from another thread.
 """
@@ -41,12 +42,12 @@ class Deadline:
 
     Timeouts of single reads do not add up to a bound (a server may send a byte within each), hence a watchdog: whatever
     is under watch when the end comes is shut from another thread, and so nothing blocks longer. As a context manager it
-    is cancelled when the block ends, however it does.
+    is cancelled when the block ends, however it does.   late: what is said after it.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, late: str | None = None) -> None:
         self._end = time.monotonic() + seconds
-        self._seconds = seconds
+        self._late = late or f"The download took longer than {seconds:g} seconds. Expected a faster source."
         self._lock = threading.Lock()
         self._stops: list[Callable[[], None]] = []
         self._ended = threading.Event()
@@ -59,7 +60,7 @@ class Deadline:
         if self._cancelled:
             raise Cancelled("The download was cancelled.")
         if left <= 0 or self._ended.is_set():
-            raise Unreachable(f"The download took longer than {self._seconds:g} seconds. Expected a faster source.")
+            raise Unreachable(self._late)
         return left
 
     def sleep(self, seconds: float) -> None:
@@ -114,3 +115,21 @@ class Deadline:
             if self._watchdog is not None:
                 self._watchdog.cancel()
         self.cancel()  # what still waits under it in other threads ends, too
+
+
+class Allowance:
+    """The seconds that all downloads of a request have together, where these come one after another."""
+
+    def __init__(self, seconds: float) -> None:
+        self._left = seconds
+        self._late = f"All downloads of this request took longer than {seconds:g} seconds. Expected faster sources."
+
+    @contextmanager
+    def deadline(self) -> Iterator[Deadline]:
+        """A deadline at the end of what is left, which the time of the block is taken from."""
+        started = time.monotonic()
+        try:
+            with Deadline(self._left, self._late) as deadline:
+                yield deadline
+        finally:
+            self._left -= time.monotonic() - started

@@ -1,12 +1,15 @@
 """What fails stops a run or is passed over, and what is said of it and on the way."""
 
 import json
+import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+import weights
 from klora.bulk.batch import Draw
 from klora.bulk.lines import PromptFile
 from klora.bulk.run import progress
@@ -14,8 +17,11 @@ from klora.errors import KLoRAError, LoRAError, RequestError
 from klora.form.request import Request
 from klora.studio import Studio
 from klora.training.dataset import read_upload
+from predict import Predictor
 from test_folder import tiny
-from test_folder.bulk.prompting import CPU, PROMPTS, Runs, pictures, read, written
+from test_folder.asking import timed
+from test_folder.bulk.prompting import CPU, PROMPTS, QUICK, Runs, pictures, read, written
+from test_folder.fakes.hostile import Hostile, drips, head
 
 
 def test_bad_lines_stop_before_anything_is_made_unless_they_are_to_be_skipped(runs: Runs, tmp_path: Path) -> None:
@@ -93,6 +99,32 @@ def test_withheld_images_are_named_and_not_made_again(
     runs(prompts, drawing=drawing)
     assert asked == [1, 2]
     assert [picture.name for picture in read_upload(tmp_path / "out")[0]] == ["00000.png"]
+
+
+def test_the_downloads_of_all_lines_have_the_seconds_of_one_request(
+    shell: Path, studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a thousand lines that name a trickling host would keep the server's only slot for a thousand times as long."""
+    late = "All downloads of this request took longer than 0.4 seconds. Expected faster sources."
+    paths = [f"/{number}.safetensors" for number in range(20)]
+    server = Predictor()
+    server.outputs, server.studio, server.loras = shell / "outputs", studio, weights.LoRAFiles(shell)
+    asked: dict[str, Any] = {**QUICK, "prompt": "{}", "seed": 5}
+    with Hostile(dict.fromkeys(paths, drips(head(200, "Content-Length: 99999"), b"x", 0.05))) as host:
+        monkeypatch.setattr(weights, "FETCH_SECONDS", 0.4)
+        monkeypatch.setenv("KLORA_TRUSTED_HOSTS", host.host)
+        monkeypatch.setenv("KLORA_CACHE", str(shell / "cache"))
+        loras = [*map(host.url, paths), "style.safetensors"]
+        lines = written(shell / "p.jsonl", *({"prompt": "a dog", "style_lora": lora} for lora in loras))
+        with timed(0.3, 6):
+            tar = server._make_lines({**asked, "prompts": lines}, {})
+    assert {client.path for client in host.requests} == {paths[0]}
+    with tarfile.open(tar) as made:
+        assert made.getnames() == ["00020.json", "00020.png", "00020.txt", "failures.txt"]
+        failures = made.extractfile("failures.txt")
+        assert failures and failures.read().decode().splitlines() == [
+            f"line {line}: style_lora: {late}" for line in range(1, 21)
+        ]
 
 
 @pytest.mark.parametrize(
