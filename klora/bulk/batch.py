@@ -39,6 +39,8 @@ def make(batch: Batch, draw: Draw, folder: Folder) -> Outcome:
     outcome = Outcome()
     try:
         images = draw([job.request for job in batch]) if lacking else {}
+        for place, image in images.items():
+            folder.check(batch[place], image)
     except KLoRAError as error:
         if isinstance(error, RequestError) and len(batch) > 1:  # one prompt's, perhaps: the others are as good as ever
             return _one_by_one(batch, draw, folder)

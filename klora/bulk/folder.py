@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from klora.bulk.lines import Fault, Job, by_line, named
-from klora.errors import RequestError, SourceError
+from klora.errors import LoRAError, RequestError, SourceError
 from klora.form.request import Request
 from klora.sources.kinds import Local
 from klora.sources.reference import parse
@@ -30,31 +30,41 @@ class Folder:
     """Where the images of a prompt file go. Several may write to it at once, each its own images.
 
     sha256: in hex, of each file of the local LoRAs, by reference: a path alone does not tell which images are its own.
+    seen: of the others, which may change where they are: what the first image here was made with by that reference, as
+    far as this process knows.
     """
 
     path: Path
     sha256: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    seen: dict[str, Sequence[str]] = field(default_factory=dict)
 
     def done(self, job: Job) -> bool:
         """Whether its image is there, or was withheld. Raises RequestError where it is another request's."""
-        record, files = self._place(job, "json"), self._files(job)
+        record = self._place(job, "json")
         try:
             told = json.loads(record.read_bytes())
             asked, withheld, loras = told["asked"], told.get("withheld", False), told.get("loras", {})
-            used = {name: loras[name]["sha256"] for name in files if name in loras}
+            used = {name: list(loras[name]["sha256"]) for name in job.request.loras if name in loras}
         except FileNotFoundError:
             return False
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RequestError(f"{record} is no record of klora generate. Expected an empty folder.") from error
         if asked != (wanted := asked_of(job.request)):
             raise RequestError(f"{record} is another request's: {_difference(asked, wanted, job.line)}")
-        if used != (now := {name: files[name] for name in used}):
+        if used != (now := self._first(job, used)):
             raise RequestError(f"{record} was made with a file of another sha256: {_difference(used, now, job.line)}")
         return withheld or self.shows(job)
 
     def shows(self, job: Job) -> bool:
         """Whether its image is there, and done."""
         return self._place(job, job.request.output_format).is_file() and self._place(job, "json").is_file()
+
+    def check(self, job: Job, image: Image.Image) -> None:
+        """Raise LoRAError where an image is of another LoRA file than those that its reference made here before."""
+        loras = image.info["provenance"].loras
+        used = {name: list(loras[name].sha256) for name in job.request.loras}
+        if used != (then := self._first(job, used)):
+            raise LoRAError(f"{self.path} has images of another LoRA file: {_difference(then, used, job.line)}")
 
     def keep(self, job: Job, image: Image.Image) -> None:
         """Write a job's files. image: with its provenance and its caption in its info."""
@@ -75,6 +85,11 @@ class Folder:
         """The sha256 of its LoRAs' files, by input, as far as they are known."""
         loras = job.request.loras.items()
         return {name: list(self.sha256[reference]) for name, reference in loras if reference in self.sha256}
+
+    def _first(self, job: Job, used: Mapping[str, list[str]]) -> dict[str, list[str]]:
+        """The sha256 that a job's LoRAs must have: those used, by input, where nothing else is known."""
+        named = {name: job.request.loras[name] for name in used}
+        return {name: list(self.sha256.get(by) or self.seen.setdefault(by, used[name])) for name, by in named.items()}
 
     def _mark(self, job: Job, told: dict[str, Any]) -> None:
         record = {**told, "line": job.line, "asked": asked_of(job.request)}

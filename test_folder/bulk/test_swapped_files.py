@@ -2,16 +2,24 @@
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from klora import cli
+from klora.bulk.batches import Bulk
 from klora.bulk.folder import Folder
+from klora.bulk.run import Digests, run
 from klora.errors import RequestError
+from klora.form.request import Request
+from klora.studio import Studio
 from klora.studio.digests import digests
-from test_folder.bulk.prompting import contents, read, written
+from test_folder.bulk.prompting import contents, pictures, read, written
+from test_folder.fakes import Storage
+from test_folder.fakes.hub import Hub
 
 OPTIONS = ("--num-inference-steps", "2", "--disable-safety-checker", "--model", "sdxl")
 
@@ -45,6 +53,67 @@ def test_images_of_a_file_that_was_replaced_are_refused(shell: Path, count: str)
     assert contents(shell / "out") == before
     (shell / "style.safetensors").write_bytes(first)
     assert generated(*mine, "--count", count).stdout.splitlines()[-1].endswith("1 were there before.")
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_images_of_a_fetched_lora_that_has_changed_are_refused(
+    shell: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(shell / "p.txt", "a dog", "a cat")
+    first, other = shell / "style.safetensors", shell / "content.safetensors"
+    mine = ("p.txt", "--style-lora", "hf:o/oil", "--batch-size", "1")
+    with Hub(storage) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("KLORA_TRUSTED_HOSTS", storage.host)
+
+        def generated_of(file: Path, cache: str, *arguments: str) -> Result:
+            """With another cache, which is as if the hub were asked again after ten minutes."""
+            hub.publish("o/oil", {"oil.safetensors": file.read_bytes()})
+            monkeypatch.setenv("KLORA_CACHE", str(shell / cache))
+            return generated(*mine, *arguments)
+
+        assert generated_of(first, "one", "--count", "1").exit_code == 0
+        before = contents(shell / "out")
+        result = generated_of(other, "two", "--on-error", "skip")
+        assert result.exit_code == 1
+        assert result.stdout.splitlines()[-2:] == [
+            "0 images made in out, 1 were there before.",
+            f"Not made: line 2: out has images of another LoRA file: its style_lora is ['{sha256(first)}'], and that "
+            f"of line 2 is ['{sha256(other)}']. Expected the same, or another folder.",
+        ]
+        assert contents(shell / "out") == before
+        assert generated_of(first, "three").stdout.splitlines()[-1] == "1 images made in out, 1 were there before."
+
+
+@pytest.mark.parametrize("known", [digests, lambda references: {}], ids=["local", "fetched"])
+def test_images_of_a_lora_that_changes_on_the_way_are_refused(shell: Path, studio: Studio, known: Digests) -> None:
+    file, said = shell / "style.safetensors", list[str]()
+
+    def draw(asked: Sequence[Request]) -> Mapping[int, Image.Image]:
+        images = studio.draw(asked, {"style_lora": file}, {})
+        if file.read_bytes() != (shell / "content.safetensors").read_bytes():
+            swapped(file)
+        return images
+
+    prompts = read(written(shell / "p.txt", "a dog", "a cat"), style_lora=file.name)
+    run(prompts, Bulk(batch_size=1, on_error="skip"), shell / "out", lambda: draw, said.append, known)
+    assert said[-1].startswith(f"Not made: line 2: {shell / 'out'} has images of another LoRA file: its style_lora is")
+    assert [*pictures(shell / "out")] == ["00000.png"]
+
+
+def test_a_folder_in_which_files_of_one_reference_are_mixed_is_refused(shell: Path, studio: Studio) -> None:
+    [first, second] = read(written(shell / "p.txt", "a dog", "a cat"), style_lora="hf:o/oil").jobs()
+    for job, name in ((first, "style"), (second, "content")):
+        file = {"style_lora": shell / f"{name}.safetensors"}
+        Folder(shell).keep(job, studio.draw([job.request], file, {})[0])
+    folder = Folder(shell)
+    assert folder.done(first)
+    with pytest.raises(RequestError, match=r"00001\.json was made with a file of another sha256: its style_lora is"):
+        folder.done(second)
+    assert Folder(shell).done(second)
 
 
 def test_a_file_that_was_written_again_as_it_was_is_the_same(shell: Path) -> None:
