@@ -3,15 +3,12 @@
 import random
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
-
-from klora.bulk.lines import Fault, Job, PromptFile, named
+from klora.bulk.lines import Fault, Job, PromptFile, inputs_of, named
 from klora.errors import RequestError
 from klora.form.fields import MAX_SEED, ask, check
-from klora.form.request import Request
 
 Batch = Sequence[Job]
 
@@ -55,12 +52,6 @@ class Bulk:
         another in the order of their first images."""
         groups: dict[tuple[Any, ...], list[Job]] = {}
         for job in jobs:
-            groups.setdefault(_shared(job.request), []).append(job)
+            groups.setdefault(inputs_of(job.request, "prompt", "seed"), []).append(job)
         size = self.batch_size
         return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
-
-
-def _shared(request: Request) -> tuple[Any, ...]:
-    """What the requests of a batch have in common. Pictures, which come once for all lines, by identity."""
-    values = (getattr(request, item.name) for item in fields(request) if item.name not in ("prompt", "seed"))
-    return tuple(id(value) if isinstance(value, Image.Image) else value for value in values)

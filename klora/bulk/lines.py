@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from klora.errors import RequestError
 from klora.form.fields import MAX_SEED
 from klora.form.request import Request
@@ -23,11 +25,13 @@ LINE_INPUTS = tuple(item.name for item in fields(Request) if item.name not in (*
 
 @dataclass(frozen=True)
 class Job:
-    """One image to be made. index: its place in the order of the file, which is its name; line: of the file, from 1."""
+    """One image to be made. index: its place in the order of the file, which is its name; line: of the file, from 1;
+    named: whether the line names the seed."""
 
     index: int
     line: int
     request: Request
+    named: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,26 +49,43 @@ class Fault:
 @dataclass(frozen=True)
 class PromptFile:
     """requests: by place, line and request, in the order of the file; a place whose line has a fault is left free.
-    empty: the numbers of the lines without anything, which have no place.  places: all of them."""
+    empty: the numbers of the lines without anything, which have no place.  places: all of them.  seed: of the first
+    place, from which that of a line that names none is counted."""
 
     requests: tuple[Job, ...]
     faults: tuple[Fault, ...]
     empty: tuple[int, ...]
     places: int
+    seed: int = 0
 
     def jobs(self, count: int | None = None) -> list[Job]:
-        """One for each line, or so many: the lines come again, in turns, with seeds that no turn before had."""
+        """One for each line, or so many: the lines come again, in turns, with seeds that their inputs had in no turn
+        before, but for one that a line names and another comes to by counting. A larger count changes none of them."""
         count = self.places if count is None else count
-        turns = range(-(-count // self.places))
-        jobs = (self._again(job, turn) for turn in turns for job in self.requests)
+        lines = [(job, inputs_of(job.request, "seed")) for job in self.requests]
+        had = {(inputs, job.request.seed) for job, inputs in lines}
+        counted = {(inputs, job.index) for job, inputs in lines if not job.named}
+
+        def taken(inputs: tuple[Any, ...], seed: int) -> bool:
+            place = (seed - self.seed) % (MAX_SEED + 1)  # of the line, in its turn, that is counted to this seed
+            return (inputs, seed) in had or (inputs, place % self.places) in counted
+
+        def again(job: Job, inputs: tuple[Any, ...], moved: int) -> Job:
+            seed = (job.request.seed + moved) % (MAX_SEED + 1)
+            while job.named and taken(inputs, seed):
+                seed = (seed + 1) % (MAX_SEED + 1)
+            had.add((inputs, seed))
+            return Job(job.index + moved, job.line, replace(job.request, seed=seed))
+
+        turns = range(0, count, self.places)
+        jobs = (again(job, inputs, moved) if moved else job for moved in turns for job, inputs in lines)
         return [job for job in jobs if job.index < count]
 
-    def _again(self, job: Job, turn: int) -> Job:
-        if not turn:
-            return job
-        moved = turn * self.places
-        seed = (job.request.seed + moved) % (MAX_SEED + 1)
-        return Job(job.index + moved, job.line, replace(job.request, seed=seed))
+
+def inputs_of(request: Request, *without: str) -> tuple[Any, ...]:
+    """A request's inputs, but for these. Pictures, which come once for all lines, by identity."""
+    values = (getattr(request, item.name) for item in fields(request) if item.name not in without)
+    return tuple(id(value) if isinstance(value, Image.Image) else value for value in values)
 
 
 def by_line(faults: Iterable[Fault]) -> list[Fault]:
@@ -106,16 +127,16 @@ def read_prompts(path: Path, common: Mapping[str, Any], *, template: str = "{}",
     for index, (number, line) in enumerate(filled):
         seed = (common.get("seed", 0) + index) % (MAX_SEED + 1)
         try:
-            given = {**common, "seed": seed, **read(line)}
+            given = {**common, "seed": seed, **(told := read(line))}
             if isinstance(given["prompt"], str):
                 given["prompt"] = template.replace("{}", given["prompt"])
-            jobs.append(Job(index, number, Request(**given)))
+            jobs.append(Job(index, number, Request(**given), "seed" in told))
         except RequestError as error:
             faults.append(Fault(number, str(error)))
         except OverflowError:  # a whole number that no float can hold
             faults.append(Fault(number, "It has a number that is too large. Expected an object of inputs."))
     empty = tuple(number for number, line in lines if not line)
-    return PromptFile(tuple(jobs), tuple(faults), empty, len(filled))
+    return PromptFile(tuple(jobs), tuple(faults), empty, len(filled), common.get("seed", 0))
 
 
 def _check_common(common: Mapping[str, Any], template: str) -> None:
@@ -149,14 +170,13 @@ def _read_text(line: bytes) -> dict[str, Any]:
 
 def _read_object(line: bytes) -> dict[str, Any]:
     """What a line of JSON names. Raises RequestError."""
+    text = _read_text(line)["prompt"]
     try:
-        told = json.loads(_read_text(line)["prompt"])
+        told = json.loads(text)
     except RecursionError as error:
         raise RequestError("It is JSON in too many levels. Expected an object of inputs.") from error
     except json.JSONDecodeError as error:
         raise RequestError(f"It is no JSON: {error.msg} at character {error.pos + 1}. Expected an object.") from error
-    except RequestError:
-        raise
     except ValueError as error:  # a number of thousands of digits
         raise RequestError("It has a number that is too large. Expected an object of inputs.") from error
     if not isinstance(told, dict):

@@ -140,6 +140,53 @@ def test_lines_come_again_with_seeds_that_none_had(tmp_path: Path) -> None:
     assert placed(read(file, seed=(1 << 32) - 1).jobs(4)) == [(0, "a", (1 << 32) - 1), (2, "c", 0), (3, "a", 2)]
 
 
+@pytest.mark.parametrize(
+    ("seeds", "drawn"),
+    [
+        ([7, 9], [7, 9, 10, 11, 12, 13]),
+        ([9, 7], [9, 7, 11, 10, 13, 12]),
+        ([0, 2, 4], [0, 2, 4, 3, 5, 7, 6, 8, 10]),
+        ([3, 3], [3, 3, 5, 6, 7, 8]),
+        ([None, 5], [5, 5, 7, 8, 9, 10]),
+        ([8, 6], [8, 6, 10, 9, 12, 11]),
+        ([None, 7, None], [5, 7, 7, 8, 12, 10, 11, 15, 13]),
+        ([(1 << 32) - 1, 1], [(1 << 32) - 1, 1, 2, 3, 4, 5]),
+        ([None, None], [5, 6, 7, 8, 9, 10]),
+    ],
+    ids=str,
+)
+def test_no_image_comes_again_where_lines_of_the_same_inputs_name_seeds(
+    tmp_path: Path, seeds: list[int | None], drawn: list[int]
+) -> None:
+    file = written(
+        tmp_path / "p.jsonl", *({"prompt": "a"} | ({} if seed is None else {"seed": seed}) for seed in seeds)
+    )
+    assert [job.request.seed for job in read(file).jobs(len(drawn))] == drawn
+    for count in range(1, len(drawn)):
+        assert [job.request.seed for job in read(file).jobs(count)] == drawn[:count]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    lines=st.lists(st.tuples(st.sampled_from("ab"), st.none() | st.integers(0, 12)), min_size=1, max_size=6),
+    seed=st.sampled_from([0, 5, (1 << 32) - 3]),
+)
+def test_no_turn_has_a_seed_of_a_turn_before_and_one_that_is_not_named_is_counted(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[tuple[str, int | None]], seed: int
+) -> None:
+    objects = [{"prompt": prompt} | ({} if named is None else {"seed": named}) for prompt, named in lines]
+    jobs = read(written(tmp_path_factory.getbasetemp() / "p.jsonl", *objects), seed=seed).jobs(5 * len(lines))
+    named = {(prompt, own) for prompt, own in lines if own is not None}
+    seen = set[tuple[str, int]]()
+    for turn in range(5):
+        now = [(job.request.prompt, job.request.seed) for job in jobs[turn * len(lines) : (turn + 1) * len(lines)]]
+        for (_, own), drawn, job in zip(lines, now, jobs[turn * len(lines) :], strict=False):
+            assert own is not None or drawn[1] == (seed + job.index) % (1 << 32)
+            assert drawn not in seen or (own is None and drawn in named)  # which the file itself asks for twice
+        seen |= {*now}
+        assert not turn or len({*now}) == len(now)
+
+
 def test_a_shuffle_changes_the_order_and_nothing_else(tmp_path: Path) -> None:
     prompts = read(written(tmp_path / "p.txt", *(f"prompt {i}" for i in range(20))))
     plain, one, again, other = (Bulk(shuffle=seed).jobs(prompts) for seed in (None, 1, 1, 2))
