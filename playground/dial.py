@@ -1,4 +1,4 @@
-"""The slider between subject and style, and the bar that shows what it did.
+"""The slider between subject and style, where it has a say, and the bar that shows what it did.
 
 It is counted in doublings of style_bias, so that the middle is 1 and both sides are as long.
 """
@@ -12,6 +12,7 @@ from playground.form import Field
 
 RANGE = (0.25, 4.0)  # of style_bias; the form's own bounds are for experts
 STEP = 0.05  # doublings
+CHOICE = ("pattern", "style_bias", "alpha", "beta")  # inputs of K-LoRA's choice
 
 ENDS = (
     '<div class="ends"><span class="subject">◀ more subject</span>'
@@ -41,6 +42,18 @@ def said(doublings: float) -> str:
         return '<div class="said">In the middle: as the two LoRAs come. <code>style_bias 1</code></div>'
     more, times = ("style", value) if value > 1 else ("subject", 1 / value)
     return f'<div class="said">The {more} counts {times:.3g} times. <code>style_bias {value:g}</code></div>'
+
+
+def chooses(inputs: Mapping[str, Any]) -> bool:
+    """Whether K-LoRA has a choice, on which alone the server reports."""
+    both = inputs.get("content_lora") and inputs.get("style_lora")
+    return bool(both) and inputs.get("fusion", "klora") == "klora"
+
+
+def heeded(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is of K-LoRA's choice alone where it makes none, which the server refuses: the page keeps what its
+    slider says while somebody looks at the sum, or at one LoRA."""
+    return {name: value for name, value in inputs.items() if name not in CHOICE or chooses(inputs)}
 
 
 def meter(metrics: Mapping[str, Any], value: Any) -> str:

@@ -207,9 +207,9 @@ class FusionTab:
         inputs["style_bias"] = dial.bias(inputs["style_bias"])
         inputs |= {name: trained[inputs[name]] for name in LORAS if inputs.get(name) in trained}
         settled = [name for view in VIEWS if view in changes for name in SETTLED_BY[view]]
-        if reports and self._reports.visible and not settled and _chooses(inputs):
+        if reports and self._reports.visible and not settled and dial.chooses(inputs):
             inputs["report"] = True
-        return {name: value for name, value in inputs.items() if name not in settled} | dict(changes)
+        return dial.heeded({name: value for name, value in inputs.items() if name not in settled} | dict(changes))
 
     def _update(self, end: Run, inputs: Mapping[str, Any], shown: Shown) -> Update:
         """What the page shows of a request that has succeeded. Raises PlaygroundError."""
@@ -227,8 +227,9 @@ class FusionTab:
     def _picture_update(self, made: Made, end: Run, inputs: Mapping[str, Any], shown: Shown) -> Update:
         """The new picture in its place, the one before beside it."""
         paths = [image.saved(self._folder) for image in made.images]
-        meter, seed = dial.meter(end.metrics, inputs.get("style_bias")), end.metrics.get("seed", inputs.get("seed"))
-        captions = tuple((path, f"{inputs['style_bias']:g}, seed {seed}") for path in paths)
+        bias, seed = inputs.get("style_bias"), end.metrics.get("seed", inputs.get("seed"))
+        meter, said = dial.meter(end.metrics, bias), f"seed {seed}" if bias is None else f"{bias:g}, seed {seed}"
+        captions = tuple((path, said) for path in paths)
         now = Shown(paths[0], meter, seed, captions + shown.all)
         words, table, heat = end.metrics.get("fusion"), made.table, made.heat_map
         return {
@@ -241,11 +242,6 @@ class FusionTab:
             self._table: gr.DownloadButton(value=table.saved(self._folder) if table else None, visible=bool(table)),
             self._gallery: gr.Gallery(list(now.all), visible=len(now.all) > 1),
         }  # fmt: skip
-
-
-def _chooses(inputs: Mapping[str, Any]) -> bool:
-    """Whether K-LoRA has a choice, on which alone the server reports."""
-    return all(inputs.get(name) for name in LORAS) and inputs.get("fusion") == "klora"
 
 
 def _cancel(ticket: Ticket | None) -> None:

@@ -14,6 +14,8 @@ import pytest
 import yaml
 from in_venv import program
 
+from klora.form.request import CHOICE
+
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST = list(yaml.safe_load_all((ROOT / "docs" / "kubernetes.yaml").read_text()))
 [CONTAINER] = MANIFEST[0]["spec"]["template"]["spec"]["containers"]
@@ -164,3 +166,4 @@ def test_what_a_push_tries_are_inputs_of_the_form() -> None:
             assert name in known and (choices is None or value in choices)
     fuzz = config["predict"]["fuzz"]
     assert {*fuzz["fixed_inputs"], *fuzz["disabled_inputs"]} <= known.keys()
+    assert {*CHOICE, "content_lora", "style_lora"} <= {*fuzz["disabled_inputs"]}, "refused without LoRAs"

@@ -212,6 +212,15 @@ def test_the_slider_only_moves_where_it_is_not_to_draw(page: Page) -> None:
     assert page.inner_text("#now-meter") == before
 
 
+def test_the_sum_is_shown_whatever_the_slider_says(page: Page, server: Client) -> None:
+    page.uncheck("#again input")
+    drag(page, 0.75)
+    page.check('#input-fusion input[value="sum"]')
+    picture = make(page)
+    page.check('#input-fusion input[value="klora"]')
+    assert np.array_equal(picture, server.images(**{**ASKED, "fusion": "sum", "pattern": "auto"})[0])
+
+
 def test_what_the_server_refuses_is_said_in_its_words_and_the_next_request_is_right(page: Page, server: Client) -> None:
     page.fill(field("style_lora"), "nowhere.safetensors")
     page.click("#make")

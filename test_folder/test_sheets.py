@@ -69,9 +69,11 @@ def test_a_sheet_shows_the_images_that_each_way_makes(
     studio: Studio, loras: Path, sheet: str, ways: list[Mapping[str, Any]]
 ) -> None:
     before = studio.make(asked(), files(loras))[0]
-    (shown,) = studio.make(asked(**{sheet: True}), files(loras)).values()
+    steered = {"alpha": 1.25, **({"style_bias": 2.0} if sheet == "compare" else {})}
+    (shown,) = studio.make(asked(**{sheet: True}, **steered), files(loras)).values()
     for cell, way in zip(cells(shown, len(ways), 64), ways, strict=True):
-        assert np.array_equal(cell, studio.make(asked(**way), files(loras))[0])
+        alone = asked(**way, **({} if "fusion" in way else steered))
+        assert np.array_equal(cell, studio.make(alone, files(loras))[0])
     assert np.array_equal(before, studio.make(asked(), files(loras))[0])
 
 

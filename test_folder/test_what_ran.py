@@ -67,6 +67,16 @@ def test_weights_whose_products_overflow_are_refused(pair: dict[str, LoRA]) -> N
         fuse(louder(pair["content"], 1e3, 3e38), pair["style"])
 
 
+@pytest.mark.parametrize("given", [{"pattern": "s"}, {"style_bias": 2.0}, {"alpha": 1.0}, {"beta": 1.0}])
+@pytest.mark.parametrize("roles", [(), ("content",), ("style",)])
+def test_what_steers_the_choice_is_refused_where_there_is_none(
+    sdxl: Family, pair: dict[str, LoRA], given: dict[str, Any], roles: tuple[str, ...]
+) -> None:
+    """The image would be as without it, and its record would say otherwise."""
+    with pytest.raises(RequestError, match=f"^{min(given)} is .* and K-LoRA makes no choice without content_lora, sty"):
+        generate(sdxl, Request("a dog", num_inference_steps=1, **given), **{role: pair[role] for role in roles})
+
+
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
 def test_a_negative_prompt_that_nothing_heeds_is_refused(sdxl: Family, guidance: float) -> None:
     with pytest.raises(KLoRAError, match=f"guidance_scale {guidance:g} heeds none. Raise it above 1"):

@@ -4,8 +4,8 @@ predict.py repeats the names and bounds, because Cog reads its form from source 
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ ASPECT_RATIOS = {
     "9:21": (640, 1536),
 }  # fmt: skip
 """Pixels at one megapixel, the sizes that FLUX on Replicate makes."""
+
+CHOICE = ("pattern", "style_bias", "alpha", "beta")
+"""Inputs of K-LoRA's choice, which mean nothing where it makes none."""
 
 MAX_PIXELS = 64 << 20  # of an uploaded image, once decoded
 
@@ -91,7 +94,23 @@ class Request:
             raise RequestError("aspect_ratio is match_input_image but image is not given. Give it, or a ratio.")
         if self.mask is not None and self.image is None:
             raise RequestError("mask is given without image. Expected the image to repaint, too.")
+        if self.fusion != "klora":
+            self.refuse_choice()
         self._check_views()
+
+    def refuse_choice(self) -> None:
+        """Raise RequestError for an input of K-LoRA's choice that is given where it makes none."""
+        self._require_defaults(CHOICE, "K-LoRA makes no choice without content_lora, style_lora and fusion klora")
+
+    def without_choice(self, fusion: str) -> "Request":
+        """The same by a fusion that makes none."""
+        defaults: dict[str, Any] = {name: self.__dataclass_fields__[name].default for name in CHOICE}
+        return replace(self, fusion=fusion, **defaults)
+
+    def _require_defaults(self, names: Iterable[str], why: str) -> None:
+        for name in names:
+            if (seen := getattr(self, name)) != (default := self.__dataclass_fields__[name].default):
+                raise RequestError(f"{name} is {seen} and {why}. Expected {'none' if default is None else default}.")
 
     def _check_views(self) -> None:
         asked = [name for name in ("report", "compare", "sweep") if getattr(self, name)]
@@ -101,9 +120,7 @@ class Request:
             raise RequestError(f"{asked[0]} shows K-LoRA's choice. Expected content_lora, style_lora and fusion klora.")
         set_here = {"compare": ("pattern",), "sweep": ("style_bias",)}
         for sheet in self.sheets:
-            for name in (*set_here[sheet], "num_outputs"):
-                if (seen := getattr(self, name)) != (default := self.__dataclass_fields__[name].default):
-                    raise RequestError(f"{name} is {seen} and {sheet} is asked for. Expected {default}.")
+            self._require_defaults((*set_here[sheet], "num_outputs"), f"{sheet} is asked for")
 
     @property
     def sheets(self) -> tuple[str, ...]:

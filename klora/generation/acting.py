@@ -23,13 +23,14 @@ def combine(
     device: torch.device | None = None,
 ) -> Plan:
     """Who acts where and when in the denoiser. device: the denoiser's, where LoRAs are scored if it is a CUDA one;
-    otherwise they are scored where they lie."""
+    otherwise they are scored where they lie. Raises RequestError."""
     if request.fusion == "klora" and content is not None and style is not None:
         schedule = Schedule.from_pattern(request.pattern, request.alpha, request.beta)
         fusion = fuse(content, style, device=device if device and device.type == "cuda" else None)
         wins = fusion.content_wins(schedule, steps, request.style_bias)
         record("gamma", fusion.gamma)
         return fusion.gated(wins, request.content_scale, request.style_scale)
+    request.refuse_choice()
     return constant(request, content, style)
 
 

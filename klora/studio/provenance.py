@@ -22,7 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 from klora import __version__
 from klora.bases.table import BASES
 from klora.errors import LoRAError, RequestError
-from klora.form.request import Request
+from klora.form.request import CHOICE, Request
 from klora.fusion import Schedule
 from klora.sources.reference import parse
 
@@ -142,7 +142,9 @@ class Provenance:
         for name in self.loras:
             if re.match("data:[0-9a-f]{64}(?:#|$)", loras[name]):
                 raise RequestError(f"{name} came in the request itself. Give its file by --{name.replace('_', '-')}.")
-        return Request(**self.inputs, **loras)
+        chose = len(self.loras) == len(_LORAS) and self.inputs.get("fusion", "klora") == "klora"
+        idle = () if chose else CHOICE  # told by earlier versions, although they had no effect, and refused by this one
+        return Request(**{name: value for name, value in self.inputs.items() if name not in idle}, **loras)
 
     def check(self, found: Mapping[str, Sequence[str]]) -> None:
         """Raise LoRAError where a LoRA's files are not those that were used. found: their sha256, by input."""

@@ -36,20 +36,17 @@ class Way:
 
 def ways_of(request: Request, fusion: Fusion, steps: int) -> dict[str, list[Way]]:
     """{sheet: its cells}, of the sheets that a request asks for. fusion: its pair's; steps: of the full schedule."""
-    compared: dict[str, dict[str, Any]] = {
-        "content only": {"fusion": "content"},
-        "style only": {"fusion": "style"},
-        "sum of both": {"fusion": "sum"},
-        "K-LoRA s": {"pattern": "s"},
-        "K-LoRA s*": {"pattern": "s*"},
-    }
-    swept = {f"style_bias {bias:g}": {"style_bias": bias} for bias in SWEEP}
-    sheets = {"compare": compared, "sweep": swept}
     bare = replace(request, report=False, compare=False, sweep=False)
-    return {
-        name: [_way(label, replace(bare, **changes), fusion, steps) for label, changes in sheets[name].items()]
-        for name in request.sheets
+    compared = {
+        "content only": bare.without_choice("content"),
+        "style only": bare.without_choice("style"),
+        "sum of both": bare.without_choice("sum"),
+        "K-LoRA s": replace(bare, pattern="s"),
+        "K-LoRA s*": replace(bare, pattern="s*"),
     }
+    swept = {f"style_bias {bias:g}": replace(bare, style_bias=bias) for bias in SWEEP}
+    sheets = {"compare": compared, "sweep": swept}
+    return {name: [_way(label, own, fusion, steps) for label, own in sheets[name].items()] for name in request.sheets}
 
 
 def _way(label: str, request: Request, fusion: Fusion, steps: int) -> Way:

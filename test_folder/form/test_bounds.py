@@ -20,6 +20,9 @@ FLOATS = {
 }  # fmt: skip
 
 
+UNCHOSEN = "K-LoRA makes no choice without content_lora, style_lora and fusion klora"
+
+
 def refusal(**given: Any) -> str:
     with pytest.raises(RequestError) as error:
         request(**given)
@@ -82,6 +85,10 @@ def test_a_blank_prompt_is_refused(prompt: str) -> None:
             "aspect_ratio is match_input_image but image is not given. Give it, or a ratio.",
         ),
         ({"mask": PICTURE}, "mask is given without image. Expected the image to repaint, too."),
+        ({"fusion": "sum", "style_bias": 3}, f"style_bias is 3.0 and {UNCHOSEN}. Expected 1.0."),
+        ({"fusion": "style", "pattern": "s"}, f"pattern is s and {UNCHOSEN}. Expected auto."),
+        ({"fusion": "content", "alpha": 0}, f"alpha is 0.0 and {UNCHOSEN}. Expected none."),
+        ({"fusion": "sum", "beta": 1}, f"beta is 1.0 and {UNCHOSEN}. Expected none."),
     ],
 )
 def test_inputs_that_contradict_each_other_are_refused(given: dict[str, Any], message: str) -> None:

@@ -31,7 +31,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "flux": ("png", (*named_pair("flux"), "--go-fast", "--num-inference-steps", "6")),
     "one LoRA": ("webp", (*named_pair("sdxl")[:2], "--scheduler", "K_EULER_ANCESTRAL", "--content-scale", "2")),
     "none": ("jpg", ("--model", "illustrious-xl", "--width", "80", "--negative-prompt", "a cat")),
-    "sum": ("png", (*named_pair("sdxl"), "--fusion", "sum", "--pattern", "s", "--no-add-triggers")),
+    "sum": ("png", (*named_pair("sdxl"), "--fusion", "sum", "--no-add-triggers")),
 }
 
 
@@ -90,6 +90,17 @@ def test_a_word_that_an_image_was_made_without_is_not_added_to_it(shop: Path) ->
     assert result.exit_code == 0 and result.stderr.startswith("Warning: its pixels differ")
     fuse("--style-lora", "stating.safetensors", "--output-format", "png", "--no-add-triggers")
     assert np.array_equal(pixels("reproduced/klora_7_0.png"), pixels(image))
+
+
+@pytest.mark.parametrize("options", [(*named_pair("sdxl"), "--fusion", "sum"), named_pair("sdxl")[2:]])
+def test_of_an_earlier_image_what_had_no_effect_is_left_out(shop: Path, options: tuple[str, ...]) -> None:
+    """Its record has it, and it would be refused now."""
+    fuse(*options, "--output-format", "png")
+    idle = {"pattern": "s", "style_bias": 3.0, "alpha": 1.0, "beta": 0.5}
+    earlier = rewritten(Path("out/klora_7_0.png"), lambda told: told["inputs"].update(idle))
+    result = reproduce(earlier)
+    assert (result.exit_code, result.stdout) == (0, "reproduced/klora_7_0.png\nthe same pixels as other.png\n")
+    assert not idle.keys() & read_provenance(Path("reproduced/klora_7_0.png")).inputs.keys()
 
 
 def test_other_libraries_another_base_and_other_pixels_are_told(image: Path, bases: Path) -> None:

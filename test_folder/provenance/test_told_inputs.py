@@ -2,12 +2,14 @@
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from klora.form.request import Request
-from klora.studio.provenance import read_provenance, settled
-from test_folder.provenance.records import made, saved
+from klora.studio.provenance import UsedLoRA, read_provenance, settled
+from test_folder.provenance.records import SHA256, made, saved
 
 OTHERS = {
     "prompt": "a cat", "model": "flux-dev", "negative_prompt": "b", "content_scale": 0.5, "style_scale": -1.0,
@@ -18,12 +20,16 @@ OTHERS = {
 }  # fmt: skip
 
 
+GIVEN: dict[str, Any] = {"content_lora": "a/b", "style_lora": "a/c", "image": Image.new("RGB", (8, 8))}
+USED = {name: UsedLoRA(GIVEN[name], (SHA256,)) for name in ("content_lora", "style_lora")}
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_input_is_told(tmp_path: Path, name: str) -> None:
-    asked = Request(**{"prompt": "a dog", "seed": 7, "model": "sdxl", name: OTHERS[name]})
+    asked = Request(**{"prompt": "a dog", "seed": 7, "model": "sdxl", **GIVEN, name: OTHERS[name]})
     assert getattr(asked, name) == OTHERS[name] != getattr(Request("a dog", seed=7, model="sdxl"), name)
-    again = read_provenance(saved(made(**{name: OTHERS[name]}), tmp_path, "png")).request()
-    assert again == settled(asked, str(asked.model), 3, 7.5)
+    told = read_provenance(saved(made(loras=USED, **GIVEN | {name: OTHERS[name]}), tmp_path, "png"))
+    assert told.request(image=GIVEN["image"]) == settled(asked, str(asked.model), 3, 7.5)
 
 
 def test_what_depended_on_the_base_or_on_defaults_is_told_outright() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from playground.dial import heeded
 from playground.errors import PlaygroundError
 from playground.form import Field, Kind, inputs_of, read_form
 from playground.trained import handed_over
@@ -39,6 +40,17 @@ def test_blanks_stay_away_and_numbers_are_numbers(tmp_path: Path) -> None:
     numbers = {"style_scale": 2.0, "seed": 7, "guidance_scale": 3.5}
     assert sent == {"prompt": "x", "go_fast": False, "image": image} | numbers
     assert isinstance(sent["style_scale"], float)
+
+
+@pytest.mark.parametrize("other", [{"fusion": "sum"}, {"fusion": "content"}, {"style_lora": ""}])
+def test_what_the_slider_says_is_sent_where_it_has_a_say(other: dict[str, str]) -> None:
+    """The server refuses it elsewhere, and the page keeps it."""
+    asked = {"content_lora": "a", "style_lora": "b", "fusion": "klora", "style_scale": 2.0}
+    choice = {"pattern": "s", "style_bias": 2.0, "alpha": 1.0, "beta": 0.5}
+    assert heeded(asked | choice) == asked | choice
+    assert heeded(asked | choice | other) == asked | other
+    sheet = {name: value for name, value in asked.items() if name != "fusion"} | {"compare": True, "style_bias": 2.0}
+    assert heeded(sheet) == sheet
 
 
 def test_a_number_that_is_none_is_refused() -> None:
