@@ -7,7 +7,7 @@ began with and that viewers look for. JPEG and WebP have the record in XMP, and 
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from hashlib import sha256
@@ -61,10 +61,10 @@ class UsedLoRA:
 class Provenance:
     """All that it takes to make an image again, but for its LoRAs' files and the pictures that it was made from.
 
-    inputs: the request's that differ from their defaults, with what the base settled.  place: in the batch, which is
-    part of it, because a batched product rounds otherwise; its seed is inputs["seed"] + place.  loras: by input.
-    pictures: {input: picture_sha256}.  sources: {repository of the base: commit}, {} where klora has not fetched it.
-    measured: gamma and style_share, where K-LoRA chose.  versions: by library.
+    inputs: the request's that differ from their defaults and had an effect, with what the base settled.  place: in the
+    batch, which is part of it, because a batched product rounds otherwise; its seed is inputs["seed"] + place.
+    loras: by input.  pictures: {input: picture_sha256}.  sources: {repository of the base: commit}, {} where klora has
+    not fetched it.  measured: gamma and style_share, where K-LoRA chose.  versions: by library.
     """
 
     inputs: Mapping[str, Any]
@@ -80,9 +80,9 @@ class Provenance:
         cls, request: Request, folder: Path, loras: Mapping[str, UsedLoRA], measured: Mapping[str, Any]
     ) -> "Provenance":
         """Of the first image of a batch. request: settled; folder: its base's."""
-        given = request.changed
+        given, told = request.changed, _INPUTS - set(_idle(request, loras))
         return cls(
-            {name: value for name, value in given.items() if name in _INPUTS},
+            {name: value for name, value in given.items() if name in told},
             0,
             loras,
             {name: picture_sha256(given[name]) for name in _PICTURES if name in given},
@@ -172,6 +172,15 @@ def settled(request: Request, model: str, steps: int, guidance_scale: float) -> 
         schedule = Schedule.from_pattern(request.pattern, request.alpha, request.beta)
         wanted |= {"pattern": "s*" if schedule.wraps else "s", "alpha": schedule.alpha, "beta": schedule.beta}
     return replace(request, **wanted)
+
+
+def _idle(request: Request, loras: Collection[str]) -> Iterator[str]:
+    """Inputs that have no effect whatever they are, and are not refused: payloads for others have them."""
+    if request.image is None:
+        yield "prompt_strength"
+    for role in ("content", "style"):
+        if f"{role}_lora" not in loras or request.fusion not in (role, "sum", "klora"):
+            yield f"{role}_scale"
 
 
 def canonical(reference: str, *, fetched: bool) -> str:

@@ -32,6 +32,20 @@ def test_every_input_is_told(tmp_path: Path, name: str) -> None:
     assert told.request(image=GIVEN["image"]) == settled(asked, str(asked.model), 3, 7.5)
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"image": None}, {"content_scale", "style_scale"}),
+        ({"fusion": "content"}, {"content_scale", "prompt_strength"}),
+        ({"style_lora": None}, {"content_scale", "prompt_strength"}),
+    ],
+)
+def test_what_had_no_effect_is_not_told(given: dict[str, Any], told: set[str]) -> None:
+    asked = GIVEN | {name: OTHERS[name] for name in ("content_scale", "style_scale", "prompt_strength")} | given
+    used = {name: lora for name, lora in USED.items() if asked[name]}
+    assert made(loras=used, **asked).inputs.keys() & {"content_scale", "style_scale", "prompt_strength"} == told
+
+
 def test_what_depended_on_the_base_or_on_defaults_is_told_outright() -> None:
     pair = {"content_lora": "a/b", "style_lora": "a/c"}
     known = made(**pair).inputs
