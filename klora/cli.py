@@ -9,9 +9,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -48,16 +49,14 @@ def fuse(
 ) -> None:
     """Make images from a prompt and up to two LoRAs: files, or what the server's form takes."""
     from klora.report.pair import save_report
-    from klora.studio import save_images
 
     started, facts = time.perf_counter(), dict[str, Any]()
     request = Request(**open_images(given))
-    studio = _studio()
-    bases = weights.runnable(request.model)
+    studio, bases = _studio(), weights.runnable(request.model)
     with weights.LoRAFiles(anywhere=True).borrowed(request.loras, weights.own_tokens(), bases) as (files, lent):
         images = studio.make(request, files, facts.__setitem__, lent=lent)
         told = studio.report(request, files, lent) if request.report else None
-    for path in [*save_images(images, out, request), *(save_report(told, out) if told else [])]:
+    for path in [*_saved(images, out, request), *(save_report(told, out) if told else [])]:
         typer.echo(path)
     share = f", style acts in {facts['style_share']:.0%}" if "style_share" in facts else ""
     typer.echo(f"seed {request.seed}{share}, {time.perf_counter() - started:.1f} s")
@@ -74,7 +73,6 @@ def reproduce(
     mask: Annotated[Path | None, typer.Option(help="The mask that it was made with.")] = None,
 ) -> None:
     """Make an image again, from what its file tells of how it was made, and say whether the pixels are the same."""
-    from klora.studio import save_images
     from klora.studio.likeness import difference
     from klora.studio.provenance import read_provenance
 
@@ -91,7 +89,7 @@ def reproduce(
         images = studio.make(request, files, lent=lent, again=made)
     if made.place not in images:
         raise SafetyError(f"The safety checker withheld image {made.place}. Expected the checker that it had passed.")
-    (path,) = save_images({made.place: images[made.place]}, out, request)
+    (path,) = _saved({made.place: images[made.place]}, out, request)
     typer.echo(path)
     other = difference(original, path)
     typer.echo(f"Warning: {other}" if other else f"the same pixels as {original.name}", err=bool(other))
@@ -199,6 +197,21 @@ def _studio() -> "Studio":
     from klora.studio import Studio
 
     return Studio(weights.find_base, weights.safety_checker_path())
+
+
+def _saved(images: Mapping[int | str, Image.Image], out: Path, request: Request) -> list[Path]:
+    """Write images as save_images() does; one whose name another file has is called klora_7_0-2.png, and so on."""
+    from klora.studio import save_images
+
+    def kept(made: Path) -> Path:
+        place, number = out / made.name, 1
+        while place.exists() and place.read_bytes() != made.read_bytes():
+            place = out / f"{made.stem}-{(number := number + 1)}{made.suffix}"
+        return made.replace(place)
+
+    out.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out) as folder:
+        return [kept(path) for path in save_images(images, Path(folder), request)]
 
 
 def _bases() -> dict[str, tuple[str, Path]]:

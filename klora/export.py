@@ -209,15 +209,10 @@ def _all(lora: LoRA) -> dict[str, LowRank]:
 
 def _told(exact: LoRA, lora: LoRA, wins: Tensor, steps: tuple[int, int] | None) -> Exported:
     share = _content_share(wins, steps)
-    less = torch.minimum(share, 1 - share)
+    less, span = torch.minimum(share, 1 - share), (*(steps or (0, len(wins))), len(wins))
+    flipping, contradicted = (less > 0).double().mean().item(), less.mean().item()
     ranks = [pair.rank for pair in _all(lora).values()]
-    return Exported(
-        (*(steps or (0, len(wins))), len(wins)),
-        (less > 0).double().mean().item(),
-        less.mean().item(),
-        *errors(exact, lora),
-        (min(ranks), max(ranks)),
-    )
+    return Exported(span, flipping, contradicted, *errors(exact, lora), (min(ranks), max(ranks)))
 
 
 def _facts(wanted: Export, pair: Pair, files: Mapping[str, Path], lent: Mapping[str, Borrowed]) -> dict[str, Any]:

@@ -95,6 +95,24 @@ def test_the_seed_that_is_told_makes_the_same_image_again() -> None:
     assert Path("first", name).read_bytes() == Path("second", name).read_bytes()
 
 
+def test_a_picture_whose_name_another_one_has_is_written_beside_it() -> None:
+    def drawn(prompt: str, *options: str) -> list[str]:
+        result = CliRunner().invoke(cli.app, ["fuse", prompt, *QUICK, "--seed", "7", *options])
+        assert result.exit_code == 0, result.stderr
+        return result.stdout.splitlines()[:-1]
+
+    assert drawn("a dog") == ["out/klora_7_0.png"]
+    first = Path("out/klora_7_0.png").read_bytes()
+    for _ in range(2):  # the same request again has the same file
+        assert drawn("a dog") == ["out/klora_7_0.png"]
+        assert drawn("a cat", "--num-outputs", "2") == ["out/klora_7_0-2.png", "out/klora_8_1.png"]
+        assert drawn("a cow") == ["out/klora_7_0-3.png"]
+    assert Path("out/klora_7_0.png").read_bytes() == first
+    assert sorted(path.name for path in Path("out").iterdir()) == [
+        "klora_7_0-2.png", "klora_7_0-3.png", "klora_7_0.png", "klora_8_1.png",
+    ]  # fmt: skip
+
+
 def test_help_lists_every_field_and_out() -> None:
     text = fuse("--help").stdout
     for name in (*(item.name for item in fields(Request)), "out"):
