@@ -1,8 +1,9 @@
 """What a training run is told: the form's fields, their bounds, and what is left to the base or the LoRA's purpose."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from klora.errors import RequestError
 from klora.form.fields import MAX_SEED, ask, check, random_seed
@@ -92,6 +93,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        for name, value in stripped(vars(self)).items():
+            object.__setattr__(self, name, value)
         for side in self.sides or ():
             if not 64 <= side <= 2048:
                 raise RequestError(f"resolution names {side}. Expected sides from 64 to 2048 pixels.")
@@ -160,6 +163,12 @@ class TrainConfig:
 
     def _filled(self, template: str) -> str:
         return template.format(trigger=self.trigger, word=self.class_word or WORDS[self.lora_type])
+
+
+def stripped(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A TrainConfig's fields, without spaces around the two words; one of spaces alone counts as not given."""
+    words = {name: given[name] for name in ("trigger_word", "class_word") if name in given}
+    return {**given, **{name: word.strip() for name, word in words.items() if isinstance(word, str)}}
 
 
 def whole_word(word: str) -> str:

@@ -147,13 +147,14 @@ PLAIN = "resume_from cannot be read as a plain tar. Expected the tar of a traini
         ({"upload": "others"}, "input_images is not what resume_from was trained on. Expected the same."),
         ({"base": "flux-dev"}, "base_model is not what resume_from was trained on. Expected the same."),
         ({"steps": 6}, "steps is 6, and resume_from has done 6. Expected more."),
+        ({"steps": 6, "trigger_word": " "}, "steps is 6, and resume_from has done 6. Expected more."),
         ({"resume_from": Path("no.tar")}, PLAIN),
         ({"resume_from": Path("pictures")}, PLAIN),
         ({"resume_from": Path("packed.tar.gz")}, PLAIN),
         ({"resume_from": Path("numbers.tar")}, PLAIN),
         ({"resume_from": Path("other.tar")}, "resume_from holds no config.json. Expected the tar of a training."),
     ],
-    ids=["rank", "pictures", "base", "steps", "no tar", "a folder", "packed", "numbers", "another tar"],
+    ids=["rank", "pictures", "base", "steps", "blank", "no tar", "a folder", "packed", "numbers", "another tar"],
 )
 def test_what_cannot_be_taken_up_is_refused(given: dict[str, Any], said: str, quick: Path) -> None:
     Path("others").mkdir()

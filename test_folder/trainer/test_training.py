@@ -276,6 +276,16 @@ def test_an_absurd_setting_is_refused_in_a_sentence(field: str, value: object) -
         TrainConfig(**{field: value})
 
 
+def test_spaces_are_no_part_of_the_trigger_and_the_class_and_no_word_by_themselves() -> None:
+    given = {"seed": 1, "instance_prompt": "a [trigger], a sbu dog"}
+    assert TrainConfig(trigger_word=" sbu\n", class_word="dog ", **given) == TrainConfig(
+        trigger_word="sbu", class_word="dog", **given
+    )
+    assert TrainConfig(trigger_word="  ", class_word=" ", seed=1) == TrainConfig(seed=1)
+    with pytest.raises(RequestError, match="neither is given"):
+        TrainConfig(class_word=" ", prior_preservation="output")
+
+
 def test_a_missing_optimizer_is_refused_before_anything_is_loaded(pictures: list[Picture], tmp_path: Path) -> None:
     def never(**options: Any) -> Family:
         raise AssertionError(options)
