@@ -27,7 +27,8 @@ MIN_SIDE = 64  # pixels
 MAX_TEXT_BYTES = 16 << 20  # of one caption file
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 ARCHIVES = (b"PK\3\4", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"PAR1")
-SIDECARS = (".txt", ".json", ".cls")
+SIDECARS = (".txt", ".caption", ".json", ".cls")
+METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_KEYS = ("caption", "text", "prompt")
 FILE_KEYS = ("image_file", "file_name", "image", "filename")
 # What Pillow's decoders raise for damaged files.
@@ -62,8 +63,9 @@ class Picture:
 def read_upload(path: Path, limits: Limits = Limits()) -> tuple[list[Picture], list[Skipped]]:  # noqa: B008  frozen
     """Pictures in the natural order of their names, and what was left out. Raises RequestError.
 
-    Captions: a .txt, .json or .cls beside the picture with its name or its stem, metadata.jsonl, *caption*.csv, in this
-    order; the first one stays. Masks: STEM.mask.png beside the picture, or its stem in a folder masks/ there.
+    Captions: a .txt, .caption, .json or .cls beside the picture with its name or its stem, metadata.jsonl, a table that
+    is metadata.csv or *caption*.csv, in this order; the first one stays. Masks: STEM.mask.png beside the picture, or
+    its stem in a folder masks/ there.
     """
     intake = unpack(path, limits)
     names = sorted(intake.files, key=_natural)
@@ -135,7 +137,7 @@ def _size(data: bytes) -> Size:
 
 def _is_text(name: str) -> bool:
     base = posixpath.basename(name).lower()
-    return base.endswith(SIDECARS) or base == "metadata.jsonl" or ("caption" in base and base.endswith(".csv"))
+    return base.endswith(SIDECARS) or base in METADATA or ("caption" in base and base.endswith(".csv"))
 
 
 def _masked(name: str) -> str | None:
@@ -206,7 +208,7 @@ def _entries(name: str, intake: Intake) -> list[tuple[str, str]]:
     text = _text(data)
     match suffix.lower():
         case ".csv":
-            return _rows(name, list(csv.DictReader(io.StringIO(text, newline=""))), intake)
+            return _rows(name, _table(text), intake)
         case ".jsonl":
             # Not by splitlines(), which also splits at what JSON allows in a text: U+2028, U+2029, U+0085.
             return _rows(name, [json.loads(line) for line in text.split("\n") if line.strip()], intake)
@@ -218,6 +220,15 @@ def _entries(name: str, intake: Intake) -> list[tuple[str, str]]:
     if suffix.lower() == ".cls" and caption.isdigit():
         raise ValueError("it names a class by number, not in words")
     return [(stem, caption)] if caption else []
+
+
+def _table(text: str) -> list[dict[str, str]]:
+    """The rows of a CSV. Raises ValueError for a first line that is no header, and would be lost as one."""
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    for keys in (FILE_KEYS, CAPTION_KEYS):
+        if not set(keys).intersection(reader.fieldnames or ()):
+            raise ValueError(f"its first line names no column {', '.join(keys[:-1])} or {keys[-1]}")
+    return list(reader)
 
 
 def _rows(name: str, rows: Sequence[object], intake: Intake) -> list[tuple[str, str]]:

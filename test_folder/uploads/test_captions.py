@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from klora.training.dataset import read_upload
+from klora.training.dataset import CAPTION_KEYS, FILE_KEYS, read_upload
 from test_folder.uploads.packing import PNG, Files, in_tar, in_zip, reasons
 
 
@@ -55,6 +55,25 @@ def test_metadata_and_tables_name_files_in_their_own_folder(tmp_path: Path) -> N
 def test_a_table_may_call_its_files_so(tmp_path: Path, column: str) -> None:
     table = f"{column},caption\na.png,here\n".encode()
     assert captions(tmp_path, {"a.png": PNG, "caption.csv": table}) == {"a.png": "here"}
+
+
+def test_captions_are_found_where_other_trainers_look_for_them(tmp_path: Path) -> None:
+    files = {**dict.fromkeys(["a.png", "b.png", "x/c.png"], PNG), "a.caption": b"ay", "b.png.caption": b"bee"}
+    table = b"file_name,text\na.png,another\nc.png,see\n"
+    assert captions(tmp_path, {**files, "x/metadata.csv": table}) == {"a.png": "ay", "b.png": "bee", "x/c.png": "see"}
+
+
+@pytest.mark.parametrize("name", ["captions.csv", "metadata.csv"])
+@pytest.mark.parametrize(
+    ("table", "lacking"),
+    [(b"a.png,a dog\n", FILE_KEYS), (b"", FILE_KEYS), (b"text\nx\n", FILE_KEYS), (b"file_name,x\n", CAPTION_KEYS)],
+)
+def test_a_table_without_a_header_is_reported(
+    tmp_path: Path, name: str, table: bytes, lacking: tuple[str, ...]
+) -> None:
+    _, skipped = read_upload(in_zip(tmp_path, {"a.png": PNG, name: table}))
+    said = f"cannot be read: its first line names no column {', '.join(lacking)}"
+    assert reasons(skipped) == {name: " or ".join(said.rsplit(", ", 1))}
 
 
 def test_an_empty_cell_is_no_caption_and_another_table_is_none(tmp_path: Path) -> None:
