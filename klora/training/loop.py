@@ -23,13 +23,13 @@ from klora.form.request import Request
 from klora.lora import LoRA, LowRank, save_lora
 from klora.models.family import Family
 from klora.models.linears import linear_shapes
-from klora.training.cache import encode_pictures, encode_texts, keyed_generator
+from klora.training.cache import Example, encode_pictures, encode_texts, keyed_generator
 from klora.training.config import TrainConfig
 from klora.training.dataset import Picture, captioned
 from klora.training.draw import Draw, Material
 from klora.training.memory import check_precision, mode_for
 from klora.training.objective import Objective, trainable_attention
-from klora.training.run import Run, new_run, require_optimizer
+from klora.training.run import Run, new_run, require_optimizer, saved_step
 from klora.training.trainable import trainable
 from klora.training.writing import whole
 
@@ -89,13 +89,15 @@ def train_lora(
     Raises RequestError.
     """
     require_optimizer(config)
+    if resume and (done := saved_step(resume)) >= config.steps:
+        raise RequestError(f"steps is {config.steps}, and resume_from has done {done}. Expected more.")
     accelerator = Accelerator(mixed_precision="no", cpu=default_device().type == "cpu")
     check_precision(config, accelerator.device)
     bare = load(device=accelerator.device, parts=())
     shapes = linear_shapes(bare.denoiser)
     shapes = {name: shapes[name] for name in config.targets(shapes)}
     rank = config.lora_rank or bare.recipe.rank
-    material = encode(load, pictures, class_pictures(), config, accelerator.device)
+    material = encode(load, pictures, class_pictures, config, accelerator.device)
     mode = mode_for(bare, shapes, rank, material, config, accelerator.device)
     parts = ("denoiser", "vae")  # the VAE, for samples
     model = load(device=accelerator.device, dtype=mode.dtype, parts=parts, quantized=mode.quantized)
@@ -103,8 +105,6 @@ def train_lora(
     run = new_run(layers, config, model.recipe.learning_rate, (config.lora_alpha or rank) / rank)
     if resume:
         run.load(resume)
-        if run.step >= config.steps:
-            raise RequestError(f"steps is {config.steps}, and resume_from has done {run.step}. Expected more.")
     denoiser: Any = model.denoiser.requires_grad_(False)
     if mode.checkpointing:
         denoiser.enable_gradient_checkpointing()
@@ -121,22 +121,33 @@ def train_lora(
 def encode(
     load: Load,
     pictures: Sequence[Picture],
-    class_pictures: Sequence[Picture],
+    class_pictures: Callable[[], Sequence[Picture]],
     config: TrainConfig,
     device: torch.device,
 ) -> Material:
-    """All that the text encoders and the VAE have to say; each is let go before the next is loaded."""
+    """All that the text encoders and the VAE have to say; each is let go before the next is loaded.
+
+    class_pictures is called when neither a caption nor a picture can be refused any more. Raises RequestError.
+    """
     captions = [captioned(picture, config.trigger, config.prompt) for picture in pictures]
-    class_captions = [config.prior_prompt] * len(class_pictures)
     kept = [config.kept_caption(caption) for caption in captions if config.prior_preservation == "output"]
-    texts = encode_texts(load(device=device, parts=("text",)), [*captions, *class_captions, *kept, *config.samples, ""])
+    kept += [config.prior_prompt] if config.prior_preservation == "class_images" else []
+    texts = encode_texts(load(device=device, parts=("text",)), [*captions, *kept, *config.samples, ""])
     _release(device)
+    examples = _examples(load, pictures, captions, config, device)
+    made = class_pictures()
+    class_examples = _examples(load, made, [config.prior_prompt] * len(made), config, device) if made else ()
+    return Material(examples, class_examples, texts)
+
+
+def _examples(
+    load: Load, pictures: Sequence[Picture], captions: Sequence[str], config: TrainConfig, device: torch.device
+) -> tuple[Example, ...]:
     vae = load(device=device, dtype=torch.float32, parts=("vae",))  # SDXL's overflows in half precision
     examples = tuple(encode_pictures(vae, pictures, captions, config))
-    class_examples = tuple(encode_pictures(vae, class_pictures, class_captions, config))
     del vae
     _release(device)
-    return Material(examples, class_examples, texts)
+    return examples
 
 
 def new_layers(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int, device: torch.device) -> dict[str, LowRank]:
@@ -218,27 +229,26 @@ class _Loop:
         last, main = step == config.steps, self.accelerator.is_main_process
         sampling = config.sample_steps and (last or (config.sample_interval and step % config.sample_interval == 0))
         saving = config.checkpoint_interval and step % config.checkpoint_interval == 0
-        if sampling or saving:
-            self._save()
+        if not (sampling or saving):
+            return False
+        self._save()
         if main and saving:
             self._checkpoint()
         if main and sampling:
             self._sample()
-        if sampling or saving:
-            self.accelerator.wait_for_everyone()
-        return bool(sampling or saving)
+        self.accelerator.wait_for_everyone()
+        return True
 
     @torch.no_grad()
     def _sample(self) -> None:
         """An image of each prompt, by what has been learnt so far."""
         (self.folder / "samples").mkdir(exist_ok=True)
+        denoiser: Any = self.model.denoiser
+        place = denoiser.device, denoiser.dtype
         with self.run.averaged():
             for number, prompt in enumerate(self.config.samples):
                 request = Request(prompt, num_inference_steps=self.config.sample_steps, seed=self.config.seed)
-                denoiser: Any = self.model.denoiser
-                text = {
-                    name: part.to(denoiser.device, denoiser.dtype) for name, part in self.draw.texts[prompt].items()
-                }
+                text = {name: part.to(*place) for name, part in self.draw.texts[prompt].items()}
                 [image] = self.model.sample(text, request, lambda step: None)
                 with whole(self.folder / "samples" / f"step_{self.run.step:06}_{number}.png") as part:
                     image.save(part, "PNG")

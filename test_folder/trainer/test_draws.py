@@ -48,7 +48,7 @@ def spied(load: Load, predicted: list[dict[str, Any]]) -> Load:
 
 def drawn(load: Load, pictures: list[Picture], settings: TrainConfig, count: int) -> list[Batch]:
     """The first batches of a training on SDXL, without the training."""
-    material = encode(load, pictures, (), settings, CPU)
+    material = encode(load, pictures, tuple, settings, CPU)
     draw = Draw(material, settings, FAMILIES["sdxl"].recipe.times, CPU)
     return [draw.batch(number) for number in range(count)]
 

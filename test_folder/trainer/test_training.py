@@ -23,7 +23,7 @@ from klora.training.config import TARGETS, TrainConfig
 from klora.training.dataset import Picture
 from klora.training.loop import Load, Progress, new_layers, train_lora
 from test_folder import tiny
-from test_folder.trainer.material import BASES, CPU, QUICK, config
+from test_folder.trainer.material import BASES, CPU, QUICK, config, picture
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,11 @@ def recording(load: Load, seen: list[Family]) -> Load:
         return seen[-1]
 
     return recorded
+
+
+def never(**options: Any) -> Any:
+    """What must not be called."""
+    raise AssertionError(options)
 
 
 # What is learnt
@@ -212,11 +217,11 @@ def test_an_interruption_inside_a_step_leaves_the_last_checkpoint(
     assert bits(resumed) == bits(finished[1])
 
 
-def test_a_finished_run_has_nothing_to_take_up(
-    sdxl: Load, pictures: list[Picture], finished: tuple[Path, LoRA], tmp_path: Path
+def test_a_finished_run_has_nothing_to_take_up_and_loads_nothing(
+    pictures: list[Picture], finished: tuple[Path, LoRA], tmp_path: Path
 ) -> None:
     with pytest.raises(RequestError, match=r"^steps is 6, and resume_from has done 6\. Expected more\.$"):
-        train_lora(sdxl, pictures, QUICK, tmp_path, resume=finished[0] / "run.safetensors")
+        train_lora(never, pictures, QUICK, tmp_path, resume=finished[0] / "run.safetensors")
 
 
 def test_only_the_latest_checkpoints_are_kept(sdxl: Load, pictures: list[Picture], tmp_path: Path) -> None:
@@ -287,11 +292,22 @@ def test_spaces_are_no_part_of_the_trigger_and_the_class_and_no_word_by_themselv
 
 
 def test_a_missing_optimizer_is_refused_before_anything_is_loaded(pictures: list[Picture], tmp_path: Path) -> None:
-    def never(**options: Any) -> Family:
-        raise AssertionError(options)
-
     with pytest.raises(RequestError, match=r"^optimizer is lion and lion_pytorch is not installed\. Expected adamw\.$"):
         train_lora(never, pictures, config(optimizer="lion"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("caption", "mask", "said"),
+    [("a dog " * 300, "white", "The prompt 'sbu, a dog .* tokens"), ("a dog", "black", "The mask of '0.png'")],
+)
+def test_a_caption_and_a_mask_are_refused_before_the_class_is_drawn(
+    caption: str, mask: str, said: str, bases: Path, tmp_path: Path
+) -> None:
+    shown = picture(0, "red", caption=caption, mask=Image.new("L", (64, 64), mask))
+    settings = config(prior_preservation="class_images", class_word="toy", mask_mode="provided", mask_min_weight=0.0)
+    with pytest.raises(RequestError, match=f"^{said}"):
+        load = partial(load_model, "flux", bases / "flux-dev")
+        train_lora(load, [shown], settings, tmp_path, class_pictures=never)
 
 
 def test_two_trained_loras_fuse(load: Load, pictures: list[Picture], tmp_path: Path) -> None:
