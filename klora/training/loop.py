@@ -136,6 +136,7 @@ def encode(
     _release(device)
     examples = _examples(load, pictures, captions, config, device)
     made = class_pictures()
+    _release(device)  # the base that drew them
     class_examples = _examples(load, made, [config.prior_prompt] * len(made), config, device) if made else ()
     return Material(examples, class_examples, texts)
 

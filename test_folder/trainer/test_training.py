@@ -23,7 +23,7 @@ from klora.training.config import TARGETS, TrainConfig
 from klora.training.dataset import Picture
 from klora.training.loop import Load, Progress, new_layers, train_lora
 from test_folder import tiny
-from test_folder.trainer.material import BASES, CPU, QUICK, config, picture
+from test_folder.trainer.material import BASES, CPU, QUICK, config, picture, png
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +81,11 @@ def test_nothing_is_trained_through_cudnn_attention(load: Load, pictures: list[P
     assert allowed == {False} and torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
-def test_encoders_are_gone_before_the_denoiser_comes(load: Load, pictures: list[Picture], tmp_path: Path) -> None:
+def test_what_is_done_is_gone_before_the_next_part_comes(load: Load, pictures: list[Picture], tmp_path: Path) -> None:
     alive: list[tuple[str, weakref.ref[Any]]] = []
 
     def watched(**options: Any) -> Family:
-        if "denoiser" in options["parts"]:
-            assert not [name for name, part in alive if part() is not None]
+        assert not [name for name, part in alive if part() is not None]
         model = load(**options)
         assert ("text" in options["parts"]) == bool(model.text_encoders)
         assert (model.pipe.vae.device.type == "meta") == ("vae" not in options["parts"])
@@ -97,8 +96,15 @@ def test_encoders_are_gone_before_the_denoiser_comes(load: Load, pictures: list[
             assert model.pipe.vae.dtype == torch.float32
         return model
 
-    train_lora(watched, pictures, config(steps=1), tmp_path)
-    assert [name for name, _ in alive] == ["text_encoder", "text_encoder_2", "vae"]
+    def of_the_class() -> list[Picture]:
+        base = load(device=CPU)
+        alive.append(("base", weakref.ref(base.denoiser)))
+        request = Request("a toy", num_inference_steps=1)
+        return [Picture("0.png", png(image), None, None) for image in generate(base, request)]
+
+    settings = config(steps=1, prior_preservation="class_images", class_word="toy")
+    train_lora(watched, pictures, settings, tmp_path, class_pictures=of_the_class)
+    assert [name for name, _ in alive] == ["text_encoder", "text_encoder_2", "vae", "base", "vae"]
 
 
 @pytest.mark.parametrize(("family", "most", "measures"), [("sdxl", 10, 4), ("flux", 3, 3)])
