@@ -54,7 +54,7 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the speed since the last report."""
+        """At the speed of the steps since the last report or, where samples or a checkpoint came later, since these."""
         return (self.steps - self.step) / self.steps_per_second if self.steps_per_second else None
 
     def __str__(self) -> str:
@@ -179,15 +179,14 @@ class _Loop:
         run, steps = self.run, self.config.steps
         if run.step == 0:
             on_progress(Progress(0, steps, fixed_loss=self._fixed_loss()))
-        reported, since = run.step, time.perf_counter()
+        begun, since = run.step, time.perf_counter()  # of the steps that are timed, without what is done between them
         try:
             while run.step < steps:
                 self._losses.append(self._step())
-                if _due(run.step, steps, REPORTS):
-                    on_progress(self._progress(reported, since))
-                    reported, since = run.step, time.perf_counter()
-                if self._keep():
-                    since = time.perf_counter()
+                if due := _due(run.step, steps, REPORTS):
+                    on_progress(self._progress(begun, since))
+                if self._keep() or due:
+                    begun, since = run.step, time.perf_counter()
         except BaseException:
             if run.whole and run.finite:
                 self._save()
@@ -213,10 +212,10 @@ class _Loop:
         """The loss at points that are the same at every step."""
         return float(torch.stack([self.plain(batch) for batch in self.draw.fixed()]).mean())
 
-    def _progress(self, reported: int, since: float) -> Progress:
+    def _progress(self, begun: int, since: float) -> Progress:
         steps = self.config.steps
         loss = self.accelerator.reduce(torch.stack(self._losses).mean(), "mean").item()  # waits for the device
-        speed = (self.run.step - reported) / (time.perf_counter() - since)
+        speed = (self.run.step - begun) / (time.perf_counter() - since)
         self._losses.clear()
         if not math.isfinite(loss):
             raise RequestError(f"The loss is {loss} at step {self.run.step}. Expected a number: lower learning_rate.")

@@ -5,6 +5,7 @@ import dataclasses
 import weakref
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -230,8 +231,27 @@ def test_a_finished_run_has_nothing_to_take_up_and_loads_nothing(
         train_lora(never, pictures, QUICK, tmp_path, resume=finished[0] / "run.safetensors")
 
 
-def test_only_the_latest_checkpoints_are_kept(sdxl: Load, pictures: list[Picture], tmp_path: Path) -> None:
-    lora = train_lora(sdxl, pictures, config(checkpoint_interval=2, keep_checkpoints=2), tmp_path)
+def test_only_the_latest_checkpoints_are_kept_and_writing_them_is_not_timed(
+    sdxl: Load, pictures: list[Picture], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a step takes a second, a checkpoint a hundred, and there are reports at 3 and 6."""
+    clock, heard, step, checkpoint = [0.0], list[Progress](), loop._Loop._step, loop._Loop._checkpoint
+
+    def taking(seconds: float, work: Any) -> Any:
+        def timed(self: Any) -> Any:
+            clock[0] += seconds
+            return work(self)
+
+        return timed
+
+    monkeypatch.setattr(loop, "REPORTS", 2)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(loop._Loop, "_step", taking(1, step))
+    monkeypatch.setattr(loop._Loop, "_checkpoint", taking(100, checkpoint))
+    settings = config(checkpoint_interval=2, keep_checkpoints=2)
+    lora = train_lora(sdxl, pictures, settings, tmp_path, on_progress=heard.append)
+    timed = [(told.step, told.steps_per_second, told.seconds_left) for told in heard]
+    assert timed == [(0, None, None), (3, 1, 3), (6, 1, 0)]
     files = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert files == ["lora_000004.safetensors", "lora_000006.safetensors"]
     last = sdxl(device=CPU).read_lora(tmp_path / "checkpoints" / files[-1])
