@@ -58,9 +58,14 @@ class TakenUp:
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
         """Refuse another base and other pictures. Raises RequestError."""
-        for name, what in (("base", "base_model"), ("dataset", "input_images")):
-            if self.facts[name] != facts[name]:
-                raise RequestError(f"{what} is not what resume_from was trained on. Expected the same.")
+        if (base := facts["base"]) != (before := self.facts["base"]):
+            raise RequestError(f"base_model is {base!r}, but resume_from was trained on {before!r}. Expected that.")
+        if facts["dataset"] != self.facts["dataset"]:
+            seen, before = facts["pictures"], self.facts["pictures"]
+            raise RequestError(
+                f"input_images (pictures: {seen}) is not what resume_from was trained on (pictures: {before}). "
+                "Expected the same pictures with the same captions."
+            )
 
     def carry(self, config: TrainConfig, results: Path) -> None:
         """Move into the results what was made on the way: the log up to the step, checkpoints, and samples unless
@@ -82,7 +87,9 @@ def taken_up(tar: Path, folder: Path) -> TakenUp:
         facts = json.loads((folder / FACTS).read_bytes())
     except (ValueError, RecursionError) as error:
         raise RequestError(f"resume_from holds a {FACTS} that cannot be read. {_OURS}.") from error
-    if lacking := sorted({*_DEFAULTS, "base", "dataset"}.difference(facts if isinstance(facts, dict) else ())):
+    if lacking := sorted(
+        {*_DEFAULTS, "base", "dataset", "pictures"}.difference(facts if isinstance(facts, dict) else ())
+    ):
         raise RequestError(f"resume_from holds a {FACTS} without {lacking[0]}. {_OURS} by this version.")
     was = TrainConfig(**{name: facts[name] for name in _DEFAULTS})
     return TakenUp(folder, was, facts, saved_step(folder / RESUME_STATE))

@@ -144,8 +144,12 @@ PLAIN = "resume_from cannot be read as a plain tar. Expected the tar of a traini
     ("given", "said"),
     [
         ({"lora_rank": 8}, "lora_rank is 8, but resume_from was trained with 4. Expected that."),
-        ({"upload": "others"}, "input_images is not what resume_from was trained on. Expected the same."),
-        ({"base": "flux-dev"}, "base_model is not what resume_from was trained on. Expected the same."),
+        (
+            {"upload": "others"},
+            "input_images (pictures: 1) is not what resume_from was trained on (pictures: 3). "
+            "Expected the same pictures with the same captions.",
+        ),
+        ({"base": "flux-dev"}, "base_model is 'flux-dev', but resume_from was trained on 'sdxl'. Expected that."),
         ({"steps": 6}, "steps is 6, and resume_from has done 6. Expected more."),
         ({"steps": 6, "trigger_word": " "}, "steps is 6, and resume_from has done 6. Expected more."),
         ({"resume_from": Path("no.tar")}, PLAIN),
