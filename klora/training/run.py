@@ -37,8 +37,8 @@ OPTIMIZERS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
 
 @dataclass
 class Run:
-    """layers: float32 parameters.   scale: alpha / rank.   step: steps done.   whole: false while a step is taken,
-    when what is here belongs to no step."""
+    """layers: float32 parameters.   scale: alpha / rank.   step: steps done.   whole: false while a step is taken, or
+    the mean is where the parameters belong, when what is here belongs to no step."""
 
     layers: Mapping[str, LowRank]
     scale: float
@@ -86,12 +86,14 @@ class Run:
             yield
             return
         own = [parameter.detach().clone() for parameter in self.parameters]
+        self.whole = False
         try:
             self.ema.copy_to(self.parameters)
             yield
         finally:
             for parameter, kept in zip(self.parameters, own, strict=True):
                 parameter.data.copy_(kept)
+            self.whole = True
 
     def lora(self) -> LoRA:
         """What has been learnt, on the CPU, alpha folded into B."""

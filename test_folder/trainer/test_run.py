@@ -62,6 +62,26 @@ def test_a_run_knows_whether_it_is_numbers() -> None:
     assert not run.finite
 
 
+class Interrupted(dict[str, LowRank]):
+    """Layers at which nobody can look."""
+
+    def values(self) -> Any:
+        raise KeyboardInterrupt
+
+
+def test_a_run_is_not_whole_while_the_mean_is_in_its_place_nor_where_it_was_left_there() -> None:
+    run = a_run(TrainConfig(steps=3, ema_decay=0.5))
+    for _ in range(2):
+        advanced(run)
+    own = [parameter.clone() for parameter in run.parameters]
+    with run.averaged():
+        assert not run.whole and not torch.equal(own[0], run.parameters[0])
+    assert run.whole and all(map(torch.equal, own, run.parameters))
+    with pytest.raises(KeyboardInterrupt), run.averaged():
+        run.layers = Interrupted(run.layers)
+    assert not run.whole
+
+
 def as_cog_does() -> None:
     """Raise in the main thread, from whichever this is."""
     main = ctypes.c_ulong(threading.main_thread().ident or 0)
