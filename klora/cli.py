@@ -1,6 +1,7 @@
 """The `klora` command: what the forms do, from a shell and without Cog. Its options are the forms' fields, by name.
 
-A verb imports what it needs when it runs: torch takes seconds, and help, completion and misspelt options need none.
+A verb imports what it needs when it runs, and has its LoRAs: torch takes seconds, and help, completion, misspelt
+options and LoRAs that cannot be had need none.
 """
 
 import errno
@@ -48,12 +49,13 @@ def fuse(
     out: Annotated[Path, typer.Option(help="Folder for the images.", file_okay=False)] = Path("out"), **given: Any
 ) -> None:
     """Make images from a prompt and up to two LoRAs: files, or what the server's form takes."""
-    from klora.report.pair import save_report
-
     started, facts = time.perf_counter(), dict[str, Any]()
     request = Request(**open_images(given))
-    studio, bases = _studio(), weights.runnable(request.model)
+    bases = weights.runnable(request.model)
     with weights.LoRAFiles(anywhere=True).borrowed(request.loras, weights.own_tokens(), bases) as (files, lent):
+        from klora.report.pair import save_report
+
+        studio = _studio()
         images = studio.make(request, files, facts.__setitem__, lent=lent)
         told = studio.report(request, files, lent) if request.report else None
     for path in [*_saved(images, out, request), *(save_report(told, out) if told else [])]:
@@ -158,9 +160,9 @@ def inspect(
     lora: Annotated[str, typer.Argument(help="A LoRA file, a tar that holds one, a PEFT repository, or a reference.")],
 ) -> None:
     """Say what a LoRA is, and which installed bases read it."""
-    from klora.report.inspection import inspect as inspected
-
     with weights.LoRAFiles(anywhere=True).borrowed({"lora": lora}, weights.own_tokens()) as (files, _):
+        from klora.report.inspection import inspect as inspected
+
         found = inspected(files["lora"], _bases())
     typer.echo(found)
     if not found.fits:
@@ -172,10 +174,10 @@ def report(
     **given: Any,
 ) -> None:
     """Say who acts where and when for a pair of LoRAs, and what would change it; makes no image."""
-    from klora.report.pair import answer, save_report
-
     question = Question(**given)
     with weights.LoRAFiles(anywhere=True).borrowed(question.loras, weights.own_tokens()) as (files, lent):
+        from klora.report.pair import answer, save_report
+
         told, pair = answer(question, files, _bases(), {name: facts.scores for name, facts in lent.items()})
     typer.echo("\n".join([str(told), str(pair), *map(str, save_report(told, out))]))
 
@@ -185,10 +187,10 @@ def export(
 ) -> None:
     """Bake a fusion into one ordinary LoRA, for tools without K-LoRA: its mean over some steps or all. That is K-LoRA
     itself only where no layer flips in them, and another thing elsewhere; it says how far the one is from the other."""
-    from klora.export import exported
-
     wanted = Export(**given)
     with weights.LoRAFiles(anywhere=True).borrowed(wanted.loras, weights.own_tokens()) as (files, lent):
+        from klora.export import exported
+
         told = exported(wanted, files, _bases(), out, lent)
     typer.echo(f"{out}\n{told}")
 

@@ -210,19 +210,23 @@ def test_an_out_that_is_a_file_is_refused() -> None:
     assert "'out' is a file" in fuse(*QUICK).stderr
 
 
-def test_a_real_process_ends_with_one_line_and_status_one() -> None:
-    command = [
-        sys.executable,
-        "-c",
-        "from klora.cli import app; app()",
-        "fuse",
-        PROMPT,
-        "--style-lora",
-        "none.safetensors",
-    ]
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("style_lora", ("fuse", PROMPT, "--style-lora", "none.safetensors")),
+        ("lora", ("inspect", "none.safetensors")),
+        ("content_lora", ("report", "none.safetensors", "none.safetensors")),
+    ],
+)
+def test_a_real_process_that_lacks_a_lora_ends_at_once_with_one_line_and_status_one(
+    name: str, arguments: tuple[str, ...]
+) -> None:
+    """Before it imports torch, which takes seconds."""
+    told = "atexit.register(lambda: print('torch' in sys.modules))"
+    command = [sys.executable, "-c", f"import atexit, sys; {told}; from klora.cli import app; app()", *arguments]
     result = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.splitlines()[-1].startswith(f"Error: style_lora is 'none.safetensors', {NONE}")
+    assert (result.returncode, result.stdout) == (1, "False\n")
+    assert result.stderr.splitlines()[-1].startswith(f"Error: {name} is 'none.safetensors', {NONE}")
     assert "Traceback" not in result.stderr
 
 
