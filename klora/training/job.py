@@ -29,7 +29,7 @@ from klora.lora import LoRA, save_lora
 from klora.models import FAMILIES, load_model
 from klora.training.annotate import Captioner, Segmenter, autocaptioned, segmented
 from klora.training.card import RESUME_STATE, SETTINGS, contact_sheet, fitted, model_card
-from klora.training.config import TrainConfig, stripped
+from klora.training.config import TrainConfig
 from klora.training.dataset import Picture, dataset_hash, read_upload
 from klora.training.kohya import save_kohya
 from klora.training.loop import Load, OnProgress, Progress, train_lora
@@ -83,7 +83,7 @@ def run_training(
         # Apart, so that what is only taken up is never handed back as if it were a result.
         folder, earlier = Path(name, "results"), Path(name, "earlier")
         try:
-            before, given = taken_up(resume_from, earlier) if resume_from else None, stripped(given)
+            before = taken_up(resume_from, earlier) if resume_from else None
             config = before.config(given) if before else TrainConfig(**given)
             folder.mkdir()
             with publishing.tracked(config) as track:

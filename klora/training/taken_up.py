@@ -12,7 +12,7 @@ from typing import IO, Any, cast
 
 from klora.errors import RequestError
 from klora.training.card import RESUME_STATE
-from klora.training.config import TrainConfig
+from klora.training.config import TrainConfig, stripped
 from klora.training.run import saved_step
 from klora.training.writing import writing
 
@@ -48,7 +48,7 @@ class TakenUp:
         A form sends every field, so that one at its default is taken as not given; but the default of steps is meant
         where the training had come to its end.
         """
-        asked = {name: value for name, value in given.items() if value != _DEFAULTS[name]}
+        asked = {name: value for name, value in stripped(given).items() if value != _DEFAULTS[name]}
         if self.was.steps <= self.step < _DEFAULTS["steps"]:
             asked.setdefault("steps", _DEFAULTS["steps"])
         for name, value in asked.items():
