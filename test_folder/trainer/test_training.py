@@ -15,15 +15,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from klora import FAMILIES, LoRA, Request, generate, load_model, save_lora
+from klora import LoRA, Request, generate, load_model, save_lora
 from klora.errors import RequestError
 from klora.models.family import Family
 from klora.models.linears import linear_shapes
 from klora.training import loop
-from klora.training.config import TARGETS, TrainConfig
 from klora.training.dataset import Picture
 from klora.training.loop import Load, Progress, new_layers, train_lora
-from test_folder import tiny
 from test_folder.trainer.material import BASES, CPU, QUICK, config, picture, png
 
 
@@ -275,46 +273,7 @@ def test_samples_show_the_lora_and_disturb_nothing(load: Load, pictures: list[Pi
         assert np.abs(np.asarray(image, int) - np.asarray(shown, int)).max() <= 1
 
 
-# Settings
-
-
-def test_presets_name_as_many_layers_as_published() -> None:
-    unet, flux = (linear_shapes(build()) for build in (tiny.full_topology_unet, tiny.full_topology_flux))
-    counted = {name: tuple(len(TrainConfig(lora_targets=name).targets(m)) for m in (unet, flux)) for name in TARGETS}
-    assert counted["attention"] == (560, 190)
-    assert counted["attention_qkv"] == (420, 171)
-    assert counted["all"][1] == 494
-
-
-def test_the_published_recipe_is_the_default_on_sdxl() -> None:
-    settings, recipe = TrainConfig(), FAMILIES["sdxl"].recipe
-    assert (recipe.rank, recipe.learning_rate, settings.steps, settings.batch_size) == (8, 5e-5, 1000, 1)
-    assert (settings.lr_scheduler, settings.prompt) == ("constant", "a sbu subject")
-    assert TrainConfig(lora_type="style", class_word="cat").prompt == "a cat in szn style"
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("steps", 0), ("steps", 1.5), ("steps", True), ("lora_rank", 129), ("learning_rate", -1.0),
-     ("learning_rate", float("nan")),
-     ("lora_type", "face"), ("lora_targets", "some"), ("resolution", "63"), ("resolution", "big"), ("seed", None),
-     ("layers_to_optimize_regex", "("), ("lr_scheduler", "step"), ("mask_mode", "clipseg"), ("crop", "salience"),
-     ("prior_preservation", "output"), ("trigger_word", 3), ("horizontal_flip", "yes"), ("instance_prompt", "a dog"),
-     ("instance_prompt", "a sbuffer")],
-)  # fmt: skip
-def test_an_absurd_setting_is_refused_in_a_sentence(field: str, value: object) -> None:
-    with pytest.raises(RequestError, match=rf"^{field}.*(\. Expected .*|\. Give one)\.$|^{field} needs .*\.$"):
-        TrainConfig(**{field: value})
-
-
-def test_spaces_are_no_part_of_the_trigger_and_the_class_and_no_word_by_themselves() -> None:
-    given = {"seed": 1, "instance_prompt": "a [trigger], a sbu dog"}
-    assert TrainConfig(trigger_word=" sbu\n", class_word="dog ", **given) == TrainConfig(
-        trigger_word="sbu", class_word="dog", **given
-    )
-    assert TrainConfig(trigger_word="  ", class_word=" ", seed=1) == TrainConfig(seed=1)
-    with pytest.raises(RequestError, match="neither is given"):
-        TrainConfig(class_word=" ", prior_preservation="output")
+# What is refused before it begins
 
 
 def test_a_missing_optimizer_is_refused_before_anything_is_loaded(pictures: list[Picture], tmp_path: Path) -> None:
@@ -334,6 +293,9 @@ def test_a_caption_and_a_mask_are_refused_before_the_class_is_drawn(
     with pytest.raises(RequestError, match=f"^{said}"):
         load = partial(load_model, "flux", bases / "flux-dev")
         train_lora(load, [shown], settings, tmp_path, class_pictures=never)
+
+
+# What two come to
 
 
 def test_two_trained_loras_fuse(load: Load, pictures: list[Picture], tmp_path: Path) -> None:
