@@ -1,5 +1,6 @@
 """Which device to run on, in which dtype, and how much of its memory is free. Knows nothing of models."""
 
+import gc
 import logging
 from functools import cache
 from importlib.util import find_spec
@@ -60,6 +61,13 @@ def free_bytes(device: torch.device) -> int:
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
     return int(psutil.virtual_memory().available)
+
+
+def release(device: torch.device) -> None:
+    """Give back what has just been let go."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def synchronize(device: torch.device) -> None:

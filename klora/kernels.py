@@ -9,8 +9,8 @@ Nothing is compiled anew for another rank, another number of tokens or another n
 
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
-from types import MappingProxyType
 
 import torch
 import triton
@@ -28,6 +28,7 @@ Kind = tuple[torch.Size, torch.dtype, torch.dtype, int]
 """What layers have to have in common to be written at one launch: shape, dtype, out's dtype, how many LoRAs act."""
 
 
+@dataclass(frozen=True)
 class Merges:
     """out = W + sum of gate * B A, of any of these layers, rounded once, from float32.
 
@@ -36,13 +37,9 @@ class Merges:
     GPU, a layer's but for that of one dtype.
     """
 
-    def __init__(
-        self,
-        weights: Sequence[Tensor],
-        outs: Sequence[Tensor] | Mapping[int, Tensor],
-        scales: Mapping[int, Tensor] = MappingProxyType({}),
-    ) -> None:
-        self._weights, self._outs, self._scales = weights, outs, scales
+    weights: Sequence[Tensor]
+    outs: Sequence[Tensor] | Mapping[int, Tensor]
+    scales: Mapping[int, Tensor] = field(default_factory=dict)
 
     def __call__(self, layers: Iterable[tuple[int, Acting]]) -> None:
         """Write the layers of these indices. FIRST are asked for before the first launch, and no more than AT_ONCE
@@ -57,7 +54,7 @@ class Merges:
         kinds: dict[Kind, tuple[Tensor, Tensor, list[int], list[float]]] = {}
         read: list[Tensor] = []  # copies, too, which last until the kernels are launched
         for index, acting in layers:
-            weight, out, scale = self._weights[index], self._outs[index], self._scales.get(index)
+            weight, out, scale = self.weights[index], self.outs[index], self.scales.get(index)
             kind = (out.shape, weight.dtype, out.dtype, len(acting))
             *_, addresses, gates = kinds.setdefault(kind, (weight, out, [], []))
             read.append(readable(weight))

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 PLACED_BYTES = 1 << 29  # of a LoRA where it is lent: rank 48 on all of FLUX.1
+Place = tuple[torch.device, torch.dtype]
 Words = Mapping[str, Mapping[str, Tensor]]
 """{word of a prompt: {text encoder's component: its vectors [N, D]}}"""
 
@@ -41,7 +42,7 @@ class LowRank:
         return self.B.shape[0] * self.A.shape[1]
 
     @cached_property
-    def place(self) -> tuple[torch.device, torch.dtype] | None:
+    def place(self) -> Place | None:
         """Where it lies, in what; None where B is of another dtype than A."""
         return (self.A.device, self.A.dtype) if self.A.dtype == self.B.dtype else None
 
@@ -75,9 +76,7 @@ class LoRA(Mapping[str, LowRank]):
     words: Words = field(default_factory=dict)
     report: Any = None
     scores: dict[str, dict[int, float]] = field(default_factory=dict, compare=False, repr=False)
-    _placed: dict[tuple[torch.device, torch.dtype], Mapping[str, LowRank]] = field(
-        default_factory=dict, compare=False, repr=False
-    )
+    _placed: dict[Place, Mapping[str, LowRank]] = field(default_factory=dict, compare=False, repr=False)
 
     def __getitem__(self, name: str) -> LowRank:
         return self.layers[name]

@@ -75,7 +75,7 @@ class PromptFile:
             while job.named and taken(inputs, seed):
                 seed = (seed + 1) % (MAX_SEED + 1)
             had.add((inputs, seed))
-            return Job(job.index + moved, job.line, replace(job.request, seed=seed))
+            return replace(job, index=job.index + moved, request=replace(job.request, seed=seed))
 
         turns = range(0, count, self.places)
         jobs = (again(job, inputs, moved) if moved else job for moved in turns for job, inputs in lines)

@@ -1,6 +1,5 @@
 """Base models kept on an accelerator, as many as fit: the least recently used ones make room for the next."""
 
-import gc
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -12,7 +11,7 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError, safe_open
 
-from klora.device import default_dtype, has_float8
+from klora.device import default_dtype, has_float8, release
 from klora.errors import BaseModelError
 from klora.generation import Encode, plain_encoder
 from klora.layers import HEADROOM_BYTES
@@ -89,7 +88,7 @@ class ResidentBases:
         that could not help."""
         if not self._fits(needed):
             self._spare()
-            self._release()
+            release(self.device)
         within_reach = self._free(self.device) + sum(_held_by(model) for model, _ in self._bases.values())
         if needed > within_reach:
             raise BaseModelError(
@@ -99,13 +98,7 @@ class ResidentBases:
         while self._bases and not self._fits(needed):
             leaving = self._bases.popitem(last=False)[0]
             logger.info("%s leaves %s: memory is short", leaving, self.device)
-            self._release()
-
-    def _release(self) -> None:
-        """Give back what has just been let go."""
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            release(self.device)
 
 
 def _bytes_of(path: Path, dtype: torch.dtype) -> int:

@@ -4,7 +4,6 @@ Every random draw comes from a generator keyed by the seed and the number of the
 run and two processes are one with twice the accumulation. Knows no Cog, no upload and no hub.
 """
 
-import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from klora.device import default_device
+from klora.device import default_device, release
 from klora.errors import RequestError
 from klora.form.request import Request
 from klora.lora import LoRA, LowRank, save_lora
@@ -133,10 +132,10 @@ def encode(
     kept = [config.kept_caption(caption) for caption in captions if config.prior_preservation == "output"]
     kept += [config.prior_prompt] if config.prior_preservation == "class_images" else []
     texts = encode_texts(load(device=device, parts=("text",)), [*captions, *kept, *config.samples, ""])
-    _release(device)
+    release(device)
     examples = _examples(load, pictures, captions, config, device)
     made = class_pictures()
-    _release(device)  # the base that drew them
+    release(device)  # the base that drew them
     class_examples = _examples(load, made, [config.prior_prompt] * len(made), config, device) if made else ()
     return Material(examples, class_examples, texts)
 
@@ -147,7 +146,7 @@ def _examples(
     vae = load(device=device, dtype=torch.float32, parts=("vae",))  # SDXL's overflows in half precision
     examples = tuple(encode_pictures(vae, pictures, captions, config))
     del vae
-    _release(device)
+    release(device)
     return examples
 
 
@@ -278,10 +277,3 @@ class _Loop:
 def _due(step: int, steps: int, times: int) -> bool:
     """Whether something that happens so many times in a run happens at this step; always at the last."""
     return step * times // steps > (step - 1) * times // steps
-
-
-def _release(device: torch.device) -> None:
-    """Give back what has just been let go."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
