@@ -98,8 +98,11 @@ def taken_up(tar: Path, folder: Path) -> TakenUp:
 def _unpack(tar: Path, folder: Path) -> None:
     room = MAX_BYTES
     # Plain, as ours are: tarfile reads an extended header of any length into memory, and a packed one has no bounds.
-    with _reading(), tarfile.open(tar, "r:") as archive:
+    # As a stream, which never goes back: members of negative sizes would follow one another for ever (CVE-2025-8194).
+    with _reading(), tarfile.open(tar, "r|", bufsize=1 << 20) as archive:
         for member in archive:
+            if member.issparse():
+                raise tarfile.ReadError(f"{member.name} has holes")  # and may be terabytes of them
             if not member.isfile() or not (member.name in _NEEDED or _MADE.fullmatch(member.name)):
                 continue
             room -= member.size
@@ -123,7 +126,7 @@ def _reading() -> Iterator[None]:
         yield
     except RequestError:
         raise
-    except (tarfile.TarError, ValueError, OSError) as error:  # ValueError: of numbers in extended headers
+    except (tarfile.TarError, ValueError, RecursionError, OSError) as error:  # the two of extended headers
         raise RequestError(f"resume_from cannot be read as a plain tar. {_OURS}, not compressed.") from error
 
 

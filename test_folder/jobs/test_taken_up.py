@@ -8,7 +8,7 @@ import shutil
 import signal
 import tarfile
 from _thread import interrupt_main
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from klora.errors import RequestError
 from klora.training import job, taken_up
 from klora.training.config import TrainConfig
 from klora.training.loop import Progress
+from test_folder.fakes.tars import CHAIN, ENDLESS, HOLES, crafted
+from test_folder.files.reading import at_most
 from test_folder.jobs.short import held, klora_train, trained, weights_of
 
 
@@ -172,6 +174,16 @@ def test_what_cannot_be_taken_up_is_refused(given: dict[str, Any], said: str, qu
         trained("rest.tar", **{"resume_from": quick, "steps": 12} | given)
     assert str(refusal.value) == said
     assert not Path("rest.tar").exists()
+
+
+@pytest.mark.parametrize(
+    "member", [*ENDLESS.values(), *HOLES.values(), lambda name: CHAIN], ids=[*ENDLESS, *HOLES, "chain"]
+)
+def test_a_crafted_tar_is_refused_at_once(member: Callable[[str], bytes]) -> None:
+    Path("crafted.tar").write_bytes(crafted(member("run.safetensors")))
+    with at_most(5), pytest.raises(RequestError) as refusal:
+        taken_up.taken_up(Path("crafted.tar"), Path("earlier"))
+    assert str(refusal.value) == PLAIN
 
 
 def test_a_tar_of_more_than_there_may_be_says_so(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
