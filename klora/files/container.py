@@ -92,7 +92,13 @@ def _found(path: Path) -> Iterator[dict[str, Path]]:
     """The files that make up a LoRA, by part: "lora", and what may lie beside it."""
     if path.is_file() and _is_tar(path):
         with tempfile.TemporaryDirectory() as folder:
-            yield _unpacked(path, Path(folder))
+            try:
+                files = _unpacked(path, Path(folder))
+            except LoRAError:
+                raise
+            except (ValueError, RecursionError) as error:  # of extended headers
+                raise LoRAError("is a tar with headers that cannot be read. Expected a trainer's.") from error
+            yield files
     else:
         yield files_of(path)
 
@@ -107,14 +113,10 @@ def _is_tar(path: Path) -> bool:
 def files_of(path: Path) -> dict[str, Path]:
     """What a file, a tar or a repository is read from, by part: "lora", and a PEFT repository's "adapter". Raises
     LoRAError where a folder does not tell which."""
-    file = _in_folder(path) if path.is_dir() else path
+    file = path / _chosen("folder", [each.name for each in path.glob("*.safetensors")]) if path.is_dir() else path
     config = file.with_name(_ADAPTER)
     stated = file.name == _STATED and config.is_file()
     return {"lora": file} | ({"adapter": config} if stated else {})
-
-
-def _in_folder(folder: Path) -> Path:
-    return folder / _chosen("folder", [path.name for path in folder.glob("*.safetensors")])
 
 
 def _chosen(kind: str, names: Sequence[str]) -> str:

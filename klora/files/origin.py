@@ -50,9 +50,7 @@ def _seen(name: str, outputs: int, inputs: int) -> Iterator[tuple[str, str]]:
         yield _CROSS_ATTENTION[inputs], f"cross-attention width {inputs}"
     if re.search(r"transformer_blocks[._]\d+[._]attn[._](to|add)_[qkv]", name) and inputs in _SD3_WIDTHS:
         yield "SD 3", f"width {inputs}"
-    for pattern, model in _NAMES.items():
-        if re.search(pattern, name):
-            yield model, f"a layer named {name!r}"
+    yield from ((model, f"a layer named {name!r}") for pattern, model in _NAMES.items() if re.search(pattern, name))
     for pattern, rows in _FLUX2_ROWS.items():
         if re.search(pattern, name) and outputs == rows * inputs:
             yield "FLUX.2", f"{rows} rows for each input in {name!r}"
