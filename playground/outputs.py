@@ -6,6 +6,7 @@ import mimetypes
 import tarfile
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -64,7 +65,9 @@ def sorted_out(files: Sequence[Output], *, reported: bool) -> Made:
 def samples_in(tar: bytes) -> list[Output]:
     """The pictures in a training's tar, by name; unreadable members end the search."""
     found: list[Output] = []
-    with tarfile.open(fileobj=io.BytesIO(tar)) as members:
+    # As a stream, which never goes back: members of negative sizes would follow one another for ever (CVE-2025-8194).
+    unreadable = (tarfile.TarError, ValueError, RecursionError)
+    with suppress(*unreadable), tarfile.open(fileobj=io.BytesIO(tar), mode="r|") as members:
         for member in members:
             mime = mimetypes.guess_type(member.name)[0] or ""
             file = members.extractfile(member) if mime.startswith("image/") and member.size < SAMPLE_BYTES else None

@@ -3,9 +3,14 @@
 import base64
 import io
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from playground.outputs import Output, files_of, samples_in, sorted_out
+from test_folder.fakes.tars import CHAIN, ENDLESS, crafted, endless_map
+from test_folder.files.reading import at_most
 
 
 def uri(mime: str, data: bytes = b"x") -> str:
@@ -43,6 +48,12 @@ def test_a_training_gives_one_file_and_its_samples_are_in_it(tmp_path: Path) -> 
     samples = samples_in(tar_file.data)
     assert [(file.name, file.data) for file in samples] == [("10_0.png", b"early"), ("20_0.png", b"late")]
     assert Path(samples[0].saved(tmp_path)).is_relative_to(tmp_path)
+
+
+@pytest.mark.parametrize("member", [*ENDLESS.values(), lambda name: CHAIN, endless_map], ids=[*ENDLESS, "chain", "map"])
+def test_a_crafted_tar_ends_the_search_for_samples(member: Callable[[str], bytes]) -> None:
+    with at_most(5):
+        assert len(samples_in(crafted(member("samples/10_0.png")))) <= 1
 
 
 def test_a_file_keeps_its_bytes(tmp_path: Path) -> None:
