@@ -81,3 +81,14 @@ def test_what_steers_the_choice_is_refused_where_there_is_none(
 def test_a_negative_prompt_that_nothing_heeds_is_refused(sdxl: Family, guidance: float) -> None:
     with pytest.raises(KLoRAError, match=f"guidance_scale {guidance:g} heeds none. Raise it above 1"):
         generate(sdxl, Request("a dog", negative_prompt="a cat", guidance_scale=guidance, num_inference_steps=1))
+
+
+def test_a_base_without_guidance_takes_none(bases: Path) -> None:
+    """0 says so, as the records of its images do."""
+    schnell = load_model("flux", bases / "flux-schnell", torch.device("cpu"))
+    for guidance in (0.5, 1.0):
+        with pytest.raises(
+            RequestError, match=rf"^guidance_scale is {guidance:g}, but this FLUX\.1 takes none\. Leave "
+        ):
+            generate(schnell, Request("a dog", guidance_scale=guidance, num_inference_steps=1, width=64, height=64))
+    assert generate(schnell, Request("a dog", guidance_scale=0.0, num_inference_steps=1, width=64, height=64))

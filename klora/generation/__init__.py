@@ -119,7 +119,7 @@ def _checked_steps(model: Family, request: Request) -> int:
     guidance = model.guidance_scale if request.guidance_scale is None else request.guidance_scale
     if request.negative_prompt and guidance <= 1:
         raise RequestError(f"negative_prompt is given, but guidance_scale {guidance:g} heeds none. Raise it above 1.")
-    if guidance > 1 and not model.guidance_scale:
+    if guidance and not model.guidance_scale:
         raise RequestError(f"guidance_scale is {guidance:g}, but this {model.name} takes none. Leave it blank.")
     if request.scheduler and request.scheduler not in model.schedulers:
         raise RequestError(f"scheduler is {request.scheduler}, but {model.name} has its own. Leave it blank.")
