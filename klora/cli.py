@@ -6,14 +6,13 @@ options and LoRAs that cannot be had need none.
 
 import errno
 import logging
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -26,6 +25,7 @@ from klora.errors import KLoRAError, RequestError, SafetyError
 from klora.form.fields import MAX_SEED
 from klora.form.inputs import progress_line
 from klora.form.options import options_of
+from klora.form.outputs import check_new, check_writable, kept
 from klora.form.pair import Export, Question
 from klora.form.request import Request, open_images
 from klora.training.config import TrainConfig
@@ -58,7 +58,7 @@ def fuse(
         studio = _studio()
         images = studio.make(request, files, facts.__setitem__, lent=lent)
         told = studio.report(request, files, lent) if request.report else None
-    for path in [*_saved(images, out, request), *(save_report(told, out) if told else [])]:
+    for path in [*_saved(images, out, request), *(kept(partial(save_report, told), out) if told else [])]:
         typer.echo(path)
     share = f", style acts in {facts['style_share']:.0%}" if "style_share" in facts else ""
     typer.echo(f"seed {request.seed}{share}, {time.perf_counter() - started:.1f} s")
@@ -100,11 +100,14 @@ def reproduce(
 def train(
     pictures: Annotated[Path, typer.Argument(help="A zip, a tar or a folder of pictures.", exists=True)],
     base_model: Annotated[Literal["sdxl", "flux-dev"], typer.Option(help="Base model to train on.")] = "sdxl",
-    out: Annotated[Path, typer.Option(help="The tar to write.", dir_okay=False)] = Path("trained_model.tar"),
+    out: Annotated[
+        Path, typer.Option(help="The tar to write, of a new name, or resume_from's.", dir_okay=False)
+    ] = Path("trained_model.tar"),
     resume_from: Annotated[Path | None, typer.Option(help="Such a tar: its training goes on.", exists=True)] = None,
     **given: Any,
 ) -> None:
     """Train a LoRA on pictures."""
+    check_new(out, resume_from)
     from klora.training.job import TrainingBase, run_training
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leaves a tar, as Ctrl-C does
@@ -170,7 +173,9 @@ def inspect(
 
 
 def report(
-    out: Annotated[Path, typer.Option(help="Folder for report.png and report.json.", file_okay=False)] = Path("out"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for report.png and report.json, or report-2 and so on.", file_okay=False)
+    ] = Path("out"),
     **given: Any,
 ) -> None:
     """Say who acts where and when for a pair of LoRAs, and what would change it; makes no image."""
@@ -179,15 +184,17 @@ def report(
         from klora.report.pair import answer, save_report
 
         told, pair = answer(question, files, _bases(), {name: facts.scores for name, facts in lent.items()})
-    typer.echo("\n".join([str(told), str(pair), *map(str, save_report(told, out))]))
+    typer.echo("\n".join([str(told), str(pair), *map(str, kept(partial(save_report, told), out))]))
 
 
 def export(
-    out: Annotated[Path, typer.Option(help="The .safetensors file to write.", dir_okay=False)], **given: Any
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write, of a new name.", dir_okay=False)],
+    **given: Any,
 ) -> None:
     """Bake a fusion into one ordinary LoRA, for tools without K-LoRA: its mean over some steps or all. That is K-LoRA
     itself only where no layer flips in them, and another thing elsewhere; it says how far the one is from the other."""
     wanted = Export(**given)
+    check_new(out)
     with weights.LoRAFiles(anywhere=True).borrowed(wanted.loras, weights.own_tokens()) as (files, lent):
         from klora.export import exported
 
@@ -202,18 +209,9 @@ def _studio() -> "Studio":
 
 
 def _saved(images: Mapping[int | str, Image.Image], out: Path, request: Request) -> list[Path]:
-    """Write images as save_images() does; one whose name another file has is called klora_7_0-2.png, and so on."""
     from klora.studio import save_images
 
-    def kept(made: Path) -> Path:
-        place, number = out / made.name, 1
-        while place.exists() and place.read_bytes() != made.read_bytes():
-            place = out / f"{made.stem}-{(number := number + 1)}{made.suffix}"
-        return made.replace(place)
-
-    out.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out) as folder:
-        return [kept(path) for path in save_images(images, Path(folder), request)]
+    return kept(lambda folder: save_images(images, folder, request), out)
 
 
 def _bases() -> dict[str, tuple[str, Path]]:
@@ -227,7 +225,7 @@ def _command(verb: Callable[..., None], *forms: type, without: Collection[str] =
     def run(**given: Any) -> None:
         try:
             if out := given.get("out"):
-                _check_writable(out)
+                check_writable(out)
             weights.use_toys_if_no_bases()
             verb(**{name: value for name, value in given.items() if value is not None})
         except (KLoRAError, OSError) as error:
@@ -238,13 +236,6 @@ def _command(verb: Callable[..., None], *forms: type, without: Collection[str] =
 
     run.__signature__ = options_of(verb, *forms, without=without)  # type: ignore[attr-defined]
     app.command(verb.__name__, help=verb.__doc__)(run)
-
-
-def _check_writable(out: Path) -> None:
-    """Raise RequestError where nothing can be written, before the work is done that would be."""
-    nearest = next(place for place in (out, *out.absolute().parents) if place.exists())
-    if not os.access(nearest, os.W_OK) or (nearest != out and not nearest.is_dir()):
-        raise RequestError(f"out is {str(out)!r}, but {nearest} cannot be written to. Expected a path that can be.")
 
 
 def _told(error: KLoRAError | OSError) -> str:

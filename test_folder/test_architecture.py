@@ -58,6 +58,7 @@ LAYERS = {
     "klora/bases/": {"klora.errors", "klora.interruptible", *ROOMS["bases"]},
     "klora/form/fields.py": {"klora.errors"},
     "klora/form/options.py": set(),
+    "klora/form/outputs.py": {"klora.errors"},
     "klora/bulk/": {
         *("klora.errors", "klora.form.fields", "klora.form.request", "klora.studio.provenance", *ROOMS["bulk"]),
         *("klora.interruptible", "klora.sources.kinds", "klora.sources.reference"),

@@ -54,3 +54,20 @@ def test_the_command_refuses_in_one_line_and_its_help_says_what_an_average_is_no
     assert list(tmp_path.iterdir()) == []
     text = " ".join(CliRunner().invoke(cli.app, ["export", "--help"]).stdout.split())
     assert "K-LoRA itself only where no layer flips in them, and another thing elsewhere" in text
+
+
+def test_the_command_overwrites_no_file_least_of_all_one_that_it_reads(
+    bases: Path, loras: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KLORA_MODELS", str(bases))
+    monkeypatch.chdir(tmp_path)
+    for role, path in pair_of(loras, "sdxl").items():
+        Path(f"{role}.safetensors").write_bytes(path.read_bytes())
+    content = Path("content_lora.safetensors")
+    before = content.read_bytes()
+    refused = CliRunner().invoke(cli.app, ["export", str(content), "style_lora.safetensors", "--out", str(content)])
+    assert (refused.exit_code, refused.stderr) == (
+        1,
+        f"Error: out is {str(content)!r}, which is there already. Expected a new name: none is overwritten.\n",
+    )
+    assert content.read_bytes() == before

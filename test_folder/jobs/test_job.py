@@ -159,6 +159,18 @@ def test_what_cannot_be_honoured_is_refused_in_a_sentence(options: tuple[str, ..
     assert [path.name for path in Path().iterdir()] == ["pictures"]
 
 
+def test_the_command_overwrites_no_training_but_the_one_that_goes_on(quick: Path) -> None:
+    shutil.copy(quick, "trained_model.tar")
+    shutil.copy(quick, "other.tar")
+    for options in ((), ("--resume-from", "other.tar", "--steps", "12")):
+        result = klora_train(*options)
+        assert (result.exit_code, result.stderr) == (
+            1,
+            "Error: out is 'trained_model.tar', which is there already. Expected a new name: none is overwritten.\n",
+        )
+        assert Path("trained_model.tar").read_bytes() == quick.read_bytes()
+
+
 # Captions, masks, the class
 
 

@@ -69,6 +69,20 @@ def test_both_names_of_the_steps_mean_the_same(shell):
         assert strictly(Path("out/report.json").read_text())["steps"] == 3
 
 
+def test_another_report_is_written_beside_the_first(shell):
+    def reported(steps):
+        result = CliRunner().invoke(cli.app, ["report", *shell, "--steps", steps])
+        return result.stdout.splitlines()[-2:]
+
+    first = reported("3")
+    assert first == ["out/report.png", "out/report.json"]
+    Path("out/report.png").unlink()
+    for _ in range(2):  # the same one again has the same files; those of one report have one number
+        assert reported("4") == ["out/report-2.png", "out/report-2.json"]
+    assert [strictly(Path(f"out/report{number}.json").read_text())["steps"] for number in ("", "-2")] == [3, 4]
+    assert reported("3") == first
+
+
 def test_saving_makes_the_folder(tmp_path):
     assert isinstance(healthy(), Report)
     assert all(path.is_file() for path in save_report(healthy(), tmp_path / "a" / "b"))
