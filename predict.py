@@ -26,7 +26,7 @@ from klora.form.inputs import filled, progress_line, uploaded
 from klora.form.request import Request, open_images
 from klora.models import silence_progress_bars
 from klora.report.pair import save_report
-from klora.studio import Studio, save_images
+from klora.studio import Check, Studio, save_images
 
 MAX_LINES = 1000  # of prompts
 ALIASES = {
@@ -266,10 +266,10 @@ class Predictor(BasePredictor):
         print(f"seed {seed}")
         allowance = weights.Allowance(weights.FETCH_SECONDS)
 
-        def draw(requests: Sequence[Request]) -> dict[int, Image]:
+        def draw(requests: Sequence[Request], check: Check) -> dict[int, Image]:
             shared = requests[0]
             with self.loras.borrowed(shared.loras, tokens, weights.runnable(shared.model), allowance) as (files, lent):
-                return self.studio.draw(requests, files, lent)
+                return self.studio.draw(requests, files, lent, check)
 
         prompts = read_prompts(lines, inputs, template=template, most=MAX_LINES)
         made = run(prompts, Bulk(on_error="skip"), folder, lambda: draw, partial(print, flush=True))

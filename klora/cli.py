@@ -33,7 +33,7 @@ from klora.training.publishing import Publishing
 
 if TYPE_CHECKING:
     from klora.bulk.batch import Draw
-    from klora.studio import Studio
+    from klora.studio import Check, Studio
     from klora.training.loop import Progress
 
 app = typer.Typer(help="K-LoRA: one LoRA's subject in another LoRA's style.", no_args_is_help=True)
@@ -151,10 +151,10 @@ def open_studio() -> "Draw":
     weights.use_toys_if_no_bases()
     studio, loras = _studio(), weights.LoRAFiles(anywhere=True)
 
-    def draw(requests: Sequence[Request]) -> dict[int, Image.Image]:
+    def draw(requests: Sequence[Request], check: "Check") -> dict[int, Image.Image]:
         shared = requests[0]
         with loras.borrowed(shared.loras, weights.own_tokens(), weights.runnable(shared.model)) as (files, lent):
-            return studio.draw(requests, files, lent)
+            return studio.draw(requests, files, lent, check)
 
     return draw
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from PIL import Image
 
@@ -11,10 +12,12 @@ from klora.bulk.lines import Fault
 from klora.errors import KLoRAError, RequestError
 from klora.form.request import Request
 from klora.interruptible import in_threads
+from klora.studio.provenance import Check
 
-Draw = Callable[[Sequence[Request]], Mapping[int, Image.Image]]
+Draw = Callable[[Sequence[Request], Check], Mapping[int, Image.Image]]
 """Requests for one image each that agree in all but prompt and seed -> {place: image}, without the images that the
-safety checker withholds. Each has its provenance and its caption in its info. Raises KLoRAError."""
+safety checker withholds. Each has its provenance and its caption in its info. Raises KLoRAError, also what Check raises
+of the LoRAs, to which it shows them before anything is drawn."""
 
 
 @dataclass
@@ -38,9 +41,7 @@ def make(batch: Batch, draw: Draw, folder: Folder) -> Outcome:
     lacking = {place: job for place, job in enumerate(batch) if not folder.done(job)}
     outcome = Outcome()
     try:
-        images = draw([job.request for job in batch]) if lacking else {}
-        for place, image in images.items():
-            folder.check(batch[place], image)
+        images = draw([job.request for job in batch], partial(folder.check, batch[0])) if lacking else {}
     except KLoRAError as error:
         if isinstance(error, RequestError) and len(batch) > 1:  # one prompt's, perhaps: the others are as good as ever
             return _one_by_one(batch, draw, folder)

@@ -19,7 +19,7 @@ from klora.errors import LoRAError, RequestError, SourceError
 from klora.form.request import Request
 from klora.sources.kinds import Local
 from klora.sources.reference import parse
-from klora.studio.provenance import FORM, canonical, picture_sha256, stamp
+from klora.studio.provenance import FORM, UsedLoRA, canonical, picture_sha256, stamp
 
 _KINDS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 _LONGEST = 80  # characters of a value that are shown
@@ -59,9 +59,8 @@ class Folder:
         """Whether its image is there, and done."""
         return self._place(job, job.request.output_format).is_file() and self._place(job, "json").is_file()
 
-    def check(self, job: Job, image: Image.Image) -> None:
-        """Raise LoRAError where an image is of another LoRA file than those that its reference made here before."""
-        loras = image.info["provenance"].loras
+    def check(self, job: Job, loras: Mapping[str, UsedLoRA]) -> None:
+        """Raise LoRAError where a job would use another LoRA file than those that its reference made here before."""
         used = {name: list(loras[name].sha256) for name in job.request.loras}
         if used != (then := self._first(job, used)):
             raise LoRAError(f"{self.path} has images of another LoRA file: {_difference(then, used, job.line)}")

@@ -4,6 +4,7 @@ studio  from a request to its images     bases       those that are loaded
 sheets  several ways on one sheet        provenance  how an image was made
 """
 
+from klora.studio.provenance import Check
 from klora.studio.studio import Studio, save_images
 
-__all__ = ["Studio", "save_images"]
+__all__ = ["Check", "Studio", "save_images"]

@@ -7,7 +7,7 @@ began with and that viewers look for. JPEG and WebP have the record in XMP, and 
 import json
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from hashlib import sha256
@@ -55,6 +55,10 @@ class UsedLoRA:
     reference: str
     sha256: tuple[str, ...]
     trigger: str = ""
+
+
+Check = Callable[[Mapping[str, UsedLoRA]], None]
+"""Is shown the LoRAs, by input, before anything is drawn of them. Raises LoRAError for those that may not be used."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from klora.models.safety import SafetyChecker
 from klora.report import Report, report_on
 from klora.report.numbers import Counts
 from klora.studio.bases import Products, ResidentBases
-from klora.studio.provenance import Place, Provenance, UsedLoRA, canonical, settled, stamp
+from klora.studio.provenance import Check, Place, Provenance, UsedLoRA, canonical, settled, stamp
 from klora.studio.sheets import contact_sheet, draw_ways, tallied, ways_of
 
 logger = logging.getLogger(__name__)
@@ -125,15 +125,16 @@ class Studio:
         return shown
 
     def draw(
-        self, requests: Sequence[Request], loras: Mapping[str, Path], lent: Mapping[str, Borrowed]
+        self, requests: Sequence[Request], loras: Mapping[str, Path], lent: Mapping[str, Borrowed], check: Check
     ) -> dict[int, Image.Image]:
         """{place: image} of requests for one image each, which agree in all but prompt and seed and are drawn together;
-        without the images that the safety checker withholds. Arguments and errors as make().
+        without the images that the safety checker withholds. Arguments and errors as make(), and what check raises.
 
         Each has its Provenance in info["provenance"], as if it were drawn alone, and its prompt with the trigger words
         in info["caption"].
         """
         first = self._ready(requests[0], loras, lent)
+        check(first.used)
         worded = any(facts.triggers for facts in lent.values())  # of which it depends on the prompt which one calls
         ready = [first, *(self._ready(asked, loras, lent) if worded else first for asked in requests[1:])]
         draws = [own.draws(asked)[0] for asked, own in zip(requests, ready, strict=True)]

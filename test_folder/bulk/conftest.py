@@ -30,7 +30,7 @@ def studio(bases: Path) -> Studio:
 @pytest.fixture
 def draw(studio: Studio, pair: dict[str, Path]) -> Draw:
     """Requests with both LoRAs."""
-    return lambda asked: studio.draw(asked, pair, {})
+    return lambda asked, check: studio.draw(asked, pair, {}, check)
 
 
 @pytest.fixture

@@ -10,13 +10,17 @@ import torch
 from PIL import Image
 
 from klora.bulk.lines import PromptFile, read_prompts
-from klora.studio.provenance import picture_sha256
+from klora.studio.provenance import UsedLoRA, picture_sha256
 
 CPU = torch.device("cpu")
 QUICK = {"num_inference_steps": 2, "disable_safety_checker": True, "output_format": "png"}
 PROMPTS = ("a photo of a dog", "a red house by the sea", "two cats")
 ONE_LEVEL = 1  # of 255, by which an image in a batch may differ from itself alone: a batched product rounds otherwise
 Runs = Callable[..., list[str]]
+
+
+def unchecked(loras: Mapping[str, UsedLoRA]) -> None:
+    """Whatever LoRAs an image would be drawn with."""
 
 
 def written(path: Path, *lines: str | Mapping[str, Any]) -> Path:

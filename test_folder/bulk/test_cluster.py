@@ -24,6 +24,7 @@ from klora.bulk.folder import Folder
 from klora.bulk.lines import PromptFile
 from klora.errors import KLoRAError, LoRAError, RequestError
 from klora.form.request import Request
+from klora.studio import Check
 from test_folder.bulk.prompting import PROMPTS, Runs, contents, pictures, read, written
 
 
@@ -60,9 +61,9 @@ def opened_with_another(folder: Path) -> Draw:
     while len(list(folder.glob("[0-9]*"))) < 2:
         time.sleep(0.01)
 
-    def draw_(asked: Sequence[Request]) -> Mapping[int, Image.Image]:
+    def draw_(asked: Sequence[Request], check: Check) -> Mapping[int, Image.Image]:
         own.write_text("at work")
-        images = draw(asked)
+        images = draw(asked, check)
         own.write_text("")
         return images
 
@@ -162,11 +163,11 @@ def deadly(draw: Draw, prompt: str, times: int) -> Draw:
     """Kills its worker at a prompt, so many times."""
     left = [times]
 
-    def draw_(asked: Sequence[Request]) -> Mapping[int, Image.Image]:
+    def draw_(asked: Sequence[Request], check: Check) -> Mapping[int, Image.Image]:
         if left[0] and prompt in {request.prompt for request in asked}:
             left[0] -= 1
             raise DiedError
-        return draw(asked)
+        return draw(asked, check)
 
     return draw_
 
@@ -183,7 +184,7 @@ def test_a_batch_whose_workers_die_is_given_up_after_some_tries_and_the_rest_is_
 
 
 def test_a_workers_full_disk_is_what_the_command_hears_of(cluster: Cluster, runs: Runs, prompts: PromptFile) -> None:
-    def full(asked: Sequence[Request]) -> Mapping[int, Image.Image]:
+    def full(asked: Sequence[Request], check: Check) -> Mapping[int, Image.Image]:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space left on device") as failed:

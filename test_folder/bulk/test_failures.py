@@ -15,7 +15,7 @@ from klora.bulk.lines import PromptFile
 from klora.bulk.run import progress
 from klora.errors import KLoRAError, LoRAError, RequestError
 from klora.form.request import Request
-from klora.studio import Studio
+from klora.studio import Check, Studio
 from klora.training.dataset import read_upload
 from predict import Predictor
 from test_folder import tiny
@@ -47,10 +47,10 @@ def test_empty_lines_stop_where_that_is_asked_for(runs: Runs, tmp_path: Path) ->
 def failing(draw: Draw, error: KLoRAError, *prompts: str) -> Draw:
     """Fails where a batch has one of these."""
 
-    def draw_(asked: Sequence[Request]) -> Mapping[int, Image.Image]:
+    def draw_(asked: Sequence[Request], check: Check) -> Mapping[int, Image.Image]:
         if {request.prompt for request in asked} & {*prompts}:
             raise error
-        return draw(asked)
+        return draw(asked, check)
 
     return draw_
 
@@ -85,9 +85,9 @@ def test_withheld_images_are_named_and_not_made_again(
     flagging = Studio(lambda name, family: ("sdxl", "sdxl", bases / "sdxl"), checker, CPU)
     asked: list[int] = []
 
-    def drawing(requests: Sequence[Request]) -> Mapping[int, Image.Image]:
+    def drawing(requests: Sequence[Request], check: Check) -> Mapping[int, Image.Image]:
         asked.append(len(requests))
-        return flagging.draw(requests, pair, {})
+        return flagging.draw(requests, pair, {}, check)
 
     lines = ({"prompt": prompt, "disable_safety_checker": prompt == "a dog"} for prompt in ("a dog", "a cat", "x"))
     prompts = read(written(tmp_path / "p.jsonl", *lines))

@@ -17,10 +17,21 @@ from klora.bulk.run import run
 from klora.cache import Borrowed
 from klora.errors import RequestError
 from klora.form.request import Request
-from klora.studio import Studio
+from klora.studio import Check, Studio
 from klora.studio.provenance import read_provenance
 from klora.training.dataset import read_upload
-from test_folder.bulk.prompting import ONE_LEVEL, PROMPTS, QUICK, Runs, contents, far, pictures, read, written
+from test_folder.bulk.prompting import (
+    ONE_LEVEL,
+    PROMPTS,
+    QUICK,
+    Runs,
+    contents,
+    far,
+    pictures,
+    read,
+    unchecked,
+    written,
+)
 
 
 def test_an_image_its_caption_and_how_it_was_made(runs: Runs, prompts: PromptFile, draw: Draw, tmp_path: Path) -> None:
@@ -36,7 +47,7 @@ def test_an_image_its_caption_and_how_it_was_made(runs: Runs, prompts: PromptFil
     assert (told["seed"], told["inputs"]["prompt"], told["line"]) == (6, "a red house by the sea", 2)
     assert told["loras"]["style_lora"]["sha256"] == list(made.loras["style_lora"].sha256)
     assert 0 < told["measured"]["style_share"] == made.measured["style_share"] < 1
-    alone = draw([replace(made.request(), content_lora=None, style_lora=None)])[0]
+    alone = draw([replace(made.request(), content_lora=None, style_lora=None)], unchecked)[0]
     assert far(alone, Image.open(out / "00001.png")) <= ONE_LEVEL
     assert said[-1] == f"5 images made in {out}."
     assert [line.split(",")[0] for line in said[:-1]] == ["2 of 5", "4 of 5", "5 of 5"]
@@ -57,7 +68,7 @@ def test_the_word_that_a_page_names_is_chosen_for_each_prompt(studio: Studio, lo
     file = loras / "sdxl_style.safetensors"
     lent = {"style_lora": Borrowed(file, tmp_path / "scores.json", ("zork", "sks"))}
     asked = [Request(prompt, seed=1, **QUICK) for prompt in ("a dog", "a sks cat")]
-    images = studio.draw(asked, {"style_lora": file}, lent)
+    images = studio.draw(asked, {"style_lora": file}, lent, unchecked)
     assert [images[place].info["caption"] for place in (0, 1)] == ["zork, a dog", "a sks cat"]
     assert [images[place].info["provenance"].loras["style_lora"].trigger for place in (0, 1)] == ["zork", "sks"]
 
@@ -104,10 +115,10 @@ def test_when_all_is_there_nothing_is_opened(runs: Runs, prompts: PromptFile, tm
 def test_an_interruption_loses_nothing(
     draw: Draw, prompts: PromptFile, tmp_path: Path, runs: Runs, interruption: type[BaseException]
 ) -> None:
-    def interrupted(asked: Sequence[Request]) -> Mapping[int, Image.Image]:
+    def interrupted(asked: Sequence[Request], check: Check) -> Mapping[int, Image.Image]:
         if asked[0].prompt == PROMPTS[2]:
             raise interruption
-        return draw(asked)
+        return draw(asked, check)
 
     said: list[str] = []
     with pytest.raises(interruption):
@@ -150,7 +161,7 @@ SECRET = "0123456789abcdef0123456789abcdef"
 @pytest.mark.parametrize("reference", [f"https://civitai.com/api/download/models/7?token={SECRET}", f"hf_{SECRET}"])
 def test_a_secret_is_in_no_file_and_no_message(draw: Draw, tmp_path: Path, reference: str) -> None:
     folder, job = Folder(tmp_path), Job(0, 1, Request("a dog", content_lora=reference, seed=1, **QUICK))
-    folder.keep(job, draw([replace(job.request, content_lora=None)])[0])
+    folder.keep(job, draw([replace(job.request, content_lora=None)], unchecked)[0])
     assert folder.done(job)
     assert len(list(tmp_path.iterdir())) == 3
     assert not [file for file in tmp_path.iterdir() if SECRET.encode() in file.read_bytes()]

@@ -15,9 +15,9 @@ from klora.bulk.folder import Folder
 from klora.bulk.run import Digests, run
 from klora.errors import RequestError
 from klora.form.request import Request
-from klora.studio import Studio
+from klora.studio import Check, Studio
 from klora.studio.digests import digests
-from test_folder.bulk.prompting import contents, pictures, read, written
+from test_folder.bulk.prompting import contents, pictures, read, unchecked, written
 from test_folder.fakes import Storage
 from test_folder.fakes.hub import Hub
 
@@ -77,7 +77,9 @@ def test_images_of_a_fetched_lora_that_has_changed_are_refused(
 
         assert generated_of(first, "one", "--count", "1").exit_code == 0
         before = contents(shell / "out")
-        result = generated_of(other, "two", "--on-error", "skip")
+        with monkeypatch.context() as patch:
+            patch.setattr(Studio, "_drawn", None)  # nothing is drawn
+            result = generated_of(other, "two", "--on-error", "skip")
         assert result.exit_code == 1
         assert result.stdout.splitlines()[-2:] == [
             "0 images made in out, 1 were there before.",
@@ -92,8 +94,8 @@ def test_images_of_a_fetched_lora_that_has_changed_are_refused(
 def test_images_of_a_lora_that_changes_on_the_way_are_refused(shell: Path, studio: Studio, known: Digests) -> None:
     file, said = shell / "style.safetensors", list[str]()
 
-    def draw(asked: Sequence[Request]) -> Mapping[int, Image.Image]:
-        images = studio.draw(asked, {"style_lora": file}, {})
+    def draw(asked: Sequence[Request], check: Check) -> Mapping[int, Image.Image]:
+        images = studio.draw(asked, {"style_lora": file}, {}, check)
         if file.read_bytes() != (shell / "content.safetensors").read_bytes():
             swapped(file)
         return images
@@ -108,7 +110,7 @@ def test_a_folder_in_which_files_of_one_reference_are_mixed_is_refused(shell: Pa
     [first, second] = read(written(shell / "p.txt", "a dog", "a cat"), style_lora="hf:o/oil").jobs()
     for job, name in ((first, "style"), (second, "content")):
         file = {"style_lora": shell / f"{name}.safetensors"}
-        Folder(shell).keep(job, studio.draw([job.request], file, {})[0])
+        Folder(shell).keep(job, studio.draw([job.request], file, {}, unchecked)[0])
     folder = Folder(shell)
     assert folder.done(first)
     with pytest.raises(RequestError, match=r"00001\.json was made with a file of another sha256: its style_lora is"):
