@@ -48,7 +48,7 @@ LAYERS = {
     "klora/fusion.py": {"klora.errors", "klora.lora"},
     "klora/kernels.py": {"klora.lora"},
     "klora/layers/": {"klora.errors", "klora.device", "klora.kernels", "klora.lora", *ROOMS["layers"]},
-    "klora/generation/acting.py": {"klora.errors", "klora.form.request", "klora.fusion", "klora.lora"},
+    "klora/generation/acting.py": {"klora.form.request", "klora.fusion", "klora.lora"},
     "klora/generation/words.py": {"klora.layers", "klora.lora"},
     "klora/sources/": {"klora.errors", *ROOMS["sources"]},
     "klora/cache/": {

@@ -130,7 +130,9 @@ def read_prompts(path: Path, common: Mapping[str, Any], *, template: str = "{}",
             given = {**common, "seed": seed, **(told := read(line))}
             if isinstance(given["prompt"], str):
                 given["prompt"] = template.replace("{}", given["prompt"])
-            jobs.append(Job(index, number, Request(**given), "seed" in told))
+            request = Request(**given)
+            request.check_roles([name.removesuffix("_lora") for name in request.loras])  # as making it would, but now
+            jobs.append(Job(index, number, request, "seed" in told))
         except RequestError as error:
             faults.append(Fault(number, str(error)))
         except OverflowError:  # a whole number that no float can hold

@@ -4,7 +4,7 @@ predict.py repeats the names and bounds, because Cog reads its form from source 
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,14 @@ class Request:
         if self.fusion != "klora":
             self.refuse_choice()
         self._check_views()
+
+    def check_roles(self, roles: Collection[str]) -> None:
+        """Raise RequestError for what LoRAs of these roles alone, "content" and "style", cannot do."""
+        if self.fusion in ("content", "style") and self.fusion not in roles:
+            name = f"{self.fusion}_lora"
+            raise RequestError(f"fusion is {self.fusion} but {name} is not given. Give it, or choose another fusion.")
+        if self.fusion != "klora" or len(roles) < 2:
+            self.refuse_choice()
 
     def refuse_choice(self) -> None:
         """Raise RequestError for an input of K-LoRA's choice that is given where it makes none."""

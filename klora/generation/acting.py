@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from klora.errors import RequestError
 from klora.form.request import Request
 from klora.fusion import Schedule, fuse
 from klora.lora import LoRA, Plan
@@ -24,13 +23,13 @@ def combine(
 ) -> Plan:
     """Who acts where and when in the denoiser. device: the denoiser's, where LoRAs are scored if it is a CUDA one;
     otherwise they are scored where they lie. Raises RequestError."""
+    request.check_roles([role for role, lora in (("content", content), ("style", style)) if lora is not None])
     if request.fusion == "klora" and content is not None and style is not None:
         schedule = Schedule.from_pattern(request.pattern, request.alpha, request.beta)
         fusion = fuse(content, style, device=device if device and device.type == "cuda" else None)
         wins = fusion.content_wins(schedule, steps, request.style_bias)
         record("gamma", fusion.gamma)
         return fusion.gated(wins, request.content_scale, request.style_scale)
-    request.refuse_choice()
     return constant(request, content, style)
 
 
@@ -46,8 +45,6 @@ def acting(request: Request, content: LoRA | None, style: LoRA | None) -> list[t
     """(role, LoRA, scale) of those that this request lets act at all."""
     found = []
     for name, lora, scale in (("content", content, request.content_scale), ("style", style, request.style_scale)):
-        if request.fusion == name and lora is None:
-            raise RequestError(f"fusion is {name} but {name}_lora is not given. Give it, or choose another fusion.")
         if lora is not None and request.fusion in (name, "sum", "klora"):
             found.append((name, lora, scale))
     return found

@@ -37,6 +37,21 @@ def test_bad_lines_stop_before_anything_is_made_unless_they_are_to_be_skipped(ru
     assert sum(line.startswith("Not made: line ") for line in said) == 12
 
 
+@pytest.mark.parametrize("given", [{"style_bias": 2.0}, {"pattern": "s"}, {"fusion": "style"}], ids=str)
+def test_what_one_lora_cannot_do_stops_before_anything_is_made(
+    runs: Runs, tmp_path: Path, given: dict[str, Any]
+) -> None:
+    prompts = read(written(tmp_path / "p.jsonl", {"prompt": "a dog"}, {"prompt": "a cat", **given}), content_lora="a")
+    with pytest.raises(
+        RequestError, match=rf"^Some lines cannot be used: line 2: {min(given)} is .*Mend them, or skip"
+    ):
+        runs(prompts, drawing=no_drawing)
+
+
+def no_drawing(*_: Any) -> Any:
+    raise AssertionError("nothing is to be drawn")
+
+
 def test_empty_lines_stop_where_that_is_asked_for(runs: Runs, tmp_path: Path) -> None:
     prompts = read(written(tmp_path / "p.txt", "a dog", "", "a cat", " "))
     assert runs(prompts, count=1)[0] == "Skipped empty lines: 2, 4."

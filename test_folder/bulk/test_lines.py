@@ -26,10 +26,10 @@ def requests(prompts: PromptFile) -> list[Request]:
 def test_each_line_is_a_prompt_and_its_seed_is_counted_without_empty_ones(tmp_path: Path, end: bytes) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes(b"\xef\xbb\xbfa dog\r\n\n  a \xc3\xa9clair\xe2\x80\xa8 here \n \t\r\na cat" + end)
-    prompts = read(file, style_bias=2)
+    prompts = read(file, style_scale=2)
     assert [(job.index, job.line) for job in prompts.requests] == [(0, 1), (1, 3), (2, 5)]
     assert requests(prompts) == [
-        Request(text, seed=seed, style_bias=2, **QUICK)
+        Request(text, seed=seed, style_scale=2, **QUICK)
         for text, seed in (("a dog", 5), ("a éclair\u2028 here", 6), ("a cat", 7))
     ]
     assert (prompts.faults, prompts.empty) == ((), (2, 4))
@@ -39,13 +39,13 @@ def test_each_line_is_a_prompt_and_its_seed_is_counted_without_empty_ones(tmp_pa
 def test_a_line_of_json_says_what_differs_from_the_others(tmp_path: Path, name: str) -> None:
     file = written(
         tmp_path / name,
-        {"prompt": "a dog", "style_lora": "oil", "seed": 99, "style_bias": 3},
+        {"prompt": "a dog", "style_lora": "oil", "seed": 99, "style_scale": 3},
         "",
         {"prompt": "a cat", "style_lora": None, "width": 80.0, "aspect_ratio": "custom"},
     )
     common = {**QUICK, "style_lora": "ink"}
     assert requests(read(file, style_lora="ink")) == [
-        Request("a dog", **{**common, "style_lora": "oil"}, seed=99, style_bias=3.0),
+        Request("a dog", **{**common, "style_lora": "oil"}, seed=99, style_scale=3.0),
         Request("a cat", **{**common, "style_lora": None}, seed=6, width=80, aspect_ratio="custom"),
     ]
 
