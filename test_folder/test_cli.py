@@ -119,6 +119,11 @@ def test_help_lists_every_field_and_out() -> None:
         assert re.search(rf"{'prompt' if name == 'prompt' else '--' + name.replace('_', '-')}\b", text), name
 
 
+def test_help_shows_what_is_in_brackets() -> None:
+    text = CliRunner().invoke(cli.app, ["train", "--help"]).stdout
+    assert "The prompt of pictures without caption, with [trigger] in it." in re.sub(r"[\s│]+", " ", text)
+
+
 def test_the_installed_command_is_this_one() -> None:
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="klora")
     assert script.value == "klora.cli:app"

@@ -23,7 +23,7 @@ def options_of(verb: Callable[..., None], *forms: type, without: Collection[str]
 
 
 def _option(item: "Field[Any]", hint: Any) -> dict[str, Any]:
-    text = item.metadata["help"]
+    text = item.metadata["help"].replace("[", r"\[")  # which typer would take for the name of a colour
     if item.default is MISSING and item.default_factory is MISSING:
         return {"annotation": Annotated[str, typer.Argument(help=text)]}
     bounds = {"min": item.metadata["ge"], "max": item.metadata["le"]} if "ge" in item.metadata else {}
