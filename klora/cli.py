@@ -24,7 +24,7 @@ from klora.bulk.lines import ALONE, read_prompts
 from klora.errors import KLoRAError, RequestError, SafetyError
 from klora.form.fields import MAX_SEED
 from klora.form.inputs import progress_line
-from klora.form.options import options_of
+from klora.form.options import FILE, options_of
 from klora.form.outputs import check_new, check_writable, kept
 from klora.form.pair import Export, Question
 from klora.form.request import Request, open_images
@@ -71,8 +71,8 @@ def reproduce(
     out: Annotated[Path, typer.Option(help="Folder for the image.", file_okay=False)] = Path("reproduced"),
     content_lora: Annotated[str | None, typer.Option(help="Its content LoRA, where that is elsewhere now.")] = None,
     style_lora: Annotated[str | None, typer.Option(help="Its style LoRA, where that is elsewhere now.")] = None,
-    image: Annotated[Path | None, typer.Option(help="The image that it was made from.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="The mask that it was made with.")] = None,
+    image: Annotated[Path | None, typer.Option(help="The image that it was made from.", **FILE)] = None,
+    mask: Annotated[Path | None, typer.Option(help="The mask that it was made with.", **FILE)] = None,
 ) -> None:
     """Make an image again, from what its file tells of how it was made, and say whether the pixels are the same."""
     from klora.studio.likeness import difference

@@ -201,6 +201,8 @@ def test_a_missing_base_is_one_line_that_says_where_it_should_be(
         ("--width", "63", "greater than or equal to 64"),
         ("--output-format", "gif", "'webp', 'jpg', 'png'"),
         ("--model", "sd-1.5", "'sdxl', 'illustrious-xl', 'flux-dev', 'flux-schnell'"),
+        ("--image", "none.png", "'none.png' does not exist"),
+        ("--mask", ".", "'.' is a directory"),
     ],
 )
 def test_a_value_out_of_range_is_refused_naming_the_option(option: str, value: str, accepted: str) -> None:

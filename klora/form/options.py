@@ -9,6 +9,9 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 from PIL import Image
 
+FILE: dict[str, Any] = {"exists": True, "dir_okay": False}
+"""What typer is told of a path at which a file has to be."""
+
 
 def options_of(verb: Callable[..., None], *forms: type, without: Collection[str] = ()) -> Signature:
     """What typer reads: a verb's own parameters, and one for each field of dataclasses that it takes by **. without:
@@ -26,12 +29,12 @@ def _option(item: "Field[Any]", hint: Any) -> dict[str, Any]:
     text = item.metadata["help"].replace("[", r"\[")  # which typer would take for the name of a colour
     if item.default is MISSING and item.default_factory is MISSING:
         return {"annotation": Annotated[str, typer.Argument(help=text)]}
-    bounds = {"min": item.metadata["ge"], "max": item.metadata["le"]} if "ge" in item.metadata else {}
+    bounds: dict[str, Any] = {"min": item.metadata["ge"], "max": item.metadata["le"]} if "ge" in item.metadata else {}
     default = None if item.default is MISSING else item.default
     if "choices" in item.metadata:
         hint = Literal[item.metadata["choices"]]
     elif hint == Image.Image | None:
-        hint = Path
+        hint, bounds = Path, FILE
     hint = hint | None if default is None else hint
     flags = item.metadata.get("flags", ())
     return {"annotation": Annotated[hint, typer.Option(*flags, help=text, **bounds)], "default": default}
