@@ -27,7 +27,7 @@ class Bulk:
         None, "At a line that cannot be used, or fails. Default: stop, but skip empty ones.", choices=("stop", "skip")
     )
     ray: bool = ask(False, "Spread the work over a Ray cluster, a worker on each GPU.")
-    ray_workers: int | None = ask(None, "Number of Ray workers. Default: one for each GPU.", ge=1, le=10_000)
+    ray_workers: int | None = ask(None, "Ray workers, and so Ray. Default: one for each GPU.", ge=1, le=10_000)
 
     def __post_init__(self) -> None:
         check(self)

@@ -52,7 +52,7 @@ def run(
 def _outcomes(bulk: Bulk, batches: Sequence[Batch], folder: Folder, opened: Callable[[], Draw]) -> Outcomes:
     if not batches:
         return
-    if bulk.ray:
+    if bulk.ray or bulk.ray_workers:
         yield from spread(batches, opened, folder, bulk.ray_workers)
         return
     draw = opened()

@@ -197,12 +197,13 @@ def test_each_gpu_has_a_worker_or_else_each_node_and_never_more_than_batches(
 ) -> None:
     def hired(out: str, **given: Any) -> list[dict[str, Any]]:
         cluster.hired.clear()
-        runs(prompts, tmp_path / out, ray=True, batch_size=1, count=4, **given)
+        runs(prompts, tmp_path / out, **{"ray": True, "batch_size": 1, "count": 4} | given)
         return cluster.hired
 
     on_cpu = {"num_cpus": 1, "scheduling_strategy": "SPREAD"}
     assert hired("nodes") == [on_cpu] * 2
     assert hired("asked for", ray_workers=3) == [on_cpu] * 3
+    assert hired("asked for alone", ray=False, ray_workers=3) == [on_cpu] * 3
     cluster.gpus = 3
     assert hired("gpus") == [{"num_gpus": 1}] * 3
     cluster.gpus = 16
