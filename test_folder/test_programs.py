@@ -1,6 +1,8 @@
 """Programs of script/ and examples/, which import much only when they are asked for it: all of it is there."""
 
 import ast
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,3 +22,12 @@ def test_what_a_program_imports_of_ours_is_there(path: Path) -> None:
         lacks = {library for module, library in LACKING.items() if f"{node.module}.".startswith(f"{module}.")}
         if all(map(find_spec, lacks)):
             exec(compile(ast.Module([node], []), path, "exec"), {})
+
+
+@pytest.mark.parametrize("program", ["serve", "playground"])
+@pytest.mark.parametrize("port", [0, 65536])
+def test_a_port_that_is_none_is_refused_before_anything_is_set_up(program: str, port: int) -> None:
+    command = [sys.executable, ROOT / "script" / program, "--port", str(port)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.endswith(f"{program}: error: --port is {port}. Expected 1 to 65535.\n")
