@@ -11,7 +11,7 @@ from transformers import CLIPImageProcessorPil
 
 from klora.errors import SafetyError
 
-_ADVICE = "Install the safety-checker folder beside the base models, or set disable_safety_checker=true."
+_ADVICE = "Fetch it by script/download-weights safety-checker, or set disable_safety_checker=true."
 
 
 class SafetyChecker:

@@ -37,7 +37,7 @@ def test_a_missing_checker_refuses_before_denoising_until_it_is_installed(models
     studio = open_studio(tmp_path / "checker")
     assert unsafe(studio, checked()) == (
         "The safety checker is not installed. "
-        "Install the safety-checker folder beside the base models, or set disable_safety_checker=true."
+        "Fetch it by script/download-weights safety-checker, or set disable_safety_checker=true."
     )
     tiny.build_safety_checker(tmp_path / "checker")
     assert studio.make(checked(), {}).keys() == {0}
