@@ -43,6 +43,7 @@ app = typer.Typer(help="K-LoRA: one LoRA's subject in another LoRA's style.", no
 def main() -> None:
     """K-LoRA: one LoRA's subject in another LoRA's style."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)  # it advises what is not needed here
 
 
 def fuse(
@@ -168,8 +169,7 @@ def inspect(
 
         found = inspected(files["lora"], _bases())
     typer.echo(found)
-    if not found.fits:
-        raise typer.Exit(1)
+    raise typer.Exit(0 if found.fits else 1)
 
 
 def report(

@@ -249,3 +249,4 @@ def test_without_bases_a_real_process_draws_with_the_toys_and_says_so(bases: Pat
     assert "No base models in ~/.cache/klora/models: using the toy ones in examples/toy" in result.stderr
     assert f"loaded sdxl from {tmp_path}/examples/toy/sdxl" in result.stderr
     assert result.stdout.startswith("out/klora_1_0.png\n")
+    assert "requires torchvision" not in result.stderr  # transformers tells of what nobody here needs
