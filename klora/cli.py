@@ -169,7 +169,8 @@ def inspect(
 
         found = inspected(files["lora"], _bases())
     typer.echo(found)
-    raise typer.Exit(0 if found.fits else 1)
+    if not found.fits:
+        raise typer.Exit(1)
 
 
 def report(

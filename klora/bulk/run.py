@@ -67,15 +67,15 @@ def _follow(
     started, before = time.monotonic(), len(total.faults)
     for outcome in outcomes:
         total.add(outcome)
-        ended = len(total.there - there) + len(total.withheld) + len(total.faults) - before
-        tell(progress(len(there) + ended, jobs, ended, time.monotonic() - started))
+        drawn, failed = len(total.there - there) + len(total.withheld), len(total.faults) - before
+        tell(progress(len(there) + drawn + failed, jobs, drawn, time.monotonic() - started))
         if stop and outcome.faults:
             tell("Stopped at a line that failed. The same command goes on; on_error skip passes over it.")
             return
 
 
 def progress(done: int, jobs: int, fresh: int, seconds: float) -> str:
-    """How far it is, how fast, and for how long still. fresh: those of done that took these seconds."""
+    """How far it is, how fast, and for how long still. fresh: those of done that were drawn in these seconds."""
     if not fresh:
         return f"{done} of {jobs}"
     rate = fresh / seconds

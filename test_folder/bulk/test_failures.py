@@ -84,6 +84,7 @@ def test_a_lora_that_fails_stops_unless_the_rest_is_to_be_done(
 ) -> None:
     drawing = failing(draw, LoRAError("style_lora is no LoRA."), PROMPTS[1])
     said = runs(prompts, drawing=drawing)
+    assert said[0] == "2 of 5"  # at no speed: none was drawn
     assert said[1] == "Stopped at a line that failed. The same command goes on; on_error skip passes over it."
     assert said[-2:] == [f"Not made: line {line}: style_lora is no LoRA." for line in (1, 2)]
     assert pictures(tmp_path / "out") == {}
