@@ -51,7 +51,7 @@ def test_the_command_prints_it(bases: Path, tmp_path: Path, monkeypatch: pytest.
     shown = CliRunner().invoke(cli.app, ["inspect", str(path)])
     assert shown.exit_code == 0
     for said in ("dog.safetensors", hashlib.sha256(path.read_bytes()).hexdigest(), "made for  SDXL", "1 LoRA, rank 2",
-                 "zork, sks, a dog, grass", "fits      sdxl"):  # fmt: skip
+                 "'zork', 'sks', 'a dog', 'grass'", "fits      sdxl"):  # fmt: skip
         assert said in shown.output
 
 
