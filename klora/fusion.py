@@ -147,7 +147,7 @@ def _scores(lora: Mapping[str, LowRank], ks: Mapping[str, int], device: torch.de
     missing: dict[str, tuple[int, ...]] = {}
     for name, pair in lora.items():
         sums = known.get(name, {})
-        if ks[name] not in sums or pair.numel not in sums:
+        if ks[name] not in sums:
             wanted = {ks[name], pair.numel, *(pair.rank * rank for rank in RANKS)}
             missing[name] = tuple(sorted(wanted - sums.keys()))
     for name, sums in _computed(lora, missing, device).items():
@@ -253,12 +253,10 @@ def _tau(steps: int, layers: int, clock: Clock) -> Tensor:
 
 def _merged_order(first: list[str], second: list[str]) -> list[str]:
     """Both lists in one, keeping the order of each; they share one order, that of execution."""
-    if first == second:
-        return first
     merged: dict[str, None] = {}
     shared, rest = set(second), iter(second)
     for name in first:
-        if name in shared and name not in merged:
+        if name in shared:
             merged |= dict.fromkeys(takewhile(name.__ne__, rest))
         merged[name] = None
     return list(merged | dict.fromkeys(rest))

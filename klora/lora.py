@@ -136,5 +136,5 @@ def save_lora(path: Path, lora: LoRA, component: str, dtype: torch.dtype | None 
         for name, pair in layers.items():
             tensors[f"{prefix}.{name}.lora_A.weight"] = pair.A.to("cpu", dtype).contiguous()
             tensors[f"{prefix}.{name}.lora_B.weight"] = pair.B.to("cpu", dtype).contiguous()
-    save_file(tensors, path, metadata=dict(lora.metadata) or None)
+    save_file(tensors, path, metadata=dict(lora.metadata))
     return path

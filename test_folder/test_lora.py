@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from klora.lora import LoRA, LowRank, Plan
+from klora.lora import LoRA, LowRank, Plan, readable
 from test_folder.files.reading import pair
 
 
@@ -26,6 +26,14 @@ def placeable(rows: int = 6) -> LoRA:
     generator = torch.Generator().manual_seed(rows)
     pair = LowRank(torch.randn(2, 4, generator=generator).half(), torch.randn(rows, 2, generator=generator).half())
     return LoRA({"a": pair})
+
+
+def test_a_lora_moves_as_a_whole_and_knows_its_scores_there() -> None:
+    lora = LoRA({"a": LowRank(*pair(4, 5))}, {"text_encoder": {"x": LowRank(*pair(4, 5))}})
+    moved = lora.to(torch.device("meta"))
+    there = moved["a"], moved.text_encoders["text_encoder"]["x"]
+    assert all(factor.is_meta for one in there for factor in (one.A, one.B))
+    assert moved.scores is lora.scores
 
 
 def test_a_lora_remembers_where_it_was_last_and_nothing_older() -> None:
@@ -54,5 +62,6 @@ def test_a_pair_says_where_it_lies_and_where_kernels_read_it() -> None:
     lora_A, lora_B = askew.readable
     assert lora_B is askew.B and lora_A.is_contiguous() and lora_A.data_ptr() % 16 == 0
     assert torch.equal(lora_A, askew.A) and askew.readable[0] is lora_A
+    assert readable(stored[1:9]).data_ptr() % 16 == 0 and torch.equal(readable(stored[1:9]), stored[1:9])
     assert askew.place == (torch.device("cpu"), torch.float32)
     assert LowRank(askew.A, askew.B.half()).place is None

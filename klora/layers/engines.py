@@ -52,7 +52,7 @@ class Gate:
 
     def set_step(self, step: int) -> Self:
         """Let the LoRAs act as planned for this step, 0-based; steps beyond the last keep its choice."""
-        step = min(max(step, 0), len(self._gates) - 1)
+        step = min(step, len(self._gates) - 1)
         changed = (self._gates[step] != self._current).any(-1).nonzero().flatten().tolist()
         if changed:
             self._apply(step, changed)
@@ -124,7 +124,7 @@ def _merges(
             if index in scales:
                 merged = torch.empty_like(weight)
                 _merge(weight, acting, merged)
-                out.copy_(merged.float().div_(scales[index][:, None]))
+                out.copy_(merged.div_(scales[index][:, None]))
             else:
                 _merge(weight, acting, out)
 

@@ -16,6 +16,11 @@ def test_reference_gamma_equals_the_naive_trimmed_mean():
     assert fuse(content, style).gamma == pytest.approx(naive_gamma(sums), rel=1e-6)  # float32 products
 
 
+def test_a_ratio_of_exactly_three_means_is_dropped():
+    one, nine = (LowRank(torch.ones(1, 1), torch.full((1, 1), ratio)) for ratio in (1.0, 9.0))
+    assert fuse(dict.fromkeys("abc", one) | {"d": nine}, dict.fromkeys("abcd", one)).gamma == 1.0
+
+
 def test_paper_gamma_equals_the_ratio_of_the_grand_sums():
     content, style = random_pairs(40, 4, seed=1, spread=1.5), random_pairs(40, 4, seed=2, spread=1.5)
     _, _, content_l1, style_l1 = map(sum, zip(*naive_sums(content, style), strict=True))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from klora import layers as subject
-from klora.layers import HEADROOM_BYTES, attached, takes_float8
+from klora.layers import HEADROOM_BYTES, LoRALinear, attached, takes_float8
 from klora.layers.float8 import FLOAT8, LARGEST, Float8Linear
 from klora.lora import LowRank, Plan
 from test_folder.layers.network import photograph, random_lora
@@ -79,17 +79,18 @@ def test_rows_of_zeros_give_the_bias():
         assert torch.equal(model["linear"](torch.zeros(3, 32)), model["linear"].bias.expand(3, -1))
 
 
+@pytest.mark.parametrize("scale", [2.0, -1.0])
 @pytest.mark.parametrize("magnitude", [0.0, 1e-6, 1.0], ids="weights of {}".format)
-def test_nothing_saturates_however_strong_a_lora_is(magnitude):
+def test_nothing_saturates_however_strong_a_lora_is(magnitude, scale):
     """As of a layer that a base's training has left at zero."""
     model = nn.ModuleDict({"linear": nn.Linear(64, 32, bias=False)})
     model["linear"].weight.data *= magnitude
     pair = LowRank(torch.full((4, 64), 30.0), torch.full((32, 4), -20.0))
-    with attached(model, Plan.constant(({"linear": pair},), (2.0,)), engine="merged", float8=["linear"]):
+    with attached(model, Plan.constant(({"linear": pair},), (scale,)), engine="merged", float8=["linear"]):
         linear = model["linear"]
         assert linear.quantized.float().isfinite().all() and linear.quantized.float().abs().max() <= LARGEST
         product = linear(torch.ones(1, 64))
-    torch.testing.assert_close(product, torch.full((1, 32), -4 * 600 * 2 * 64.0), rtol=0.07, atol=0.0)
+    torch.testing.assert_close(product, torch.full((1, 32), -4 * 600 * scale * 64), rtol=0.07, atol=0.0)
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.03, 0.003])
@@ -134,6 +135,8 @@ def test_the_gated_engine_has_no_float8(model, without_loras):
     with attached(model, plan, engine="gated", float8=LAYERS) as gate:
         assert gate.float8 == 0
         assert not [part for part in model.modules() if isinstance(part, Float8Linear)]
+        ranks = {len(part.lora_A) for part in model.modules() if isinstance(part, LoRALinear)}
+        assert ranks == (set() if without_loras else {5, 3})  # each layer's own
 
 
 @pytest.mark.parametrize(("spare", "engine"), [(0, "merged"), (-1, "gated")])

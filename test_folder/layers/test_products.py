@@ -53,6 +53,15 @@ def test_lent_layer_still_shows_what_pipelines_ask_a_linear(network, engine, nam
         assert lent.bias is bias
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_merged_weight_asks_for_gradients_as_the_bases_does_and_is_written_without_any(network, frozen):
+    """Also where nobody has switched them off."""
+    network.requires_grad_(not frozen)
+    with torch.enable_grad(), attached(network, switching_plan(network), engine="merged") as gate:
+        gate.set_step(3)
+        assert all(weight.is_leaf and weight.requires_grad is not frozen for weight in network.parameters())
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_gates_of_zero_leave_the_output_bit_for_bit(network, x, engine):
     expected = network(x)
