@@ -58,7 +58,7 @@ def scales_of(layers: Mapping[int, tuple[Tensor, Pairs]], gates: Tensor) -> dict
         return {}
     outputs = [len(weight) for weight, _ in layers.values()]
     bounds = _bounds(layers, gates)
-    _, exponents = torch.frexp((bounds / LARGEST).clamp(min=SMALLEST))
+    _, exponents = torch.frexp(bounds / LARGEST)
     scales, counts = torch.ldexp(torch.ones_like(bounds), exponents), _beside(bounds, torch.tensor(outputs))
     rows = scales.repeat_interleave(counts, output_size=sum(outputs))
     return dict(zip(layers, rows.split(outputs), strict=True))
@@ -71,7 +71,7 @@ def _bounds(layers: Mapping[int, tuple[Tensor, Pairs]], gates: Tensor) -> Tensor
         (place, pair, gate)
         for place, (index, (_, pairs)) in enumerate(layers.items())
         for pair, gate in zip(pairs, gates[index].tolist(), strict=True)
-        if pair is not None and pair.rank and gate
+        if pair is not None and gate
     ]
     if not acting:
         return largest

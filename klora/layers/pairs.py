@@ -47,7 +47,6 @@ def filled(plan: Plan, denoiser: nn.Module, names: Iterable[str]) -> Plan:
             linear.weight.new_zeros(linear.out_features, common - ranks[name], dtype=dtype_of(linear.weight)),
         )
         for name, linear in linears.items()
-        if ranks[name] < common
     }
     return covering(plan, linears, zeros)
 

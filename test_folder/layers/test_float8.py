@@ -82,14 +82,15 @@ def test_rows_of_zeros_give_the_bias():
 @pytest.mark.parametrize("scale", [2.0, -1.0])
 @pytest.mark.parametrize("magnitude", [0.0, 1e-6, 1.0], ids="weights of {}".format)
 def test_nothing_saturates_however_strong_a_lora_is(magnitude, scale):
-    """As of a layer that a base's training has left at zero."""
-    model = nn.ModuleDict({"linear": nn.Linear(64, 32, bias=False)})
+    """As of a layer that a base's training has left at zero; beside one in which the LoRA never acts."""
+    model = nn.ModuleDict({name: nn.Linear(64, 32, bias=False) for name in ("idle", "linear")})
     model["linear"].weight.data *= magnitude
     pair = LowRank(torch.full((4, 64), 30.0), torch.full((32, 4), -20.0))
-    with attached(model, Plan.constant(({"linear": pair},), (scale,)), engine="merged", float8=["linear"]):
-        linear = model["linear"]
-        assert linear.quantized.float().isfinite().all() and linear.quantized.float().abs().max() <= LARGEST
-        product = linear(torch.ones(1, 64))
+    lora = {"idle": pair, "linear": pair}
+    plan = Plan(tuple(lora), (lora,), torch.tensor([[[0.0], [scale]]]))
+    with attached(model, plan, engine="merged", float8=lora):
+        assert all(part.quantized.float().abs().max() <= LARGEST for part in model.values())
+        product = model["linear"](torch.ones(1, 64))
     torch.testing.assert_close(product, torch.full((1, 32), -4 * 600 * scale * 64), rtol=0.07, atol=0.0)
 
 
@@ -109,6 +110,12 @@ def test_what_a_weak_lora_adds_is_not_rounded_away(strength):
     added, expected = products[0] - products[1], x @ A.t() @ B.t()
     share = (added * expected).sum() / expected.square().sum()
     assert share == pytest.approx(1, abs=0.05)
+
+
+def test_scales_are_float32_whatever_the_weights_are():
+    model = nn.ModuleDict({"linear": nn.Linear(32, 16)}).bfloat16()
+    with attached(model, Plan.constant((), ()), engine="merged", float8=["linear"]):
+        assert model["linear"].scale.dtype == torch.float32
 
 
 def test_layers_that_are_not_named_are_merged_in_their_own_dtype(model):

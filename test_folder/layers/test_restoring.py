@@ -8,7 +8,7 @@ import torch
 from cog import CancelationException
 
 from klora.errors import LoRAError
-from klora.layers import attached
+from klora.layers import attached, clear, lending
 from klora.lora import LowRank, Plan
 from test_folder.layers.network import ENGINES, LAYERS, dense, photograph, random_lora, switching_plan
 
@@ -72,3 +72,13 @@ def test_lora_of_another_shape_is_refused_and_leaves_no_trace(network, engine, r
     with pytest.raises(LoRAError, match=r"'to_q'.*\.$"):
         attached(network, Plan.constant((lora,), (1.0,)), engine=engine).__enter__()
     assert photograph(network) == before
+
+
+def test_what_is_cleared_is_not_there_meanwhile_and_as_before_afterwards():
+    slots = {"kept": 1}
+    with lending() as loans:
+        for key in ("kept", "new"):
+            clear(loans, slots, key)
+        assert slots == {}
+        slots |= {"kept": 2, "new": 3}
+    assert slots == {"kept": 1}
