@@ -134,6 +134,8 @@ def test_an_image_that_is_withheld_leaves_a_blank() -> None:
     )
     assert (right == 128).any()
     assert (left == 255).all()
+    told = (sheet[:42] != whole[:42]).any(axis=(0, 2))  # above the images
+    assert told[: len(told) // 2].any() and not told[len(told) // 2 :].any()
 
 
 class Checker:

@@ -78,7 +78,7 @@ class Report:
     @cached_property
     def style_share_by_step(self) -> list[float]:
         """Of the layers, T of them; 0 where there are no layers."""
-        return (~self.content_wins).double().mean(1).nan_to_num(0.0).tolist() if self.layers else [0.0] * self.steps
+        return (~self.content_wins).double().mean(1).tolist() if self.layers else [0.0] * self.steps
 
     @cached_property
     def style_share(self) -> float | None:
@@ -199,7 +199,7 @@ def _balance(ratio: Tensor, scale: Tensor) -> float | None:
     turns = (ratio / scale[:, None]).nan_to_num(nan=0.0, posinf=math.inf).flatten()  # 0 / 0 is style's, as above
     if not len(turns):
         return None
-    bias = float(f"{turns.kthvalue((len(turns) + 1) // 2).values.item():.2g}")
+    bias = float(f"{turns.median().item():.2g}")
     share = (turns <= bias).double().mean().item()
     return bias if 0 < bias <= MOST_BIAS and abs(share - 0.5) <= BALANCED else None
 

@@ -150,10 +150,7 @@ def _name_thresholds(axes: "Axes", thresholds: "np.ndarray[Any, np.dtype[np.floa
     first, last, steps = thresholds[0], thresholds[-1], len(thresholds)
     sides = ("right", "left") if first < last else ("left", "right")
     places = [(first, 0.98, "top", sides[0], 1), (last, 0.02, "bottom", sides[1], steps)]
-    left, right = axes.get_xlim()
     for threshold, height, vertical, side, step in places[: min(2, steps)]:
-        if not left <= threshold <= right:
-            continue
         axes.axvline(threshold, color=INK, linewidth=1, linestyle=(0, (4, 2)))
         axes.text(
             threshold, height, f"threshold of step {step}", rotation=90, va=vertical, ha=side, fontsize=9, zorder=4,

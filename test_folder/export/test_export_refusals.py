@@ -76,3 +76,5 @@ def test_what_no_file_can_hold_is_refused() -> None:
     with pytest.raises(KLoRAError, match=r"'x' would have rank 513\. Expected at most 512"):
         rounded(many, torch.float32)
     assert rounded(reduced(many, 512), torch.float32)["x"].rank == 4
+    most = LoRA({"x": LowRank(torch.ones(512, 4), torch.ones(4, 512))})
+    assert rounded(most, torch.float32)["x"].rank == 512

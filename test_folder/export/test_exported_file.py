@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from klora import LoRA, Schedule, attached, fuse, save_lora
 from klora.cache import Borrowed
-from klora.export import DTYPES, baked, exported, reduced
+from klora.export import DTYPES, _metadata, baked, exported, reduced
 from klora.files.lycoris import MAX_RANK
 from klora.form.pair import Export
 from klora.lora import Plan
@@ -132,3 +132,8 @@ def test_the_header_says_what_it_is_and_nothing_that_is_secret(
     assert not [key for key in said if key.startswith("ss_")]
     assert b"hidden" not in out.read_bytes() and str(tmp_path).encode() not in out.read_bytes()
     assert scores.is_file(), "another export would score the file again"
+
+
+def test_a_word_that_calls_both_is_said_once() -> None:
+    said = _metadata({"content_trigger": "sbu", "style_trigger": "sbu"}, "SDXL")
+    assert said["modelspec.trigger_phrase"] == "sbu"

@@ -1,12 +1,13 @@
 """A fusion baked into one LoRA: against dense sums of what K-LoRA applies."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from klora import Fusion, LowRank, Schedule, attached
+from klora import Fusion, LoRA, LowRank, Schedule, attached
 from klora.export import baked
 from klora.lora import Plan
 from test_folder.export.exporting import OWN, STEPS, dense
@@ -54,6 +55,8 @@ def test_text_encoders_are_the_sum_at_the_scales(fusion: Fusion, wins: Tensor) -
             meant = 0.5 * dense(content.get(name), like) - 2.0 * dense(style.get(name), like)
             assert (dense(pair) - meant).abs().max() < 1e-6
     assert baked(fusion, wins, 0.0, 1.0).text_encoders["text_encoder"].keys() == {"b", "c"}
+    bare = replace(fusion, content=LoRA(fusion.content.layers))
+    assert baked(bare, wins, 1.0, 0.0).text_encoders == {}
 
 
 def test_where_no_layer_flips_the_weights_are_those_of_k_lora(fusion: Fusion) -> None:

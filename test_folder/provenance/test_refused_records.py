@@ -1,5 +1,6 @@
 """What cannot be made again, for its files or for its record, is refused in a sentence."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ DAMAGED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a third LoRA": lambda told: told["loras"].update(x=told["loras"]["style_lora"]),
     "a LoRA that is none": lambda told: told.update(loras={"style_lora": 1}),
     "a place that is none": lambda told: told.update(place="x"),
+    "a place beyond all": lambda told: told.update(place=math.inf),
     "a list of versions": lambda told: told.update(versions=[]),
 }
 

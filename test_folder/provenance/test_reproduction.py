@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from klora.cache import Borrowed
 from klora.form.request import Request
 from klora.studio import Studio, save_images
+from klora.studio.likeness import difference
 from klora.studio.provenance import read_provenance
 from test_folder.pairs import named_pair
 from test_folder.provenance.commands import fuse, refusal, reproduce
@@ -133,3 +134,12 @@ def test_an_image_that_was_made_smaller_since_is_told(image: Path) -> None:
     chunks.add_text("klora", Image.open(image).info["klora"])
     Image.open(image).resize((32, 32)).save("small.png", pnginfo=chunks)
     assert reproduce("small.png").stderr == "Warning: it is 64x64, and small.png is not.\n"
+
+
+@pytest.mark.parametrize(("levels", "batched"), [(3, True), (4, False)])
+def test_what_a_batch_rounds_is_told_from_more(tmp_path: Path, levels: int, batched: bool) -> None:
+    files = [tmp_path / name for name in ("first.png", "second.png")]
+    for file, grey in zip(files, (100, 100 - levels), strict=True):
+        Image.new("L", (2, 2), grey).save(file)
+    told = difference(*files)
+    assert f"up to {levels} of 255" in told and ("drawn in a batch" in told) is batched

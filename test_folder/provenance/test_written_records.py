@@ -3,12 +3,13 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from PIL import ExifTags, Image
 
 from klora.errors import RequestError
-from klora.studio.provenance import MAX_COMMENT_BYTES, MAX_XMP_BYTES, UsedLoRA, read_provenance
+from klora.studio.provenance import MAX_COMMENT_BYTES, MAX_XMP_BYTES, UsedLoRA, picture_sha256, read_provenance, stamp
 from test_folder.provenance.records import FORMATS, SHA256, made, saved
 
 
@@ -67,6 +68,17 @@ def test_a_jpeg_that_cannot_hold_the_record_is_saved_and_the_log_says_so(
     assert "a JPEG cannot hold it, png and webp can." in caplog.text
     with pytest.raises(RequestError, match="does not say how it was made"):
         read_provenance(file)
+
+
+def test_the_xmp_is_xml_whatever_a_prompt_or_a_files_name_holds() -> None:
+    told = made(prompt="\ufffe\uffff\0<&>\x1f", loras={"style_lora": UsedLoRA("\udc80", (SHA256,))})
+    (record,) = ElementTree.fromstring(stamp(told, (8, 8), "webp")["xmp"]).itertext()
+    assert json.loads(record)["inputs"]["prompt"] == told.inputs["prompt"]
+
+
+def test_pictures_of_the_same_bytes_and_another_size_or_mode_are_others() -> None:
+    pictures = [Image.new(mode, size) for mode, size in (("L", (3, 2)), ("L", (2, 3)), ("P", (2, 3)))]
+    assert len({picture.tobytes() for picture in pictures}) == 1 and len(set(map(picture_sha256, pictures))) == 3
 
 
 def test_the_parameters_are_those_that_viewers_read() -> None:

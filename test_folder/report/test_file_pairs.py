@@ -89,6 +89,30 @@ def test_pairs_that_cannot_be_told_apart_or_matched_are_refused(loras, tmp_path)
         read_pair(pair_of(tmp_path), {})
 
 
+def test_models_that_are_no_family_are_told_apart(tmp_path):
+    for role, width in (("content", 768), ("style", 1024)):
+        key = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.lora_{}.weight"
+        factors = {key.format("A"): torch.ones(1, width), key.format("B"): torch.ones(320, 1)}
+        save_file(factors, tmp_path / f"sdxl_{role}.safetensors")
+    with pytest.raises(LoRAError, match=r"^content_lora was made for SD 1\.5 .* and style_lora for SD 2 "):
+        read_pair(pair_of(tmp_path), {})
+
+
+def test_without_a_base_the_denoiser_s_layers_alone_count_and_each_once(tmp_path):
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    stems = [f"unet.{layer}", "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"]
+    keys = {f"{stem}.lora_{factor}.weight": torch.randn(4, 4) for stem in stems for factor in "AB"}
+    scores = {name: tmp_path / f"{name}.json" for name in ("content_lora", "style_lora")}
+    for role in ("content", "style"):
+        save_file(keys, tmp_path / f"sdxl_{role}.safetensors")
+    report, _ = answer(QUESTION, pair_of(tmp_path), {}, scores)
+    assert report.layers == (layer,) and not any(place.exists() for place in scores.values())
+    twice = keys | {f"{layer}.lora_{factor}.weight": torch.randn(4, 4) for factor in "AB"}
+    save_file(twice, tmp_path / "sdxl_style.safetensors")
+    with pytest.raises(LoRAError, match=f"adapts '{layer}' twice"):
+        read_pair(pair_of(tmp_path), {})
+
+
 def test_alphas_are_told_of_the_denoiser_alone(tmp_path):
     alphas = {"lora_unet_a.alpha": 8.0, "lora_unet_b.alpha": 4.0, "lora_unet_c.alpha": 8.0, "lora_te1_x.alpha": 1.0}
     save_file({key: torch.tensor(alpha) for key, alpha in alphas.items()}, tmp_path / "x.safetensors")

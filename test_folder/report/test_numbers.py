@@ -11,7 +11,7 @@ from klora.fusion import Schedule, fuse
 from klora.generation import combine
 from klora.lora import LoRA, LowRank
 from klora.report import report_on
-from klora.report.numbers import BIASES, QUANTILES
+from klora.report.numbers import BIASES, QUANTILES, _balance
 from test_folder.report.reporting import healthy, made, names, partly_shared, reported
 
 PUBLISHED = [("s", 1.5, 0.5), ("s*", 1.5, 1.275)]
@@ -91,6 +91,10 @@ def test_balance_is_where_style_acts_in_a_half(pattern, alpha, beta, spread):
     assert reported(*loras, pattern=pattern, steps=30, style_bias=report.balance).style_share == pytest.approx(
         0.5, abs=0.02
     )
+
+
+def test_the_balance_itself_is_enough_for_half_of_the_layers():
+    assert _balance(torch.tensor([2.0, 1.0, 2.0, 1.0]), torch.ones(1)) == 1.0
 
 
 def test_there_is_no_balance_where_all_is_one_choice():

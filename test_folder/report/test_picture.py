@@ -76,6 +76,12 @@ def test_curves_and_ratios_are_the_reports():
     assert (now.get_xdata()[0], now.get_ydata()[0]) == (1.2, report.style_share)
 
 
+@pytest.mark.parametrize(("steps", "named"), [(1, [1]), (2, [1, 2]), (20, [1, 20])])
+def test_the_thresholds_of_the_first_and_the_last_step_are_named(steps, named):
+    ratios = figure(healthy(steps=steps)).axes[2]
+    assert [text.get_text() for text in ratios.texts] == [f"threshold of step {step}" for step in named]
+
+
 def test_the_title_says_what_was_asked():
     said = " ".join(text.get_text() for text in figure(healthy(pattern="s*", style_bias=0.7)).texts)
     for part in ("pattern s*", "alpha 1.5", "beta 1.275", "style_bias 0.7", "gamma "):

@@ -46,6 +46,24 @@ def test_each_warning_comes_for_its_reason_alone(case):
     assert warning.startswith(begins) and says in warning
 
 
+@pytest.mark.parametrize(("last", "warned"), [(30, False), (29, True)])
+def test_half_of_the_layers_in_both_are_enough(last, warned):
+    found = reported(made(names()[:last], seed=1), made(names()[10:], seed=2)).warnings
+    assert any(warning.startswith("Only 19 of 40 layers") for warning in found) is warned
+
+
+@pytest.mark.parametrize(("scale", "warned"), [(8.5, False), (11.5, True)])
+def test_magnitudes_ten_times_apart_are_far(scale, warned):
+    found = reported(ONE, made(names(), seed=2, scale=scale)).warnings
+    assert any(warning.startswith("Magnitudes differ") for warning in found) is warned
+
+
+@pytest.mark.parametrize(("count", "warned"), [(2, False), (3, True)])
+def test_two_layers_that_switch_together_may_be_an_accident(count, warned):
+    lora = made(names(count))
+    assert any("shared layers are alike" in warning for warning in reported(lora, lora).warnings) is warned
+
+
 def test_the_step_of_an_alike_pair_is_the_one_that_differs():
     wins = reported(ONE, ONE).content_wins
     assert wins[6].all() and not wins[7].any()  # 0-based
