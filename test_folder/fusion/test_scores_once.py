@@ -133,13 +133,16 @@ def test_a_known_pair_of_common_ranks_is_decided_without_its_weights(rank: int) 
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
-def test_a_partner_of_another_rank_costs_one_product_a_layer_and_then_none() -> None:
+def test_a_partner_of_another_rank_costs_one_product_a_layer_and_then_none(monkeypatch: pytest.MonkeyPatch) -> None:
     content, style = drawn(4, seed=1), drawn(5, seed=2)
     fuse(content, drawn(8, seed=3))
     fuse(drawn(8, seed=4), style)
     known = {name: dict(sums) for name, sums in content.scores.items()}
+    asked: set[tuple[int, ...]] = set()
+    monkeypatch.setattr(subject, "importance", lambda pairs, ks, device: asked.add(ks) or importance(pairs, ks, device))
     with Calls() as calls:
         first = fuse(content, style)
+    assert asked == {(20,)}  # what is known is not looked for again
     assert calls.products == len(SHAPES)  # the content's: its own rank is one that the style was scored for
     assert all({*sums} - {*known[name]} == {20} for name, sums in content.scores.items())
     assert same(first, fuse(without_weights(content), without_weights(style)))

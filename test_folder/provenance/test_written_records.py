@@ -97,6 +97,11 @@ def test_the_parameters_are_those_that_viewers_read() -> None:
     )
 
 
+def test_the_parameters_of_a_lora_whose_name_has_two_lines_are_one_line() -> None:
+    told = made(loras={"style_lora": UsedLoRA("two\nlines", (SHA256,))})
+    assert told.parameters((8, 8)).count("\n") == 1  # between the prompt and it
+
+
 @pytest.mark.parametrize("references", [("x/a.safetensors", "y/a.safetensors"), ("hf:a/b@v1.0", "hf:a/b@v1.1")])
 def test_two_loras_of_one_name_have_both_their_hashes(references: tuple[str, str]) -> None:
     content, style = references
