@@ -92,3 +92,9 @@ def test_a_base_without_guidance_takes_none(bases: Path) -> None:
         ):
             generate(schnell, Request("a dog", guidance_scale=guidance, num_inference_steps=1, width=64, height=64))
     assert generate(schnell, Request("a dog", guidance_scale=0.0, num_inference_steps=1, width=64, height=64))
+
+
+def test_a_strength_that_leaves_no_step_is_refused(sdxl: Family) -> None:
+    asked = Request("a dog", image=Image.new("RGB", (64, 64)), prompt_strength=0.19, num_inference_steps=5)
+    with pytest.raises(RequestError, match=r"^prompt_strength 0\.19 of 5 steps is no step\. Raise either\.$"):
+        generate(sdxl, asked)

@@ -24,8 +24,7 @@ def taught(pipe: Any, words: Words) -> Iterator[Callable[[str], str]]:
     tokens = {word: _tokens(number, parts) for number, (word, parts) in enumerate(words.items())}
     with lending() as loans:
         for component, tokenizer in _TOKENIZERS.items() if words else ():
-            if (encoder := getattr(pipe, component, None)) is None:
-                continue
+            encoder = getattr(pipe, component)
             more = copy.deepcopy(getattr(pipe, tokenizer))
             more.add_tokens([token for own in tokens.values() for token in own])
             rows = {
@@ -47,7 +46,7 @@ def _tokens(number: int, parts: Mapping[str, Tensor]) -> list[str]:
 
 def _places(encoder: nn.Module, table: nn.Embedding) -> Iterator[tuple[dict[str, Any], str]]:
     """(its parent's table of parts, key) of each embedding with these weights: T5 has two."""
-    for name, module in list(encoder.named_modules(remove_duplicate=False)):
+    for name, module in list(encoder.named_modules()):
         if isinstance(module, nn.Embedding) and module.weight is table.weight:
             path, _, child = name.rpartition(".")
             yield encoder.get_submodule(path)._modules, child
@@ -58,7 +57,7 @@ def _extended(table: nn.Embedding, rows: Mapping[int, Tensor], size: int) -> nn.
     weight = table.weight.new_zeros(max(size, len(table.weight)), table.weight.shape[1])
     weight[: len(table.weight)] = table.weight
     for index, vector in rows.items():
-        weight[index] = vector.to(weight)
+        weight[index] = vector
     return nn.Embedding.from_pretrained(weight, freeze=True)
 
 

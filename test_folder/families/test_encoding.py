@@ -127,6 +127,7 @@ def test_a_prompt_is_cut_between_words() -> None:
     tokenizer = clip_tokenizer("dog castle", "!")
     found = pieces(tokenizer, "dog " * 70 + "superlative castle")
     assert [piece.split()[-1] for piece in found] == ["dog", "castle"]
+    assert pieces(tokenizer, "dog " * 75) == ["dog " * 75]
 
 
 def test_negative_prompt_changes_what_sdxl_steers_away_from_and_nothing_else(sdxl: Family) -> None:

@@ -56,6 +56,20 @@ def test_every_encoder_is_taught_and_forgets(model: Family) -> None:
         assert model.text_encoders[name].get_input_embeddings() is table
 
 
+def test_a_word_is_as_many_tokens_as_the_encoder_has_vectors_that_has_most(model: Family) -> None:
+    first, second = of(model).values()
+    with taught(model.pipe, {"zork": {"text_encoder": first[:1], "text_encoder_2": second}}) as spoken:
+        assert spoken("zork") == "<klora0-0> <klora0-1>"
+        assert torch.equal(model.text_encoders["text_encoder_2"].get_input_embeddings().weight[-2:], second)
+
+
+def test_without_words_nothing_is_copied(model: Family) -> None:
+    before = model.pipe.tokenizer, model.pipe.tokenizer_2
+    with taught(model.pipe, {}) as spoken:
+        assert (model.pipe.tokenizer, model.pipe.tokenizer_2) == before
+        assert spoken("a dog") == "a dog"
+
+
 def test_an_encoder_may_have_more_rows_than_words(bases: Path) -> None:
     """As the published T5 has."""
     flux = load_model("flux", bases / "flux-dev", torch.device("cpu"))
