@@ -62,9 +62,10 @@ def test_latents_that_overflow_are_refused_and_the_next_request_is_right(sdxl: F
     assert before.tobytes() == after.tobytes()
 
 
-def test_weights_whose_products_overflow_are_refused(pair: dict[str, LoRA]) -> None:
+@pytest.mark.parametrize("role", ["content", "style"])
+def test_weights_whose_products_overflow_are_refused(pair: dict[str, LoRA], role: str) -> None:
     with pytest.raises(LoRAError, match="so large that they overflow"):
-        fuse(louder(pair["content"], 1e3, 3e38), pair["style"])
+        fuse(**pair | {role: louder(pair[role], 1e3, 3e38)})
 
 
 @pytest.mark.parametrize("given", [{"pattern": "s"}, {"style_bias": 2.0}, {"alpha": 1.0}, {"beta": 1.0}])
