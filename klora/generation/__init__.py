@@ -46,13 +46,13 @@ def generate(
     device = next(model.denoiser.parameters()).device
     forget_peak(device)
     lap = _stopwatch(device, record)
-    plan = combine(request, steps, content, style, record, device)
-    lap("fuse_seconds")
-    draws = draws or draws_of(request, content, style, record)
-    batches = encoded(model, request, draws, content, style, encode or plain_encoder(model))
-    lap("encode_seconds")
     images: dict[int, Image.Image] = {}
     try:
+        plan = combine(request, steps, content, style, record, device)
+        lap("fuse_seconds")
+        draws = draws or draws_of(request, content, style, record)
+        batches = encoded(model, request, draws, content, style, encode or plain_encoder(model))
+        lap("encode_seconds")
         for places, conditioning in batches:
             seeds = [draws[place].seed for place in places]
             images |= zip(places, _drawn(model, request, plan, conditioning, seeds, lap, record, on_step), strict=True)

@@ -11,15 +11,16 @@ from test_folder.pairs import pair_of
 from test_folder.studio.opening import FIRST, Images, made, request, same
 
 
+@pytest.mark.parametrize("place", ["klora.generation.combine", "diffusers.AutoencoderKL.decode"])
 @pytest.mark.parametrize("family", FIRST)
 def test_a_device_that_runs_out_of_memory_is_told_and_the_next_request_draws_as_at_first(
-    studio: Studio, first: dict[str, Images], loras: Path, family: str, monkeypatch: pytest.MonkeyPatch
+    studio: Studio, first: dict[str, Images], loras: Path, family: str, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB.")
 
     with monkeypatch.context() as patch, pytest.raises(RequestError) as error:
-        patch.setattr("diffusers.AutoencoderKL.decode", full)
+        patch.setattr(place, full)
         studio.make(request(), pair_of(loras, family))
     assert str(error.value) == "cpu has too little memory for these images. Ask for fewer, or smaller."
     assert same(made(studio, request(), pair_of(loras, family)), first[family])
