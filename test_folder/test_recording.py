@@ -11,9 +11,13 @@ import torch
 from klora.models.recording import Recording
 
 
-@pytest.mark.parametrize("ended", [True, False], ids=["as it ends", "as it begins"])
+@pytest.mark.parametrize(
+    ("ended", "broken"),
+    [(True, False), (False, False), (False, True)],
+    ids=["as it ends", "as it begins", "and what was recorded is of no use"],
+)
 def test_a_cancellation_while_torch_records_leaves_the_stream_and_no_recording(
-    monkeypatch: pytest.MonkeyPatch, ended: bool
+    monkeypatch: pytest.MonkeyPatch, ended: bool, broken: bool
 ) -> None:
     """Where torch's own block does not clean up: after the recording has ended, or before it gave us the block."""
     state = SimpleNamespace(stream="default", recording=False)
@@ -22,6 +26,8 @@ def test_a_cancellation_while_torch_records_leaves_the_stream_and_no_recording(
         def capture_end(self) -> None:
             assert state.stream == "capture" and state.recording
             state.recording = False
+            if broken:
+                raise RuntimeError
 
     @contextmanager
     def graph(_: Graph) -> Iterator[None]:
@@ -38,6 +44,6 @@ def test_a_cancellation_while_torch_records_leaves_the_stream_and_no_recording(
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.recording)
     forward = Recording(lambda: torch.ones(1))
     forward()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError if broken else KeyboardInterrupt):
         forward()
     assert (state.stream, state.recording) == ("default", False)

@@ -13,8 +13,8 @@ from klora.layers import clear, lending
 
 @contextmanager
 def recorded(denoiser: Any) -> Iterator[None]:
-    """With a Recording in the place of its forward."""
-    with lending() as loans:
+    """With a Recording in the place of its forward, and its device as torch's current one, on which graphs are."""
+    with torch.cuda.device_of(next(denoiser.parameters())), lending() as loans:
         clear(loans, denoiser.__dict__, "forward")
         denoiser.forward = Recording(denoiser.forward)
         yield
@@ -52,7 +52,9 @@ class Recording:
             with torch.cuda.graph(graph):
                 output = self._forward(*args, **kwargs)
         finally:  # torch gives the stream back, but not where a cancellation comes while it begins or ends to record
-            if torch.cuda.is_current_stream_capturing():
-                graph.capture_end()
-            torch.cuda.set_stream(stream)
+            try:
+                if torch.cuda.is_current_stream_capturing():
+                    graph.capture_end()
+            finally:
+                torch.cuda.set_stream(stream)
         return graph, held, output
