@@ -46,7 +46,7 @@ def _tokens(number: int, parts: Mapping[str, Tensor]) -> list[str]:
 
 def _places(encoder: nn.Module, table: nn.Embedding) -> Iterator[tuple[dict[str, Any], str]]:
     """(its parent's table of parts, key) of each embedding with these weights: T5 has two."""
-    for name, module in list(encoder.named_modules()):
+    for name, module in list(encoder.named_modules(remove_duplicate=False)):  # they may be one
         if isinstance(module, nn.Embedding) and module.weight is table.weight:
             path, _, child = name.rpartition(".")
             yield encoder.get_submodule(path)._modules, child

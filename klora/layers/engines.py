@@ -135,6 +135,9 @@ def _merge(weight: Tensor, acting: Acting, out: Tensor) -> None:
     """out = weight + sum of gate * B A, in one pass over the weight."""
     if not acting:
         out.copy_(weight)
+    elif len(acting) == 1:  # as mostly: nothing is to be stacked, and no B rounded
+        [(pair, gate)] = acting
+        torch.addmm(weight, pair.B, pair.A, alpha=gate, out=out)
     else:
         both = _stacked([LowRank(pair.A, pair.B * gate) for pair, gate in acting])
         torch.addmm(weight, both.B, both.A, out=out)
