@@ -151,6 +151,8 @@ def load_parts(
         # What is quantised has been put on the device by its quantiser.
         if isinstance(module, nn.Module) and name not in absent and not getattr(module, "is_quantized", False):
             module.to(device)
+    pipe.vae.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
+    pipe.vae.enable_slicing()  # one image at a time: less memory, and a batch decodes as its images alone would
     return pipe
 
 

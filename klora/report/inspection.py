@@ -28,7 +28,8 @@ class Inspection:
         """In lines, for people."""
         lines = {"file": f"{self.name}, {self.size:,} bytes", "sha256": self.sha256, "made for": self.made_for}
         if self.report:
-            lines |= {"holds": str(self.report), "triggers": ", ".join(map(repr, self.report.triggers)) or "none are named"}
+            named = ", ".join(map(repr, self.report.triggers))
+            lines |= {"holds": str(self.report), "triggers": named or "none are named"}
         lines |= {"fits": ", ".join(self.fits) or "no installed base"}
         lines |= {f"not {base}": why for base, why in self.refusals.items()}
         return "\n".join(f"{name:9} {line}" for name, line in lines.items())
