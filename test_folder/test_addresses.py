@@ -7,12 +7,12 @@ from klora.sources.addresses import is_public, parse_url
 
 PRIVATE = """
 0.0.0.0 0.1.2.3 10.0.0.1 10.255.255.255 100.64.0.1 100.100.100.200 100.127.255.255 127.0.0.1 127.1.2.3 169.254.169.254
-169.254.170.2 172.16.0.1 172.31.255.255 192.0.0.8 192.0.0.170 192.0.0.192 192.0.2.1 192.88.99.1 192.168.1.1 198.18.0.1
-198.19.255.255 198.51.100.1 203.0.113.1 224.0.0.1 239.255.255.255 240.0.0.1 255.255.255.255 168.63.129.16
-:: ::1 ::7f00:1 ::ffff:127.0.0.1 ::ffff:8.8.8.8 ::ffff:0:127.0.0.1 64:ff9b::7f00:1 64:ff9b::8.8.8.8 64:ff9b:1::a00:1
-100::1 2001::1 2001:0:7f00:1:: 2001:2::1 2001:10::1 2001:20::1 2001:db8::1 2002:7f00:1:: 2002:a9fe:a9fe::1 3fff::1
-5f00::1 fc00::1 fd00:ec2::254 fd20:ce::254 fe80::1 fe80::1%lo fec0::1 ff02::1 ff0e::1 2620:4f:8000::1 4000::1
-2606:4700::1111%lo /tmp/socket 127.1 huggingface.co
+169.254.170.2 172.16.0.1 172.31.255.255 192.0.0.8 192.0.0.170 192.0.0.192 192.0.2.1 192.31.196.1 192.52.193.1
+192.88.99.1 192.168.1.1 192.175.48.1 198.18.0.1 198.19.255.255 198.51.100.1 203.0.113.1 224.0.0.1 239.255.255.255
+240.0.0.1 255.255.255.255 168.63.129.16 :: ::1 ::7f00:1 ::ffff:127.0.0.1 ::ffff:8.8.8.8 ::ffff:0:127.0.0.1
+64:ff9b::7f00:1 64:ff9b::8.8.8.8 64:ff9b:1::a00:1 100::1 2001::1 2001:0:7f00:1:: 2001:2::1 2001:10::1 2001:20::1
+2001:db8::1 2002:7f00:1:: 2002:a9fe:a9fe::1 3fff::1 5f00::1 fc00::1 fd00:ec2::254 fd20:ce::254 fe80::1 fe80::1%lo
+fec0::1 ff02::1 ff0e::1 2620:4f:8000::1 4000::1 2606:4700::1111%lo /tmp/socket 127.1 huggingface.co
 """
 GLOBAL = """
 1.1.1.1 8.8.8.8 9.255.255.255 11.0.0.1 100.63.255.255 100.128.0.1 172.15.0.1 172.32.0.1 192.0.1.1 192.167.0.1
@@ -44,6 +44,12 @@ def test_a_host_in_any_but_its_plain_spelling_is_refused(url: str) -> None:
     """T10, before any resolver is asked: inet_aton reads most of these."""
     with pytest.raises(SourceError, match=r"^The link (names no host|is no web address that can be read)\. Expected "):
         parse_url(url)
+
+
+def test_a_host_is_no_longer_than_a_name_may_be() -> None:
+    assert parse_url(f"https://{'a.' * 125}org/").host
+    with pytest.raises(SourceError, match=r"^The link names no host\."):
+        parse_url(f"https://{'a.' * 126}org/")
 
 
 NOWHERE = """
@@ -92,6 +98,11 @@ def test_what_the_operator_trusts_may_be_http_and_private_on_that_port_alone(url
     for other in (url.replace("8080", "8081"), url.replace(":8080", "") if "http:" in url else "http://10.0.0.2:8080/"):
         with pytest.raises(SourceError):
             parse_url(other, trusted)
+
+
+def test_messages_name_a_public_host_and_nothing_of_the_operators() -> None:
+    said = {url: parse_url(url, {"inside.example:80"}).who for url in ("http://inside.example/", "https://a.example/")}
+    assert said == {"http://inside.example/": "The server", "https://a.example/": "a.example"}
 
 
 @pytest.mark.parametrize("url", ["http://a.example/canary", "https://canary@a.example/", "https://[canary", "x canary"])

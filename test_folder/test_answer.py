@@ -2,6 +2,7 @@
 
 import pytest
 
+from klora.errors import SourceError
 from klora.sources.deadline import Deadline
 from klora.sources.download import Unreachable
 from test_folder.asking import GOOD, body_of, refusal, timed
@@ -84,6 +85,17 @@ def test_interim_answers_without_end_are_refused() -> None:
 def test_a_body_in_memory_is_bounded() -> None:
     with Hostile({"/x": floods(head(200), b"x" * 65536)}) as server, timed(0, 3):
         assert "more than 1048576 bytes" in refusal(network(server), server.url("/x"))
+
+
+def test_a_body_in_memory_may_have_all_of_its_bound() -> None:
+    with Hostile({"/x": GOOD}) as server, Deadline(5) as deadline:
+        with network(server).get(server.url("/x"), {}, deadline) as answer:
+            assert answer.read_all(4) == b"good"
+        with (
+            network(server).get(server.url("/x"), {}, deadline) as answer,
+            pytest.raises(SourceError, match="than 3 b"),
+        ):
+            answer.read_all(3)
 
 
 def test_nothing_is_asked_in_an_encoding_nor_by_a_nameless_client() -> None:

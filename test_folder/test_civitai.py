@@ -13,7 +13,7 @@ from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, Download, NotFound, Unreachable
 from klora.sources.network import Network
 from klora.sources.reference import CivitaiFile, parse
-from test_folder.fakes import CONTENT, SIGNATURE, Storage, fetched, refused
+from test_folder.fakes import CONTENT, SIGNATURE, Reply, Storage, fetched, refused
 from test_folder.fakes.civitai import Civitai, File
 
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -192,6 +192,15 @@ def test_a_login_page_is_a_refusal_too(authority: Civitai, resolve: Resolve, mon
     authority.publish(1, 9, File(2, content=CONTENT), members_only=True)
     assert "no token was given" in refused(resolve, Denied, "civitai:9")
     assert not [request for request in authority.requests if request.path == "/login"]
+
+
+def test_a_download_may_lead_on_to_another_of_its_own(
+    authority: Civitai, resolve: Resolve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority.publish(1, 9, File(2, content=CONTENT))
+    onward = Reply(307, headers={"Location": "/api/download/models/9?type=Model&format=SafeTensor&again=1"})
+    monkeypatch.setattr(authority, "_download", lambda *_: onward)
+    assert resolve("civitai:9").key == "civitai:9+2"
 
 
 def test_a_wrong_token_is_refused(authority: Civitai, resolve: Resolve) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from klora.errors import SourceError
-from klora.sources.connection import Dialler
+from klora.sources.connection import MAX_ADDRESSES, Dialler
 from klora.sources.deadline import Cancelled, Deadline, Patience
 from klora.sources.download import Unreachable
 from klora.sources.network import Network
@@ -79,6 +79,18 @@ def test_the_second_address_is_tried_where_the_first_takes_no_connection() -> No
         assert body_of(network(server, resolve=lambda *_, **__: answers), server.url("/x")) == b"good"
 
 
+def test_a_host_of_many_addresses_is_tried_at_a_few() -> None:
+    dialled: list[Any] = []
+
+    def connect(_: socket.socket, address: Any) -> None:
+        dialled.append(address)
+        raise ConnectionRefusedError
+
+    net = Network(dialler=Dialler(QUICK, lambda *_, **__: [info(PUBLIC)] * 100, connect))
+    refusal(net, "https://many.example/x", Unreachable)
+    assert len(dialled) == MAX_ADDRESSES
+
+
 @pytest.mark.parametrize("cancelled", [False, True])
 def test_a_resolver_that_hangs_holds_nobody_up(cancelled: bool) -> None:
     answer = threading.Event()
@@ -144,7 +156,9 @@ def test_a_certificate_for_another_name_is_refused_before_anything_is_asked(cert
         assert not server.requests
 
 
-def test_a_certificate_that_no_authority_signed_is_refused(certificate: Path) -> None:
+def test_a_certificate_that_no_authority_signed_is_refused(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment calls an authority."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     with encrypted(certificate, {"/x": GOOD}) as server:
         dialler = believing(certificate, server.port)
         net = Network(dialler=Dialler(QUICK, dialler.resolve, dialler.connect))

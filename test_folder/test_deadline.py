@@ -96,6 +96,14 @@ def test_deadlines_of_one_allowance_have_its_seconds_together() -> None:
             deadline.sleep(30)
 
 
+def test_what_begins_to_wait_after_the_end_is_stopped_too() -> None:
+    stopped: list[bool] = []
+    deadline = Deadline(30)
+    deadline.cancel()
+    with deadline.interrupting(lambda: stopped.append(True)):
+        assert stopped
+
+
 def test_what_waits_under_a_deadline_ends_with_its_block() -> None:
     ended = threading.Event()
 

@@ -130,9 +130,9 @@ def pax(record: bytes) -> bytes:
     return member.tobuf(tarfile.USTAR_FORMAT) + record.ljust(-(-len(record) // 512) * 512, b"\0") + tar(("a", GOOD))
 
 
-def negative() -> bytes:
+def sized(size: int) -> bytes:
     member = tarfile.TarInfo("a")
-    member.size = -512
+    member.size = size
     return member.tobuf(tarfile.GNU_FORMAT) + bytes(1024)
 
 
@@ -154,8 +154,11 @@ DAMAGED: dict[str, Callable[[], bytes]] = {
     "tar with a zip behind": lambda: WHOLE_TAR + zipped(),
     "tar with too much behind": lambda: WHOLE_TAR + bytes(2 << 20),
     "tar of a sparse file": sparse,
-    "tar of a negative size": negative,
+    "tar of a size that leads to its header again": lambda: sized(-512),
+    "tar of a size that leads before its beginning": lambda: sized(-4096),
+    "tar of a size that no file has": lambda: sized(1 << 80),
     "tar of attributes with a size": lambda: pax(b"13 size=1024\n"),
+    "tar of attributes of a sparse file": lambda: pax(b"22 GNU.sparse.major=1\n"),
     "tar of a long name": lambda: pax(b"x" * (2 << 20)),
     "tar of many": lambda: tar(*(("a", b"") for _ in range(MAX_MEMBERS + 1))),
 }

@@ -90,19 +90,20 @@ def test_a_redirect_can_be_looked_at() -> None:
 
 
 SECRET = {"Authorization": "Bearer canary", "Cookie": "a=canary", "X-Api-Key": "canary"}
+PART = {"Range": "bytes=1-", "If-Range": '"1"'}
 
 
 def test_credentials_stay_with_their_origin_and_never_come_back() -> None:
-    """T4: another port is another origin; Range is no credential and goes along."""
+    """T4: another port is another origin; Range and If-Range are no credentials and go along."""
     with Hostile() as first, Hostile() as second:
         first.routes = {"/x": redirects("/y"), "/y": redirects(second.url("/z")), "/end": GOOD}
         second.routes = {"/z": redirects(first.url("/end"))}
-        assert body_of(network(first, second), first.url("/x"), {**SECRET, "Range": "bytes=1-"}) == b"good"
+        assert body_of(network(first, second), first.url("/x"), {**SECRET, **PART}) == b"good"
         own, foreign, back = (server.asked(path)[0].headers for server, path in
                               ((first, "/y"), (second, "/z"), (first, "/end")))  # fmt: skip
         assert all(own[name] == value for name, value in SECRET.items())
         for headers in (foreign, back):
-            assert headers["Range"] == "bytes=1-"
+            assert {name: headers[name] for name in PART} == PART
             assert "canary" not in str(headers)
 
 

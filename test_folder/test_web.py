@@ -43,8 +43,9 @@ def test_one_byte_is_asked_for_and_nothing_else_is_shown() -> None:
 def test_a_file_that_is_replaced_has_another_key_and_one_that_stays_the_same() -> None:
     tagged = in_turn(partial('ETag: "1"'), partial('ETag: "1"'), partial('ETag: "2"'))
     dated = in_turn(*(partial(f"Last-Modified: Wed, 0{n} Jan 2020 00:00:00 GMT") for n in (1, 1, 2)))
-    with Hostile({"/tagged": tagged, "/dated": dated}) as server:
-        for path in ("/tagged", "/dated"):
+    both = in_turn(*(partial(f'ETag: "{n}"', "Last-Modified: Wed, 01 Jan 2020 00:00:00 GMT") for n in (1, 1, 2)))
+    with Hostile({"/tagged": tagged, "/dated": dated, "/both": both}) as server:
+        for path in ("/tagged", "/dated", "/both"):
             first, same, other = (resolve(server, server.url(path)).key for _ in range(3))
             assert first == same != other
 

@@ -45,11 +45,7 @@ class Answer:
         """
         if self._encoded:
             raise SourceError(f"{self.who} answers with a compressed body. Expected the file as it is.")
-        wanted = size if self._left is None else min(size, self._left)
-        if not wanted:
-            return b""
-        self._deadline.left()
-        data = guarded(lambda: self._response.read1(wanted), self.who, self._deadline)
+        data = guarded(lambda: self._response.read1(size), self.who, self._deadline)
         if not data:
             self._deadline.left()  # an end that the watchdog made is none
             if self._left:
@@ -90,7 +86,7 @@ def guarded(action: Callable[[], T], who: str, deadline: Deadline) -> T:
     """
     try:
         return action()
-    except (OSError, HTTPException, UnicodeError) as error:
+    except (OSError, HTTPException) as error:
         failure = _told(error, who)
     deadline.left()  # says so itself, where the watchdog broke the connection
     raise failure

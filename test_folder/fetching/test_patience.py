@@ -52,6 +52,14 @@ def test_a_server_that_sends_too_little_for_too_long_is_left() -> None:
         fetch(Download("k", "x", server.url("/x")), sink, network(server, patience=patience), deadline, 9999)
 
 
+def test_a_server_that_slows_down_is_left_whatever_it_sent_before() -> None:
+    slow = drips(head(200, "Content-Length: 9999") + GOOD, b"w", 0.02)
+    with Hostile({"/x": in_turn(slow, reply(GOOD))}) as server, Deadline(2) as deadline:
+        sink, patience = Memory(), Patience(pause=0.01, rate=1000, window=0.1)
+        fetch(Download("k", "x", server.url("/x")), sink, network(server, patience=patience), deadline, 9999)
+        assert (sink.data, server.connections) == (GOOD, 2)
+
+
 def test_a_server_that_sends_enough_is_waited_for() -> None:
     steady = says(
         head(200, f"Content-Length: {len(GOOD)}"), *(p for n in range(0, 3100, 310) for p in (GOOD[n : n + 310], 0.05))

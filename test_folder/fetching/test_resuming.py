@@ -7,7 +7,7 @@ from klora.sources.download import Download
 from klora.sources.fetch import fetch
 from test_folder.fakes import Memory, network
 from test_folder.fakes.hostile import Hostile, Ranged, head, in_turn, redirects, reply, resets, says
-from test_folder.fetching.fetched import SHA256, fetched
+from test_folder.fetching.fetched import SHA256, fetched, refusal
 from test_folder.test_formats import GOOD, safetensors
 
 
@@ -66,6 +66,29 @@ def test_a_part_that_ends_before_it_says_is_no_end_of_the_file(length: str) -> N
     with Hostile({"/x": in_turn(Ranged(GOOD, cuts=(2000,)), short, Ranged(GOOD))}) as server:
         sink = fetched(server)
         assert (sink.data, sink.restarts, server.requests[2].headers["Range"]) == (GOOD, 0, "bytes=2500-")
+
+
+def test_a_part_that_repeats_no_etag_is_of_the_file_that_was_asked_for() -> None:
+    """T8: If-Range has named it."""
+    said = f"bytes 2000-{len(GOOD) - 1}/{len(GOOD)}"
+    rest = says(head(206, f"Content-Length: {len(GOOD) - 2000}", f"Content-Range: {said}") + GOOD[2000:])
+    with Hostile({"/x": in_turn(Ranged(GOOD, cuts=(2000,)), rest)}) as server:
+        sink = fetched(server)
+        assert (sink.data, sink.restarts) == (GOOD, 0)
+
+
+def test_a_part_tells_how_long_the_whole_is_where_the_beginning_did_not() -> None:
+    cut, said = resets(head(200, 'ETag: "1"') + GOOD[:600]), f"Content-Range: bytes 600-{len(GOOD) - 1}/{len(GOOD)}"
+    short = says(head(206, said, 'ETag: "1"') + GOOD[600:2000])
+    with Hostile({"/x": in_turn(cut, short, Ranged(GOOD))}) as server:
+        assert fetched(server).data == GOOD
+
+
+def test_the_rest_of_a_file_above_the_cap_is_cut_there() -> None:
+    """T5: where only the part tells how long the whole is."""
+    cut, said = resets(head(200, 'ETag: "1"') + GOOD[:600]), f"Content-Range: bytes 600-{len(GOOD) - 1}/{len(GOOD)}"
+    with Hostile({"/x": in_turn(cut, says(head(206, said, 'ETag: "1"') + GOOD[600:]))}) as server:
+        assert f"does not end after {len(GOOD) - 1} bytes" in refusal(server, most=len(GOOD) - 1)
 
 
 def test_a_part_of_a_file_of_another_length_is_thrown_away() -> None:

@@ -9,7 +9,7 @@ from klora.sources.download import NotFound, Unreachable
 from klora.sources.network import Network
 from klora.sources.reference import HubFile
 from test_folder.fakes import CONTENT, fetched
-from test_folder.fakes.hub import Hub
+from test_folder.fakes.hub import Hub, Repository
 from test_folder.hub.readers import ANN, Resolve, refused
 
 
@@ -42,6 +42,15 @@ def test_an_answer_that_makes_no_sense_is_the_hubs_fault(
     authority: Hub, resolve: Resolve, told: dict[str, Any]
 ) -> None:
     authority.publish("o/m", {"x.safetensors": CONTENT}, claims={"x.safetensors": told})
+    with pytest.raises(Unreachable, match=r"^Hugging Face gave an answer that cannot be understood"):
+        resolve("hf:o/m")
+
+
+@pytest.mark.parametrize("sha", ["main", "../../other/repository", "0" * 39, "0" * 41])
+def test_a_commit_that_is_none_is_the_hubs_fault(authority: Hub, resolve: Resolve, sha: str) -> None:
+    """It becomes a part of an address and of a key."""
+    repository = authority.repositories.setdefault("o/m", Repository())
+    repository.branches["main"], repository.commits[sha] = sha, {"x.safetensors": CONTENT}
     with pytest.raises(Unreachable, match=r"^Hugging Face gave an answer that cannot be understood"):
         resolve("hf:o/m")
 
