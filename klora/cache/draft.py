@@ -65,4 +65,3 @@ class Draft:
         with disk_errors():
             os.ftruncate(self.pin.fileno(), self.written)
             os.fsync(self.pin.fileno())
-        self.reserved = self.written

@@ -110,11 +110,10 @@ def _check(path: Path) -> None:
 def _read_secret(path: Path) -> bytes | None:
     """None where it is missing, cut short, or for others to read."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with path.open("rb") as file:
+            secret, status = file.read(_SECRET_BYTES), os.fstat(file.fileno())
     except FileNotFoundError:
         return None
-    with os.fdopen(descriptor, "rb") as file:
-        secret, status = file.read(_SECRET_BYTES + 1), os.fstat(descriptor)
     trusted = status.st_uid == os.geteuid() and not status.st_mode & 0o077
     return secret if trusted and len(secret) == _SECRET_BYTES else None
 

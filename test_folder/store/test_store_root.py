@@ -1,10 +1,13 @@
 """The folder of a store: whose it is, and what may be in it."""
 
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from klora.cache.folder import opened as folder_at
 from klora.errors import SourceError
 from klora.sources.deadline import Deadline
 from test_folder.store.stored import SIZE, opened, put, ref
@@ -83,3 +86,18 @@ def test_the_secret_stays_and_one_that_is_damaged_or_seen_by_others_is_made_anew
         assert len(new) == 32 and new != secret
         assert (root / "secret").stat().st_mode & 0o777 == 0o600
         secret = new
+
+
+def test_two_that_open_a_new_folder_at_once_have_one_secret(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, made = folder_at(root), []
+
+    def token_bytes(count: int) -> bytes:
+        made.append(count)
+        time.sleep(0.1)
+        return os.urandom(count)
+
+    (root / "secret").unlink()
+    monkeypatch.setattr("klora.cache.folder.secrets.token_bytes", token_bytes)
+    with ThreadPoolExecutor(2) as pool:
+        assert len({*pool.map(lambda _: folder.secret(), range(2))}) == 1
+    assert made == [32]
