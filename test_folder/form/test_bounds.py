@@ -95,6 +95,11 @@ def test_inputs_that_contradict_each_other_are_refused(given: dict[str, Any], me
     assert refusal(**given) == message
 
 
+def test_true_is_no_number() -> None:
+    assert refusal(num_outputs=True) == "num_outputs is True. Expected a whole number."
+    assert refusal(style_bias=True) == "style_bias is True. Expected a number."
+
+
 def test_half_a_character_is_no_text() -> None:
     """JSON can spell it; no tokenizer reads it."""
     with pytest.raises(RequestError, match=r"^prompt has half a character in it\. Expected text\.$"):

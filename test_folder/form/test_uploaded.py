@@ -24,6 +24,14 @@ def test_a_file_that_was_fetched_is_taken(scratch: Path) -> None:
     assert uploaded("image", scratch / "tmp01234567dog.zip") == (scratch / "tmp01234567dog.zip").resolve()
 
 
+def test_the_temporary_folder_may_be_behind_a_link(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS."""
+    alias = scratch.parent / "alias"
+    alias.symlink_to(scratch)
+    monkeypatch.setattr(tempfile, "tempdir", str(alias))
+    assert uploaded("image", alias / "tmp01234567dog.zip") == (scratch / "tmp01234567dog.zip").resolve()
+
+
 @pytest.mark.parametrize("name", [".", "lost.zip", "link", "../secret"])
 def test_a_folder_a_lost_file_and_one_from_elsewhere_are_refused(scratch: Path, name: str) -> None:
     with pytest.raises(RequestError, match=r"^image is '.*'\. Expected an uploaded file"):
