@@ -1,5 +1,6 @@
 """A file of the cache that is not what it was is found, set aside and fetched again."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,13 @@ def test_a_damaged_ref_is_none(shop: Shop, text: bytes) -> None:
     assert shop.read(hub("content")) == CONTENT
     assert shop.authority.asked.total() == 2
     assert shop.origin.served.total() == 1
+
+
+def test_a_ref_of_no_file_is_none(shop: Shop) -> None:
+    shop.read(hub("content"))
+    [path] = (shop.root / "refs").iterdir()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"files": []}))
+    assert shop.read(hub("content")) == CONTENT
 
 
 @pytest.mark.parametrize(("part", "value"), [("name", "../../x"), ("name", ".hidden"), ("sha256", "../refs/x")])

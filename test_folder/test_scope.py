@@ -1,6 +1,7 @@
 """For whom a fetched file is, and for how long an authority's word holds, its refusals too."""
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -178,11 +179,14 @@ def test_what_everybody_may_have_serves_while_its_authority_is_out_of_reach(
     shop: Shop, later: Callable[[float], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     shop.read(hub("content"))
+    [ref] = (shop.root / "refs").iterdir()
+    os.utime(ref, (0, 0))
     shop.authority.down = True
     later(100_000)
     with caplog.at_level(logging.WARNING, "klora.cache"):
         assert shop.read(hub("content")) == CONTENT
     assert "the copy in the cache serves" in caplog.text
+    assert shop.store.refs.last_use(ref.stem) > 0
     shop.authority.down = False
     shop.authority.has(hub("content"), ("content.safetensors", STYLE), commit="2")
     assert shop.read(hub("content")) == STYLE
@@ -278,3 +282,8 @@ def test_refusals_are_bounded_and_keep_no_frames() -> None:
     kept.check("0")
     with pytest.raises(NotFound, match="gone"):
         kept.check(str(refusals.MAX_REFUSALS))
+    for name in ("5", "another"):  # the oldest again, so that it is the newest but one
+        with pytest.raises(NotFound), kept.remembering(name):
+            raise NotFound("gone")
+    with pytest.raises(NotFound, match="gone"):
+        kept.check("5")

@@ -88,6 +88,7 @@ def test_each_file_has_one_line_in_the_log_and_no_line_has_a_signed_address(
     assert all(line.endswith(" s by huggingface_hub.") for line in lines[1:])
     assert any(record.name == "httpx2" and "/storage/" in record.getMessage() for record in caplog.records)
     assert SIGNATURE not in caplog.text
+    assert not logging.getLogger("httpx2").filters
 
 
 def test_a_connection_that_breaks_is_taken_up_where_it_broke(

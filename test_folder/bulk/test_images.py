@@ -53,6 +53,13 @@ def test_an_image_its_caption_and_how_it_was_made(runs: Runs, prompts: PromptFil
     assert [line.split(",")[0] for line in said[:-1]] == ["2 of 5", "4 of 5", "5 of 5"]
 
 
+def test_an_image_is_there_once_its_record_is(tmp_path: Path) -> None:
+    folder, job = Folder(tmp_path), Job(0, 1, Request("a dog", output_format="png"))
+    for name, there in (("00000.png", False), ("00000.txt", False), ("00000.json", True)):
+        (tmp_path / name).touch()
+        assert folder.shows(job) == there
+
+
 def test_the_folder_is_a_training_set(runs: Runs, prompts: PromptFile, tmp_path: Path) -> None:
     runs(prompts)
     found, skipped = read_upload(tmp_path / "out")
