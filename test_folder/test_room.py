@@ -65,6 +65,15 @@ def test_what_is_in_use_stays_and_the_rest_makes_room(small: Shop) -> None:
         assert paths["lora"].read_bytes() == safetensors(SIZE, 0)
 
 
+def test_the_weights_of_a_repository_stay_while_its_config_comes(small: Shop) -> None:
+    """Without a ref yet, they would be the first to go."""
+    weights = safetensors(SIZE, 5)
+    small.authority.has(hub("peft"), ("adapter_model.safetensors", weights), ("adapter_config.json", b"{}"))
+    for name in "ab":
+        small.read(hub(name))
+    assert small.read(hub("peft")) == weights
+
+
 def test_the_two_of_a_request_never_evict_each_other(small: Shop) -> None:
     """K4: there is room for one and a half."""
     small.max_bytes = SIZE * 3 // 2

@@ -86,7 +86,6 @@ class Store:
             if self._is_whole(sha256, held):
                 return held
             held.close()
-        self._verified.pop(sha256, None)
         set_aside(path, self._folder.quarantine)
         return None
 

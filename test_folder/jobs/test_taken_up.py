@@ -9,6 +9,7 @@ import signal
 import tarfile
 from _thread import interrupt_main
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +214,25 @@ def test_a_damaged_part_is_refused_by_name(name: str, data: bytes, said: str, qu
     with pytest.raises(RequestError) as refusal:
         trained("rest.tar", steps=12, resume_from=Path("damaged.tar"))
     assert str(refusal.value).startswith(said) and "Expected the tar of a training" in str(refusal.value)
+
+
+def test_what_is_no_file_is_no_part_of_a_training(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "odd.tar", "w") as tar:
+        for name, kind in (("config.json", tarfile.SYMTYPE), ("train.jsonl", tarfile.DIRTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "elsewhere"
+            tar.addfile(member)
+    with pytest.raises(RequestError, match=r"^resume_from holds no config\.json\."):
+        taken_up.taken_up(tmp_path / "odd.tar", tmp_path / "earlier")
+
+
+def test_samples_of_other_prompts_are_left_behind(tmp_path: Path) -> None:
+    earlier, results, was = tmp_path / "earlier", tmp_path / "results", TrainConfig(seed=1)
+    (earlier / "samples").mkdir(parents=True)
+    (earlier / taken_up.LOG).touch()
+    results.mkdir()
+    before = taken_up.TakenUp(earlier, was, {}, step=1)
+    before.carry(replace(was, sample_prompts="a dog"), results)
+    assert not (results / "samples").exists()
+    before.carry(replace(was, steps=2), results)
+    assert (results / "samples").is_dir()

@@ -8,7 +8,7 @@ import pytest
 from klora.cache import CacheFullError, draft
 from klora.sources.deadline import Deadline
 from test_folder.lending import safetensors
-from test_folder.store.stored import SIZE, opened
+from test_folder.store.stored import SIZE, opened, put
 
 
 def test_a_draft_reserves_what_it_will_need(root: Path, deadline: Deadline) -> None:
@@ -71,3 +71,10 @@ def test_bytes_that_the_disk_must_keep_free_stay_free(root: Path, deadline: Dead
         pass
     with store.draft(150 << 20, deadline):
         pass
+
+
+def test_what_a_process_reserved_that_is_no_more_makes_room(root: Path, deadline: Deadline) -> None:
+    store = opened(root, 2 * SIZE)
+    (root / "tmp" / "dead").write_bytes(bytes(2 * SIZE))
+    put(store, safetensors(SIZE), deadline)
+    assert not (root / "tmp" / "dead").exists()
