@@ -28,18 +28,17 @@ def test_a_draft_of_unknown_size_grows_in_steps_and_is_cut_at_the_end(
     root: Path, deadline: Deadline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(draft, "STEP", 3 * SIZE)
-    store = opened(root, 10 * SIZE)
+    store = opened(root, 6 * SIZE)
     with store.draft(None, deadline) as file:
         lengths = []
         for _ in range(4):
             file.write(b"x" * SIZE)
             lengths.append(store.room.used())
         assert lengths == [3 * SIZE] * 3 + [6 * SIZE]
+        with pytest.raises(CacheFullError):
+            file.write(b"x" * 3 * SIZE)
         file.finish()
         assert store.room.used() == 4 * SIZE
-        file.write(b"x" * 2 * SIZE)
-        with pytest.raises(CacheFullError):
-            file.write(b"x" * 5 * SIZE)
 
 
 def test_a_draft_that_begins_again_holds_only_what_came_since(root: Path, deadline: Deadline) -> None:
