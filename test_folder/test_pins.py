@@ -59,9 +59,10 @@ def test_a_pin_that_comes_while_somebody_looks_waits_for_it(root: Path) -> None:
     assert looked.wait(5)
 
 
-def test_a_file_that_was_replaced_before_it_was_locked_is_not_pinned(
+def test_a_file_that_was_replaced_before_it_was_locked_is_pinned_as_it_is_now(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By another who fetched the same: it has not been missing."""
     path, other = root / "file", root / "other"
     path.touch()
     other.touch()
@@ -69,14 +70,26 @@ def test_a_file_that_was_replaced_before_it_was_locked_is_not_pinned(
 
     def replaced(*arguments: object) -> int:
         descriptor = opened(*arguments)  # type: ignore[arg-type]
-        other.replace(path)
+        if other.exists():
+            other.replace(path)
         return descriptor
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "open", replaced)
-        assert pin(path) is None
+    monkeypatch.setattr(os, "open", replaced)
     held = pin(path)
     assert held and os.path.samestat(os.fstat(held.fileno()), path.stat())
+
+
+def test_a_file_that_was_removed_before_it_was_locked_is_not_there(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, opened = root / "file", os.open
+    path.touch()
+
+    def removed(*arguments: object) -> int:
+        descriptor = opened(*arguments)  # type: ignore[arg-type]
+        path.unlink()
+        return descriptor
+
+    monkeypatch.setattr(os, "open", removed)
+    assert pin(path) is None
 
 
 def test_one_at_a_time_holds_a_lock_and_its_file_goes(root: Path, deadline: Deadline) -> None:

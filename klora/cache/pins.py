@@ -86,16 +86,15 @@ def _locked(path: Path, operation: int, flags: int = os.O_RDONLY) -> Pin | None:
     try:
         fcntl.flock(locked.fileno(), operation | fcntl.LOCK_NB)
         # Between open and flock somebody may have removed or replaced it: then the lock is of nothing.
-        here = os.path.samestat(os.fstat(locked.fileno()), path.lstat())
+        if not os.path.samestat(os.fstat(locked.fileno()), path.lstat()):
+            raise BlockingIOError(f"{path} is another file by now")
     except FileNotFoundError:
-        here = False
+        locked.close()
+        return None
     except BaseException:
         locked.close()
         raise
-    if here:
-        return locked
-    locked.close()
-    return None
+    return locked
 
 
 @contextmanager
