@@ -65,10 +65,10 @@ def attached(
     """
     asked = lora if isinstance(lora, Plan) else lora.plan(schedule, **options)
     alike, float8 = tuple(alike), dict.fromkeys(float8)
-    plan = covering(asked, float8)
+    plan = covering(asked, float8) if float8 else asked
     linears = [linear_in(denoiser, name) for name in plan.layers]
     engine = engine or ("merged" if _fits(linears, [name in float8 for name in plan.layers], pixels) else "gated")
-    if engine == "gated":
+    if engine == "gated" and (alike or float8):
         plan = filled(asked, denoiser, alike) if asked.layers and alike else asked
         linears = [linear_in(denoiser, name) for name in plan.layers]
     loras = [placed(lora, linears) for lora in plan.loras]
