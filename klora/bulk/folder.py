@@ -19,7 +19,7 @@ from klora.errors import LoRAError, RequestError, SourceError
 from klora.form.request import Request
 from klora.sources.kinds import Local
 from klora.sources.reference import parse
-from klora.studio.provenance import FORM, UsedLoRA, canonical, picture_sha256, stamp
+from klora.studio.provenance import FORM, UsedLoRA, canonical, picture_sha256, read_provenance, stamp
 
 _KINDS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 _LONGEST = 80  # characters of a value that are shown
@@ -46,6 +46,8 @@ class Folder:
             asked, withheld, loras = told["asked"], told.get("withheld", False), told.get("loras", {})
             used = {name: list(loras[name]["sha256"]) for name in job.request.loras if name in loras}
         except FileNotFoundError:
+            if (image := self._place(job, job.request.output_format)).exists():
+                read_provenance(image)  # one of ours that was interrupted before its record; another's is refused
             return False
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RequestError(f"{record} is no record of klora generate. Expected an empty folder.") from error

@@ -50,14 +50,12 @@ def run(
 
 
 def _outcomes(bulk: Bulk, batches: Sequence[Batch], folder: Folder, opened: Callable[[], Draw]) -> Outcomes:
-    if not batches:
-        return
-    if bulk.ray or bulk.ray_workers:
+    if batches and (bulk.ray or bulk.ray_workers):
         yield from spread(batches, opened, folder, bulk.ray_workers)
-        return
-    draw = opened()
-    for batch in batches:
-        yield make(batch, draw, folder)
+    elif batches:
+        draw = opened()
+        for batch in batches:
+            yield make(batch, draw, folder)
 
 
 def _follow(

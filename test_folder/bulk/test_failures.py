@@ -94,6 +94,17 @@ def test_a_lora_that_fails_stops_unless_the_rest_is_to_be_done(
     assert runs(prompts)[-1] == f"2 images made in {tmp_path / 'out'}, 3 were there before."
 
 
+def test_a_picture_that_klora_has_not_made_stays_and_is_refused_before_any_is_made(
+    runs: Runs, prompts: PromptFile, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    Image.new("RGB", (8, 8)).save(own := tmp_path / "out" / "00003.png")
+    before = own.read_bytes()
+    with pytest.raises(RequestError, match=r"^00003\.png does not say how it was made\."):
+        runs(prompts, drawing=no_drawing)
+    assert own.read_bytes() == before
+
+
 def test_withheld_images_are_named_and_not_made_again(
     bases: Path, pair: dict[str, Path], runs: Runs, tmp_path: Path
 ) -> None:
