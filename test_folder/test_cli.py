@@ -212,6 +212,13 @@ def test_a_value_out_of_range_is_refused_naming_the_option(option: str, value: s
     assert accepted in result.stderr
 
 
+@pytest.mark.parametrize("option", ["--image", "--mask"])
+def test_a_picture_to_reproduce_with_that_is_missing_is_refused_naming_the_option(option: str) -> None:
+    Path("klora_7_0.png").touch()
+    result = CliRunner().invoke(cli.app, ["reproduce", "klora_7_0.png", option, "none.png"])
+    assert f"Invalid value for '{option}'" in result.stderr and "'none.png' does not exist" in result.stderr
+
+
 def test_an_out_that_is_a_file_is_refused() -> None:
     Path("out").touch()
     assert "'out' is a file" in fuse(*QUICK).stderr
