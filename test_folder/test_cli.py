@@ -145,7 +145,7 @@ NONE = "but there is no such file, or none that can be read. Expected the path o
             "content_lora was made for FLUX.1, but this request runs sdxl. Expected one for SDXL.",
         ),
         (("--aspect-ratio", "custom"), "aspect_ratio is custom but neither width nor height is given."),
-        (("--width", "100"), "The size is 100x64. Expected multiples of 8 on SDXL."),
+        (("--width", "100"), "width is 100. Expected a multiple of 8 on SDXL."),
         (("--fusion", "style"), "fusion is style but style_lora is not given."),
         ((*named_pair("flux")[:2], "--style-bias", "2"), "style_bias is 2.0 and K-LoRA makes no choice without"),
         (("--image", "sdxl_style.safetensors"), "image cannot be read as an image."),

@@ -18,7 +18,17 @@ from klora.lora import LoRA, Plan
 from klora.models.family import Conditioning, Family
 from klora.models.pace import compiled_for, paced
 
-__all__ = ["Draw", "Encode", "OnStep", "Record", "combine", "draws_of", "generate", "plain_encoder"]
+__all__ = [
+    "Draw",
+    "Encode",
+    "OnStep",
+    "Record",
+    "combine",
+    "draws_of",
+    "generate",
+    "plain_encoder",
+    "refuse_unsupported",
+]
 
 OnStep = Callable[[int, int], None]
 """(i, steps) -> None: denoising has reached step i, or with i = steps its end."""
@@ -106,23 +116,27 @@ def _drawn(
     return images
 
 
+def refuse_unsupported(family: type[Family], request: Request) -> None:
+    """Raise RequestError for what no base of a family can do, loaded or not."""
+    multiple = family.size_multiple
+    for name, side in zip(("width", "height"), request.size(multiple, multiple), strict=True):
+        if side % multiple:
+            raise RequestError(f"{name} is {side}. Expected a multiple of {multiple} on {family.name}.")
+    if request.negative_prompt and not family.negative_prompts:
+        raise RequestError(f"negative_prompt is given, but {family.name} takes none. Leave it empty, or use SDXL.")
+    if request.scheduler and request.scheduler not in family.schedulers:
+        raise RequestError(f"scheduler is {request.scheduler}, but {family.name} has its own. Leave it blank.")
+
+
 def _checked_steps(model: Family, request: Request) -> int:
     """The number of steps, once all that this base cannot do is refused."""
+    refuse_unsupported(type(model), request)
     steps = request.num_inference_steps or model.steps
-    width, height = request.size(model.native_size, model.size_multiple)
-    if width % model.size_multiple or height % model.size_multiple:
-        raise RequestError(
-            f"The size is {width}x{height}. Expected multiples of {model.size_multiple} on {model.name}."
-        )
-    if request.negative_prompt and not model.negative_prompts:
-        raise RequestError(f"negative_prompt is given, but {model.name} takes none. Leave it empty, or use SDXL.")
     guidance = model.guidance_scale if request.guidance_scale is None else request.guidance_scale
     if request.negative_prompt and guidance <= 1:
         raise RequestError(f"negative_prompt is given, but guidance_scale {guidance:g} heeds none. Raise it above 1.")
     if guidance and not model.guidance_scale:
         raise RequestError(f"guidance_scale is {guidance:g}, but this {model.name} takes none. Leave it blank.")
-    if request.scheduler and request.scheduler not in model.schedulers:
-        raise RequestError(f"scheduler is {request.scheduler}, but {model.name} has its own. Leave it blank.")
     if request.image is not None and int(steps * request.prompt_strength) < 1:
         raise RequestError(f"prompt_strength {request.prompt_strength} of {steps} steps is no step. Raise either.")
     return steps

@@ -21,7 +21,7 @@ from klora.files.report import stated_alphas
 from klora.files.shelf import Shelf
 from klora.form.request import Request
 from klora.fusion import Fusion, Schedule, fuse
-from klora.generation import Draw, OnStep, Record, draws_of, generate
+from klora.generation import Draw, OnStep, Record, draws_of, generate, refuse_unsupported
 from klora.interruptible import in_threads
 from klora.lora import LoRA
 from klora.models import FAMILIES, origin_of
@@ -166,6 +166,7 @@ class Studio:
     ) -> "_Ready":
         """The base, loaded, and the LoRAs, read for it. Arguments and errors as make()."""
         base, family, path = self._base_for(request, loras)
+        refuse_unsupported(FAMILIES[family], request)  # before a base is loaded for it
         sha256 = {name: self._sha256(name, path, lent.get(name)) for name, path in loras.items()}
         if again:
             again.check(sha256)
@@ -201,8 +202,7 @@ class Studio:
         return _said_of(name, lambda path: self._shelf.sha256(path, facts.scores if facts else None), file)
 
     def _safety(self) -> SafetyChecker:
-        if self._checker is None:
-            self._checker = SafetyChecker.load(self._safety_checker, self.device)
+        self._checker = self._checker or SafetyChecker.load(self._safety_checker, self.device)
         return self._checker
 
 

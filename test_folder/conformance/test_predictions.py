@@ -184,7 +184,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no image": ({"image": "data:image/png;base64,AAAA"}, ["image", "PNG"]),
     "no address": ({"image": "ftp://127.0.0.1/a.png"}, ["image", "URL"]),
     "mask alone": ({"mask": PNG}, ["mask", "image"]),
-    "size": ({"width": 100}, ["100x64", "multiples of"]),
+    "size": ({"width": 100}, ["width is 100", "a multiple of"]),
     "no style": ({"fusion": "style"}, ["fusion", "style_lora"]),
     "ratio and size": ({"aspect_ratio": "1:1"}, ["aspect_ratio", "custom"]),
     "empty prompt": ({"prompt": " "}, ["prompt"]),

@@ -4,11 +4,13 @@ import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 import weights
-from klora.errors import BaseModelError
+from klora.errors import BaseModelError, RequestError
 from klora.layers import HEADROOM_BYTES
 from klora.lora import LoRA
 from klora.studio import Studio
@@ -34,6 +36,24 @@ def test_the_base_used_least_recently_leaves_when_memory_is_short(models: Path) 
     ):
         studio.load(*weights.find_base(name))
         assert studio.resident == expected
+
+
+@pytest.mark.parametrize(
+    ("inputs", "refusal"),
+    [
+        ({"width": 72}, r"^width is 72\. Expected a multiple of 16 on FLUX\.1\.$"),
+        ({"width": 64, "height": 72}, r"^height is 72\. Expected a multiple of 16 on FLUX\.1\.$"),
+        ({"image": Image.new("RGB", (401, 100))}, r"^image is 401x100\. "),
+        ({"negative_prompt": "rain"}, r"^negative_prompt is given, but FLUX\.1 takes none\. "),
+        ({"scheduler": "DDIM"}, r"^scheduler is DDIM, but FLUX\.1 has its own\. "),
+    ],
+)
+def test_no_base_is_loaded_for_what_its_family_cannot_do(models: Path, inputs: dict[str, Any], refusal: str) -> None:
+    studio = room_for(1, models / "safety-checker")
+    studio.load(*weights.find_base("sdxl"))
+    with pytest.raises(RequestError, match=refusal):
+        studio.make(request(model="flux-dev", **inputs), {})
+    assert studio.resident == ["sdxl"]
 
 
 def test_a_base_that_leaves_is_gone_from_memory(models: Path) -> None:
