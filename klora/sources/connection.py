@@ -11,9 +11,9 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from io import BufferedReader
+from pathlib import Path
 from typing import Any, cast
 
 import certifi
@@ -30,6 +30,14 @@ MAX_ADDRESSES = 4  # of a host, that are tried
 Info = tuple[int, int, int, str, Any]  # as socket.getaddrinfo has it
 
 
+def trusting(authorities: Path | str) -> ssl.SSLContext:
+    """TLS with hosts whom the authorities of this file vouch for, whatever others the environment may name."""
+    context = ssl.create_default_context(cafile=authorities)
+    # Whoever sits in between could end a body early, which some builds of Python would have OpenSSL forgive.
+    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+    return context
+
+
 @dataclass(frozen=True)
 class Dialler:
     """How connections are made. resolve: as socket.getaddrinfo; connect: joins a socket to an address, once checked."""
@@ -37,8 +45,7 @@ class Dialler:
     patience: Patience = Patience()
     resolve: Callable[..., Sequence[Info]] = socket.getaddrinfo
     connect: Callable[[socket.socket, Any], None] = socket.socket.connect
-    # certifi's authorities and not the system's, which the environment may name.
-    context: ssl.SSLContext = field(default_factory=partial(ssl.create_default_context, cafile=certifi.where()))
+    context: ssl.SSLContext = field(default_factory=lambda: trusting(certifi.where()))
 
     @contextmanager
     def answer(self, target: Target, headers: Mapping[str, str], deadline: Deadline) -> Iterator[Answer]:
