@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = [path for path in (ROOT / "script").iterdir() if b"python" in path.read_bytes().partition(b"\n")[0]]
+FILES = [path for path in (ROOT / "script").iterdir() if path.is_file()]
+SCRIPTS = [path for path in FILES if b"python" in path.read_bytes().partition(b"\n")[0]]
 OURS = ("examples", "klora", "playground", "weights")
 LACKING = {"playground": "gradio", "klora.kernels": "triton"}  # what needs a library that is not everywhere
 
