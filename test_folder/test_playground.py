@@ -32,7 +32,7 @@ FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update",
 ]  # fmt: skip
-SECONDS = 30  # for anything to come about; nothing waits so long when all is well
+SECONDS = 60  # for anything to come about; nothing waits so long when all is well
 LORAS = {"content_lora": "flux-dev/robot.safetensors", "style_lora": "flux-dev/neon.safetensors"}
 ASKED: dict[str, Any] = {
     "prompt": "a sbu robot, in szn style", **LORAS, "pattern": "s", "seed": 3, "num_inference_steps": 4,
