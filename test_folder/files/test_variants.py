@@ -232,14 +232,14 @@ def check(model: Family, path: Path) -> None:
     assert parts and all(pair.A.isfinite().all() and pair.B.isfinite().all() for pair in parts)
 
 
-@settings(fuzz, max_examples=1200)
+@settings(fuzz, max_examples=600)
 @given(tensors=files, good=st.booleans())
 def test_any_tensors_are_read_or_refused(sdxl: Family, tmp_path: Path, tensors: dict[str, Tensor], good: bool) -> None:
     save_file(tensors | (GOOD if good else {}), tmp_path / "lora.safetensors")
     check(sdxl, tmp_path / "lora.safetensors")
 
 
-@settings(fuzz, max_examples=600)
+@settings(fuzz, max_examples=300)
 @given(place=st.integers(0, 2000), new=st.binary(min_size=1, max_size=8))
 def test_any_bytes_of_a_file_may_be_wrong(sdxl: Family, tmp_path: Path, place: int, new: bytes) -> None:
     path = tmp_path / "lora.safetensors"
@@ -260,7 +260,7 @@ alphas = st.dictionaries(
 )  # fmt: skip
 
 
-@settings(fuzz, max_examples=600)
+@settings(fuzz, max_examples=300)
 @given(said=alphas)
 def test_any_metadata_is_read_or_refused(sdxl: Family, tmp_path: Path, said: dict[str, Any]) -> None:
     metadata = {"lora_adapter_metadata": json.dumps(said), "ss_tag_frequency": json.dumps(said)}
