@@ -100,7 +100,7 @@ class TrainConfig:
                 raise RequestError(f"resolution names {side}. Expected sides from 64 to 2048 pixels.")
         try:
             re.compile(self.layers_to_optimize_regex)
-        except re.error as error:
+        except (re.error, ValueError, OverflowError, RecursionError) as error:
             raise RequestError(f"layers_to_optimize_regex is no regular expression: {error}. Expected one.") from error
         if not re.search(whole_word(self.trigger), self.prompt):
             seen = f"instance_prompt is {self.instance_prompt!r}, without the trigger word {self.trigger!r}"

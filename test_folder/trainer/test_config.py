@@ -29,7 +29,9 @@ def test_the_published_recipe_is_the_default_on_sdxl() -> None:
     [("steps", 0), ("steps", 1.5), ("steps", True), ("lora_rank", 129), ("learning_rate", -1.0),
      ("learning_rate", float("nan")),
      ("lora_type", "face"), ("lora_targets", "some"), ("resolution", "63"), ("resolution", "big"), ("seed", None),
-     ("layers_to_optimize_regex", "("), ("lr_scheduler", "step"), ("mask_mode", "clipseg"), ("crop", "salience"),
+     ("layers_to_optimize_regex", "("), ("layers_to_optimize_regex", "a{9999999999}"),
+     pytest.param("layers_to_optimize_regex", "(" * 5000, id="a deep expression"),
+     ("lr_scheduler", "step"), ("mask_mode", "clipseg"), ("crop", "salience"),
      ("prior_preservation", "output"), ("trigger_word", 3), ("horizontal_flip", "yes"), ("instance_prompt", "a dog"),
      ("instance_prompt", "a sbuffer")],
 )  # fmt: skip
