@@ -249,6 +249,9 @@ def _rows(name: str, rows: Sequence[object], intake: Intake) -> list[tuple[str, 
 
 
 def _one_line(text: str) -> str:
+    """Raises ValueError for what JSON can spell, and no tokenizer read."""
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError("one with half a character in it")
     return " ".join(text.split())
 
 
