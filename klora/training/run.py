@@ -33,6 +33,8 @@ OPTIMIZERS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
     "adafactor": ("torch.optim", "Adafactor", {}),
 }
 """(module, class, options) by the form's name; imported when asked for."""
+# What a file raises that is no run's: RuntimeError is also RecursionError's.
+UNLIKE = (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError)
 
 
 @dataclass
@@ -112,8 +114,7 @@ class Run:
         """Take a run up where save() left it. Raises RequestError."""
         try:
             with safe_open(path, framework="pt") as file:
-                facts = json.loads(file.metadata()["run"])
-                state = _unflattened(facts["state"], file)
+                state = _unflattened(json.loads(file.metadata()["run"])["state"], file)
             with torch.no_grad():
                 for parameter, value in zip(self.parameters, state["parameters"], strict=True):
                     parameter.copy_(value)
@@ -123,9 +124,9 @@ class Run:
             if self.ema:
                 self.ema.load_state_dict(state["ema"])
                 self.ema.to(self.parameters[0].device)
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        except UNLIKE as error:
             raise RequestError(f"resume_from cannot be taken up: {error}. Expected the tar of a training.") from error
-        self.step = facts["step"]
+        self.step = saved_step(path)
 
     def _follow_schedule(self) -> None:
         """The rates of this step by the law as it is now: the optimiser's are those of a law that may have ended."""
@@ -147,7 +148,7 @@ def saved_step(path: Path) -> int:
     try:
         with safe_open(path, framework="pt") as file:
             return int(json.loads(file.metadata()["run"])["step"])
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+    except UNLIKE as error:
         raise RequestError(f"resume_from cannot be taken up: {error}. Expected the tar of a training.") from error
 
 

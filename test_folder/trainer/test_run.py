@@ -1,6 +1,7 @@
 """A run by itself: its rates, its gradients, what its file says."""
 
 import ctypes
+import json
 import threading
 import time
 from _thread import interrupt_main
@@ -10,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import klora.interruptible
+from klora.errors import RequestError
 from klora.lora import LowRank
 from klora.training.config import TrainConfig
 from klora.training.run import Run, new_run, saved_step
@@ -44,6 +47,29 @@ def test_a_run_that_is_given_more_steps_follows_their_law_from_the_first_of_them
     rates = [advanced(whole) for _ in range(8)]
     assert [advanced(resumed) for _ in range(4)] == rates[4:]
     assert saved_step(tmp_path / "run.safetensors") == 4
+
+
+FACTORS = {"step": 1, "state": {"items": [["parameters", [{"tensor": "A"}, {"tensor": "B"}]], ["optimizer", None]]}}
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ('{"step": 1e999, "state": 1}', "cannot convert float infinity"),
+        ("[" * 100_000, "maximum recursion depth exceeded"),
+        ('{"state": 1}', "'step'"),
+        ('{"step": 1}', "'state'"),
+        (json.dumps(FACTORS).replace('"B"', '"A"'), "The size of tensor a"),
+        (json.dumps(FACTORS), "'NoneType' object has no attribute 'copy'"),
+    ],
+    ids=["endless", "deep", "no step", "no state", "another size", "no optimizer"],
+)
+def test_a_file_that_is_no_runs_is_refused_in_a_sentence(told: str, said: str, tmp_path: Path) -> None:
+    path, run = tmp_path / "run.safetensors", a_run(TrainConfig(steps=4))
+    save_file({"A": torch.ones(2, 3), "B": torch.ones(4, 2)}, path, {"run": told})
+    with pytest.raises(RequestError, match=rf"^resume_from cannot be taken up: {said}.*\. Expected the tar of a"):
+        run.step = saved_step(path)
+        run.load(path)
 
 
 def test_a_norm_of_0_does_not_clip() -> None:
