@@ -241,7 +241,6 @@ class _Loop:
     @torch.no_grad()
     def _sample(self) -> None:
         """An image of each prompt, by what has been learnt so far."""
-        (self.folder / "samples").mkdir(exist_ok=True)
         denoiser: Any = self.model.denoiser
         place = denoiser.device, denoiser.dtype
         with self.run.averaged():
@@ -267,7 +266,6 @@ class _Loop:
     def _checkpoint(self) -> None:
         """The LoRA so far; only the latest ones are kept."""
         folder = self.folder / "checkpoints"
-        folder.mkdir(exist_ok=True)
         with whole(folder / f"lora_{self.run.step:06}.safetensors") as part:
             save_lora(part, self.run.lora(), self.model.component, torch.float16)
         for old in sorted(folder.glob("lora_*.safetensors"))[: -self.config.keep_checkpoints]:

@@ -1,8 +1,10 @@
 """Writing what comes of a training: files that appear whole, and one sentence where they cannot. Knows no torch."""
 
+import os
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from errno import EISDIR
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -26,15 +28,19 @@ def whole(path: Path) -> Iterator[Path]:
     part = _part(path)
     try:
         with writing():
+            path.parent.mkdir(parents=True, exist_ok=True)
             yield part
             part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that has failed, which has been told
+            part.unlink(missing_ok=True)
 
 
 def require_place(out: Path) -> None:
     """Make the folder of a file that will be written after hours of work. Raises RequestError where none can be."""
     try:
+        if out.is_dir():
+            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
         out.parent.mkdir(parents=True, exist_ok=True)
         _part(out).touch()
         _part(out).unlink()

@@ -25,22 +25,27 @@ def test_the_tars_folder_is_made_and_no_name_is_in_its_way() -> None:
     assert [path.name for path in Path("nowhere").iterdir()] == ["robot.part"]
 
 
+@pytest.mark.parametrize("out", ["file/robot.tar", "pictures", "."])
 def test_a_place_where_nothing_can_be_written_is_refused_before_anything_is_loaded(
-    monkeypatch: pytest.MonkeyPatch,
+    out: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job, "read_upload", None)
     Path("file").touch()
-    with pytest.raises(
-        RequestError, match=r"^out is 'file/robot\.tar', where no file can be made: .* Expected a place"
-    ):
-        trained("file/robot.tar")
+    with pytest.raises(RequestError, match=rf"^out is '{out}', where no file can be made: .* Expected a place"):
+        trained(out)
 
 
-def test_files_that_are_written_at_once_share_no_part() -> None:
-    with whole(Path("dog.v1")) as first, whole(Path("dog.v2")) as second:
+def test_files_that_are_written_at_once_share_no_part_and_their_folder_is_made() -> None:
+    with whole(Path("made/dog.v1")) as first, whole(Path("made/dog.v2")) as second:
         first.write_text("1")
         second.write_text("2")
-    assert (Path("dog.v1").read_text(), Path("dog.v2").read_text()) == ("1", "2")
+    assert {path.name: path.read_text() for path in Path("made").iterdir()} == {"dog.v1": "1", "dog.v2": "2"}
+
+
+def test_what_cannot_be_written_nor_taken_away_is_one_sentence() -> None:
+    with pytest.raises(RequestError, match=r"^The training could not be written: "), whole(Path("lost/dog")):
+        Path("lost").rmdir()
+        Path("lost").touch()
 
 
 # Broken off
