@@ -62,27 +62,46 @@ def _tracked(
 ) -> "Iterator[OnProgress]":
     """A listener that sends each report to a run of this project; facts: what the run is told of itself.
 
-    The key goes into this run's settings, not into the machine's login. Raises RequestError.
+    The key goes into this run's settings, not into the machine's login. Raises RequestError, before training alone.
     """
     try:
         wandb: Any = importlib.import_module("wandb")
     except ImportError as error:
         raise RequestError("wandb_api_key is given and wandb is not installed. Install it, or leave it out.") from error
-    try:
+    with _translated(key):
         settings = wandb.Settings(api_key=key, silent=True)
         run = wandb.init(project=project, name=name, entity=entity, config=dict(facts), settings=settings)
-    except Exception as error:  # wandb's own, for a key, a name, a network; not chained, because they may quote the key
-        said = str(error).replace(key, "...")
-        raise RequestError(f"wandb_api_key cannot be used: {said}. Expected a key of wandb.ai, or none.") from None
 
     def on_progress(progress: "Progress") -> None:
         values = {"loss": progress.loss, "fixed_loss": progress.fixed_loss, "learning_rate": progress.learning_rate,
                   "steps_per_second": progress.steps_per_second}  # fmt: skip
-        run.log({name: value for name, value in values.items() if value is not None}, step=progress.step)
+        with _survived(key):
+            run.log({name: value for name, value in values.items() if value is not None}, step=progress.step)
 
     exit_code = 1
     try:
         yield on_progress
         exit_code = 0
     finally:
-        run.finish(exit_code=exit_code)
+        with _survived(key):
+            run.finish(exit_code=exit_code)
+
+
+@contextmanager
+def _translated(key: str) -> "Iterator[None]":
+    """Raises RequestError for whatever wandb raises."""
+    try:
+        yield
+    except Exception as error:  # its own, for a key, a name, a network; not chained, because they may quote the key
+        said = str(error).replace(key, "...")
+        raise RequestError(f"wandb_api_key cannot be used: {said}. Expected a key of wandb.ai, or none.") from None
+
+
+@contextmanager
+def _survived(key: str) -> "Iterator[None]":
+    """A training goes on without its tracker: the log says what became of that."""
+    try:
+        with _translated(key):
+            yield
+    except KLoRAError as error:
+        logger.error("%s", error)

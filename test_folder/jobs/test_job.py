@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from klora.training import job
 from klora.training.cache import encode_pictures
 from klora.training.config import TrainConfig
 from klora.training.dataset import Picture
+from klora.training.loop import Progress
 from klora.training.publishing import Publishing
 from test_folder.jobs.short import QUICK, entered, held, klora_train, trained, weights_of
 
@@ -289,6 +291,27 @@ def test_weights_and_biases_hears_every_report_and_the_key_goes_nowhere_else(
     ) as refusal:
         trained(publishing=Publishing(wandb_api_key="wrong"))
     assert refusal.value.__cause__ is None
+
+
+def test_a_tracker_that_fails_ends_no_training_and_hears_how_one_ended(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard: list[dict[str, Any]] = []
+
+    def failing(*values: Any, **given: Any) -> None:
+        heard.append(given)
+        raise RuntimeError("k3y is not known any more")
+
+    run = SimpleNamespace(log=failing, finish=failing)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Settings=dict, init=lambda **options: run))
+    publishing = Publishing(wandb_api_key="k3y")
+    with publishing.tracked(TrainConfig()) as track:
+        track(Progress(1, 2, loss=0.5))
+    with pytest.raises(KeyboardInterrupt), publishing.tracked(TrainConfig()):
+        raise KeyboardInterrupt
+    assert heard == [{"step": 1}, {"exit_code": 0}, {"exit_code": 1}]
+    said = "wandb_api_key cannot be used: ... is not known any more. Expected a key of wandb.ai, or none."
+    assert caplog.messages == [said] * 3
 
 
 def test_a_hub_out_of_reach_loses_nothing(
