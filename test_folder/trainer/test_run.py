@@ -45,6 +45,7 @@ def test_a_run_that_is_given_more_steps_follows_their_law_from_the_first_of_them
     first.save(tmp_path / "run.safetensors")
     resumed.load(tmp_path / "run.safetensors")
     rates = [advanced(whole) for _ in range(8)]
+    assert rates[:2] == [0, 1e-2]
     assert [advanced(resumed) for _ in range(4)] == rates[4:]
     assert saved_step(tmp_path / "run.safetensors") == 4
 
@@ -72,19 +73,34 @@ def test_a_file_that_is_no_runs_is_refused_in_a_sentence(told: str, said: str, t
         run.load(path)
 
 
-def test_a_norm_of_0_does_not_clip() -> None:
-    gradients = []
-    for norm in (0, 1000):
+def test_gradients_are_scaled_down_to_the_norm_and_a_norm_of_0_does_not_clip() -> None:
+    gradients = {}
+    for norm in (0, 1000, 0.5):
         run = a_run(TrainConfig(steps=1))
-        advanced(run, size=0.1, max_grad_norm=norm)
-        gradients.append(run.optimizer.state[run.parameters[0]]["exp_avg"])
-    assert torch.equal(*gradients) and gradients[0].all()
+        advanced(run, size=1.0, max_grad_norm=norm)
+        gradients[norm] = run.optimizer.state[run.parameters[0]]["exp_avg"]
+        assert all(parameter.grad is None for parameter in run.parameters)
+    assert torch.equal(gradients[0], gradients[1000]) and gradients[0].all()
+    torch.testing.assert_close(gradients[0.5], gradients[0] * 0.5 / 14**0.5)
+
+
+def test_where_a_mean_is_kept_it_is_the_result() -> None:
+    run, passed = a_run(TrainConfig(steps=2, ema_decay=0.1)), []
+    for _ in range(2):
+        advanced(run)
+        passed.append([parameter.detach().clone() for parameter in run.parameters])
+    first, last = passed
+    result = run.lora()["layer"]
+    for mean, before, now in zip((result.A, result.B), first, last, strict=True):
+        torch.testing.assert_close(mean, 0.1 * before + 0.9 * now, rtol=1e-6, atol=0)
+        assert not torch.equal(mean, now)
 
 
 def test_a_run_knows_whether_it_is_numbers() -> None:
     run = a_run(TrainConfig(steps=2))
     assert run.finite
-    advanced(run, size=torch.inf)
+    with torch.no_grad():
+        run.parameters[1][0, 0] = torch.inf
     assert not run.finite
 
 
