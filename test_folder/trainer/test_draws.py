@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from klora import FAMILIES
 from klora.models.family import Family, Posterior
 from klora.models.linears import linear_shapes
-from klora.training.cache import Example, View
+from klora.training.cache import Example, View, encode_pictures
 from klora.training.config import TrainConfig
 from klora.training.dataset import Picture, captioned
 from klora.training.draw import Draw, Material
@@ -174,12 +175,32 @@ def test_a_flip_shows_both_sides(sdxl: Load) -> None:
     assert len({round(float(batch.latents[..., :4].mean()), 2) for batch in batches}) == 2
 
 
-def test_random_crops_are_of_the_picture_and_not_of_its_name(sdxl: Load) -> None:
+def every_eighth(pixels: torch.Tensor) -> Posterior:
+    return Posterior(pixels[..., ::8, ::8], torch.zeros(1))
+
+
+COARSE: Any = SimpleNamespace(encode_images=every_eighth, native_size=512, recipe=SimpleNamespace(resolutions=(0.5, 1)))
+
+
+def test_random_crops_are_of_the_picture_and_the_seed_and_not_of_its_name() -> None:
     image = Image.linear_gradient("L").resize((64, 256)).convert("RGB")  # of which a half is left out
-    picture = Picture("0.png", png(image), None, None)
-    ours, theirs = (drawn(sdxl, [replace(picture, name=name)], config(crop="random"), 8) for name in ("a", "b"))
-    assert all(torch.equal(one.latents, other.latents) for one, other in zip(ours, theirs, strict=True))
-    assert len({batch.conditioning["time_ids"].numpy().tobytes() for batch in ours}) > 1
+    first = Picture("a.png", png(image), None, None)
+    shown = [first, replace(first, name="b.png"), replace(first, data=png(image.rotate(180)))]
+
+    def places(seed: int) -> list[list[tuple[float, ...]]]:
+        examples = encode_pictures(COARSE, shown, [""] * 3, config(crop="random", seed=seed))
+        return [[tuple(view.time_ids.tolist()) for view in example.views] for example in examples]
+
+    ours, renamed, other = places(1)
+    assert ours == renamed != other and len(set(ours)) > 1
+    assert places(2)[0] != ours
+
+
+def test_where_no_resolution_is_named_pictures_are_seen_at_those_of_the_base() -> None:
+    shown = [Picture("a.png", png(Image.new("RGB", (64, 64))), None, png(Image.new("L", (64, 64))))]
+    examples = list(encode_pictures(COARSE, shown, ["a dog"], config(resolution="")))
+    assert [(example.size, example.caption) for example in examples] == [((256, 256), "a dog"), ((512, 512), "a dog")]
+    assert [view.mask for example in examples for view in example.views] == [None, None]  # mask_mode is none
 
 
 def test_center_cuts_squares(sdxl: Load, pictures: list[Picture]) -> None:
