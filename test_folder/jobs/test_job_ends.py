@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load
 
 from klora.errors import RequestError
+from klora.form.fields import MAX_SEED
+from klora.form.request import Request
 from klora.training import job, loop, objective
 from klora.training.config import TrainConfig
 from klora.training.loop import Progress
@@ -103,6 +106,22 @@ def test_what_fails_before_anything_is_saved_leaves_nothing() -> None:
 
 
 # What is promised at the start
+
+
+def test_pictures_of_the_class_come_four_at_a_time_each_from_a_seed_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Request] = []
+
+    def drawing(model: None, request: Request) -> list[Image.Image]:
+        asked.append(request)
+        return [Image.new("RGB", (64, 64))] * request.num_outputs
+
+    monkeypatch.setattr(job, "generate", drawing)
+    given = {"class_word": "toy", "num_class_images": 6, "seed": MAX_SEED}
+    config = TrainConfig(prior_preservation="class_images", **given)
+    made = job._class_pictures(lambda **options: None, config, torch.device("cpu"))  # type: ignore[arg-type]
+    drawn = [(request.prompt, request.num_outputs, request.seed) for request in asked]
+    assert drawn == [("a toy", 4, MAX_SEED), ("a toy", 2, 3)]
+    assert len({picture.name for picture in made}) == 6 and made[0].open().size == (64, 64)
 
 
 def test_pictures_of_the_class_are_drawn_by_the_base_as_it_will_be_held() -> None:

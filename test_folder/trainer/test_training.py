@@ -54,6 +54,14 @@ def never(**options: Any) -> Any:
 # What is learnt
 
 
+def test_a_lora_begins_as_published_and_every_layer_otherwise() -> None:
+    shapes = {"one": (5, 4000), "two": (5, 4000)}
+    begun = [pair for seed in (0, 1) for pair in new_layers(shapes, 4, seed, CPU).values()]
+    assert len({pair.A.detach().numpy().tobytes() for pair in begun}) == 4
+    for pair in begun:
+        assert float(pair.A.std()) == pytest.approx(1 / 4, rel=0.03) and not pair.B.any()
+
+
 def test_the_base_is_as_it_was_and_every_layer_has_learnt(load: Load, pictures: list[Picture], tmp_path: Path) -> None:
     models: list[Family] = []
     lora = train_lora(recording(load, models), pictures, QUICK, tmp_path)
@@ -65,19 +73,26 @@ def test_the_base_is_as_it_was_and_every_layer_has_learnt(load: Load, pictures: 
     assert all(pair.B.abs().max() > 0 and pair.A.dtype == torch.float32 for pair in lora.values())
 
 
-def test_nothing_is_trained_through_cudnn_attention(load: Load, pictures: list[Picture], tmp_path: Path) -> None:
+def test_nothing_is_trained_through_cudnn_attention_however_the_base_is_held(
+    load: Load, pictures: list[Picture], tmp_path: Path
+) -> None:
     """Whose backward pass fails on an H200; checkpointing, which calls layers from the backward pass, included."""
     allowed, before = set[bool](), torch.backends.cuda.cudnn_sdp_enabled()
+    models, compiled = list[Family](), list[dict[str, Any]]()
 
     def watched(**options: Any) -> Family:
         model = load(**options)
         for block in model.denoiser.modules() if model.denoiser is not None else ():
             if type(block).__name__ in ("Attention", "FluxAttention"):
                 block.register_forward_pre_hook(lambda *_: allowed.add(torch.backends.cuda.cudnn_sdp_enabled()))
+        if model.denoiser is not None:
+            model.denoiser.compile_repeated_blocks = lambda **options: compiled.append(options)
         return model
 
-    train_lora(watched, pictures, config(steps=2, gradient_checkpointing="on"), tmp_path)
+    settings = config(steps=2, gradient_checkpointing="on", compile="on")
+    train_lora(recording(watched, models), pictures, settings, tmp_path)
     assert allowed == {False} and torch.backends.cuda.cudnn_sdp_enabled() == before
+    assert models[-1].denoiser.is_gradient_checkpointing and compiled == [{"dynamic": True}]
 
 
 def test_what_is_done_is_gone_before_the_next_part_comes(load: Load, pictures: list[Picture], tmp_path: Path) -> None:
@@ -132,7 +147,9 @@ def test_a_bf16_base_does_not_hold_small_steps_back(bases: Path, pictures: list[
     settings = config(steps=10, learning_rate=5e-5, precision="bf16")
     shapes = linear_shapes(load(device=CPU, parts=()).denoiser)
     start = new_layers({name: shapes[name] for name in settings.targets(shapes)}, 4, settings.seed, CPU)
-    lora = train_lora(load, pictures, settings, tmp_path)
+    models: list[Family] = []
+    lora = train_lora(recording(load, models), pictures, settings, tmp_path)
+    assert models[-1].denoiser.dtype == torch.bfloat16
     unmoved = [float((start[name].A == pair.A).float().mean()) for name, pair in lora.items()]
     assert np.mean(unmoved) < 0.01
 
