@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 
 from klora import cli
 from klora.errors import RequestError
-from klora.training import job, taken_up
+from klora.training import taken_up
 from klora.training.config import TrainConfig
+from klora.training.draw import Draw
 from klora.training.loop import Progress
 from test_folder.fakes.tars import CHAIN, ENDLESS, HOLES, crafted
 from test_folder.files.reading import at_most
@@ -100,8 +101,8 @@ def test_a_machine_that_is_taken_away_leaves_a_tar_that_goes_on_by_itself(monkey
 
 @pytest.mark.parametrize(
     ("where", "name"),
-    [(taken_up, "_write"), (job, "load_model"), (torch.optim.AdamW, "step")],
-    ids=["unpacking", "loading", "the first step"],
+    [(taken_up, "_write"), (Draw, "batch"), (torch.optim.AdamW, "step")],
+    ids=["unpacking", "the first batch", "the first step"],
 )
 def test_what_is_interrupted_before_it_has_gone_on_leaves_the_tar_as_it_was(
     where: Any, name: str, quick: Path, monkeypatch: pytest.MonkeyPatch
@@ -110,8 +111,7 @@ def test_what_is_interrupted_before_it_has_gone_on_leaves_the_tar_as_it_was(
     done = getattr(where, name)
 
     def broken_off(*given: Any, **options: Any) -> Any:
-        if name != "load_model":
-            done(*given, **options)
+        done(*given, **options)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(where, name, broken_off)

@@ -59,7 +59,7 @@ def test_a_lora_begins_as_published_and_every_layer_otherwise() -> None:
     begun = [pair for seed in (0, 1) for pair in new_layers(shapes, 4, seed, CPU).values()]
     assert len({pair.A.detach().numpy().tobytes() for pair in begun}) == 4
     for pair in begun:
-        assert float(pair.A.std()) == pytest.approx(1 / 4, rel=0.03) and not pair.B.any()
+        assert float(pair.A.detach().std()) == pytest.approx(1 / 4, rel=0.03) and not pair.B.any()
 
 
 def test_the_base_is_as_it_was_and_every_layer_has_learnt(load: Load, pictures: list[Picture], tmp_path: Path) -> None:
@@ -89,8 +89,9 @@ def test_nothing_is_trained_through_cudnn_attention_however_the_base_is_held(
             model.denoiser.compile_repeated_blocks = lambda **options: compiled.append(options)
         return model
 
-    settings = config(steps=2, gradient_checkpointing="on", compile="on")
-    train_lora(recording(watched, models), pictures, settings, tmp_path)
+    settings = config(steps=2, gradient_checkpointing="on", compile="on", lora_rank=None)
+    lora = train_lora(recording(watched, models), pictures, settings, tmp_path)
+    assert {len(pair.A) for pair in lora.values()} == {models[-1].recipe.rank}
     assert allowed == {False} and torch.backends.cuda.cudnn_sdp_enabled() == before
     assert models[-1].denoiser.is_gradient_checkpointing and compiled == [{"dynamic": True}]
 
@@ -111,6 +112,7 @@ def test_what_is_done_is_gone_before_the_next_part_comes(load: Load, pictures: l
         return model
 
     def of_the_class() -> list[Picture]:
+        assert not [name for name, part in alive if part() is not None]
         base = load(device=CPU)
         alive.append(("base", weakref.ref(base.denoiser)))
         request = Request("a toy", num_inference_steps=1)
@@ -249,27 +251,40 @@ def test_a_finished_run_has_nothing_to_take_up_and_loads_nothing(
 def test_only_the_latest_checkpoints_are_kept_and_writing_them_is_not_timed(
     sdxl: Load, pictures: list[Picture], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a step takes a second, a checkpoint a hundred, and there are reports at 3 and 6."""
-    clock, heard, step, checkpoint = [0.0], list[Progress](), loop._Loop._step, loop._Loop._checkpoint
+    """Where the first step takes a second, the next two and so on, a checkpoint a hundred, and four reports are due."""
+    clock, heard, losses, saved = [0.0], list[Progress](), list[float](), list[int]()
+    step, checkpoint = loop._Loop._step, loop._Loop._checkpoint
 
-    def taking(seconds: float, work: Any) -> Any:
-        def timed(self: Any) -> Any:
-            clock[0] += seconds
-            return work(self)
+    def slower(self: Any) -> torch.Tensor:
+        loss = step(self)
+        losses.append(float(loss))
+        clock[0] += len(losses)
+        return loss
 
-        return timed
+    def slow(self: Any) -> None:
+        clock[0] += 100
+        checkpoint(self)
 
-    monkeypatch.setattr(loop, "REPORTS", 2)
+    monkeypatch.setattr(loop, "REPORTS", 4)
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(loop._Loop, "_step", taking(1, step))
-    monkeypatch.setattr(loop._Loop, "_checkpoint", taking(100, checkpoint))
-    settings = config(checkpoint_interval=2, keep_checkpoints=2)
-    lora = train_lora(sdxl, pictures, settings, tmp_path, on_progress=heard.append)
-    timed = [(told.step, told.steps_per_second, told.seconds_left) for told in heard]
-    assert timed == [(0, None, None), (3, 1, 3), (6, 1, 0)]
-    files = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert files == ["lora_000004.safetensors", "lora_000006.safetensors"]
-    last = sdxl(device=CPU).read_lora(tmp_path / "checkpoints" / files[-1])
+    monkeypatch.setattr(loop._Loop, "_step", slower)
+    monkeypatch.setattr(loop._Loop, "_checkpoint", slow)
+    settings = config(checkpoint_interval=2, keep_checkpoints=1)
+    telling = {"on_progress": heard.append, "on_saved": lambda step, lora: saved.append(step)}
+    lora = train_lora(sdxl, pictures, settings, tmp_path, **telling)
+    assert saved == [2, 4, 6]
+    begun, *told = heard
+    assert (begun.step, begun.loss, begun.steps_per_second, begun.seconds_left) == (0, None, None, None)
+    assert [progress.step for progress in told] == [2, 3, 5, 6]
+    assert [progress.steps_per_second for progress in told] == pytest.approx([2 / 3, 1 / 3, 1 / 5, 1 / 6])
+    assert [progress.seconds_left for progress in told] == pytest.approx([6, 9, 5, 0])
+    since = [sum(losses[:2]) / 2, losses[2], sum(losses[3:5]) / 2, losses[5]]
+    assert [progress.loss for progress in told] == pytest.approx(since)
+    assert [progress.fixed_loss is None for progress in heard] == [False, True, True, True, False]
+    [file] = (tmp_path / "checkpoints").iterdir()
+    assert file.name == "lora_000006.safetensors"
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
+    last = sdxl(device=CPU).read_lora(file)
     for name, pair in lora.items():
         torch.testing.assert_close(last[name].B.float(), pair.B, rtol=1e-3, atol=1e-6)
 
@@ -293,9 +308,19 @@ def test_samples_show_the_lora_and_disturb_nothing(load: Load, pictures: list[Pi
 # What is refused before it begins
 
 
-def test_a_missing_optimizer_is_refused_before_anything_is_loaded(pictures: list[Picture], tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"^optimizer is lion and lion_pytorch is not installed\. Expected adamw\.$"):
-        train_lora(never, pictures, config(optimizer="lion"), tmp_path)
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"optimizer": "lion"}, "optimizer is lion and lion_pytorch is not installed. Expected adamw."),
+        ({"precision": "nf4"}, "precision is nf4 and bitsandbytes is not installed. Expected bf16 or fp32."),
+    ],
+)
+def test_a_missing_library_is_refused_before_anything_is_loaded(
+    given: dict[str, Any], said: str, pictures: list[Picture], tmp_path: Path
+) -> None:
+    with pytest.raises(RequestError) as refusal:
+        train_lora(never, pictures, config(**given), tmp_path)
+    assert str(refusal.value) == said
 
 
 @pytest.mark.parametrize(
