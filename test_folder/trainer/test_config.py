@@ -14,7 +14,28 @@ def test_presets_name_as_many_layers_as_published() -> None:
     counted = {name: tuple(len(TrainConfig(lora_targets=name).targets(m)) for m in (unet, flux)) for name in TARGETS}
     assert counted["attention"] == (560, 190)
     assert counted["attention_qkv"] == (420, 171)
-    assert counted["all"][1] == 494
+    assert counted["attention_mlp"] == (700, 342)
+    assert counted["all"] == (700, 494)
+
+
+def test_an_expression_takes_the_place_of_the_preset_and_must_name_a_layer() -> None:
+    names = ["attn1.to_q", "ff.net.2"]
+    assert TrainConfig(layers_to_optimize_regex="ff").targets(names) == ["ff.net.2"]
+    with pytest.raises(
+        RequestError, match=r"^layers_to_optimize_regex 'conv' names no linear layer of the base\. Expect"
+    ):
+        TrainConfig(layers_to_optimize_regex="conv").targets(names)
+
+
+def test_what_is_given_comes_before_what_is_made_of_it() -> None:
+    given = TrainConfig(class_prompt="an old dog", prior_preservation="output")
+    assert (given.prior_prompt, given.kept_caption("a sbu dog")) == ("an old dog", "an old dog")
+    assert TrainConfig(class_word="dog").prior_prompt == "a dog"
+    assert TrainConfig(mask_mode="clipseg", mask_prompt="a dog").class_word == ""
+    rates = [TrainConfig(optimizer=name, learning_rate=rate).rate(5e-5)
+             for name, rate in (("adamw", None), ("prodigy", None), ("prodigy", 0.5))]  # fmt: skip
+    assert rates == [5e-5, 1.0, 0.5]
+    assert TrainConfig(resolution="64,2048").sides == (64, 2048)
 
 
 def test_the_published_recipe_is_the_default_on_sdxl() -> None:
@@ -28,7 +49,8 @@ def test_the_published_recipe_is_the_default_on_sdxl() -> None:
     ("field", "value"),
     [("steps", 0), ("steps", 1.5), ("steps", True), ("lora_rank", 129), ("learning_rate", -1.0),
      ("learning_rate", float("nan")),
-     ("lora_type", "face"), ("lora_targets", "some"), ("resolution", "63"), ("resolution", "big"), ("seed", None),
+     ("lora_type", "face"), ("lora_targets", "some"), ("resolution", "63"),
+     ("resolution", "2049"), ("resolution", "big"), ("seed", None),
      ("layers_to_optimize_regex", "("), ("layers_to_optimize_regex", "a{9999999999}"),
      pytest.param("layers_to_optimize_regex", "(" * 5000, id="a deep expression"),
      ("lr_scheduler", "step"), ("mask_mode", "clipseg"), ("crop", "salience"),
