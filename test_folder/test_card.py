@@ -23,6 +23,7 @@ from PIL import Image, ImageColor
 import weights
 from klora.errors import RequestError
 from klora.training import card
+from klora.training.publishing import Publishing
 
 TOKEN, MACHINES_TOKEN, REPO = "hf_givenByTheUser", "hf_thisMachinesOwn", "someone/a-dog"
 PAGE = f"https://huggingface.co/{REPO}"  # what the library turns into an address of the endpoint
@@ -232,6 +233,12 @@ def test_the_repository_is_private_unless_asked_otherwise(hub: Hub, folder: Path
     card.push(folder, REPO, TOKEN, *given)
     (body,) = hub.asked["repos/create"][1]
     assert (f"{body['organization']}/{body['name']}", body["visibility"]) == (REPO, made)
+
+
+def test_what_is_published_is_as_private_as_was_asked_and_shows_no_token(hub: Hub, folder: Path) -> None:
+    publishing = Publishing(hf_repo_id=REPO, hf_token=TOKEN, hf_private=False)
+    publishing.push(folder)
+    assert hub.asked["repos/create"][1][0]["visibility"] == "public" and TOKEN not in repr(publishing)
 
 
 def test_a_public_repository_that_is_there_gets_nothing_that_was_meant_to_be_private(hub: Hub, folder: Path) -> None:

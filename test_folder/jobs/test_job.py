@@ -225,7 +225,12 @@ def test_prior_preservation_makes_another_lora(
 
 @pytest.mark.parametrize(
     ("caption", "kept"),
-    [("a sbu dog on a beach", "a dog on a beach"), ("sbu, a beach", "dog, a beach"), ("a sbuffer", "a sbuffer")],
+    [
+        ("a sbu dog on a beach", "a dog on a beach"),
+        ("sbu, a beach", "dog, a beach"),
+        ("a sbuffer", "a sbuffer"),
+        ("a sbu dogma", "a dog dogma"),
+    ],
 )
 def test_a_kept_caption_has_the_class_word_in_the_triggers_place(caption: str, kept: str) -> None:
     assert TrainConfig(class_word="dog").kept_caption(caption) == kept
@@ -306,13 +311,16 @@ def test_a_tracker_that_fails_ends_no_training_and_hears_how_one_ended(
         heard.append(given)
         raise RuntimeError("k3y is not known any more")
 
+    begun: list[dict[str, Any]] = []
     run = SimpleNamespace(log=failing, finish=failing)
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Settings=dict, init=lambda **options: run))
+    wandb = SimpleNamespace(Settings=dict, init=lambda **options: begun.append(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     publishing = Publishing(wandb_api_key="k3y")
     with publishing.tracked(TrainConfig()) as track:
         track(Progress(1, 2, loss=0.5))
     with pytest.raises(KeyboardInterrupt), publishing.tracked(TrainConfig()):
         raise KeyboardInterrupt
+    assert begun[0]["settings"] == {"api_key": "k3y", "silent": True} and begun[0]["config"]["steps"] == 1000
     assert heard == [{"step": 1}, {"exit_code": 0}, {"exit_code": 1}]
     said = "wandb_api_key cannot be used: ... is not known any more. Expected a key of wandb.ai, or none."
     assert caplog.messages == [said] * 3
