@@ -188,7 +188,7 @@ def _write_card(folder: Path, facts: Mapping[str, Any], licence: str, config: Tr
     with writing():
         if last:
             _sheet(folder / "samples", config).save(folder / "contact_sheet.png")
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _sheet(samples: Path, config: TrainConfig) -> Image.Image:

@@ -1,5 +1,6 @@
 """How a training ends that does not succeed: what it has saved is in its tar, and what it says tells so."""
 
+import locale
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from klora.training.config import TrainConfig
 from klora.training.loop import Progress
 from klora.training.writing import whole
 from test_folder.jobs.short import held, trained, weights_of
+from test_folder.test_card import FACTS
 
 LEFT = "What was learnt is in left.tar, which resume_from takes up."
 
@@ -49,6 +51,17 @@ def test_what_cannot_be_written_nor_taken_away_is_one_sentence() -> None:
     with pytest.raises(RequestError, match=r"^The training could not be written: "), whole(Path("lost/dog")):
         Path("lost").rmdir()
         Path("lost").touch()
+
+
+def test_a_card_is_written_in_unicode_whatever_the_language_of_the_machine() -> None:
+    usual = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")
+    try:
+        job._write_card(Path(), FACTS | {"prompt": "ein sbu Hündchen"}, "", TrainConfig())
+    finally:
+        locale.setlocale(locale.LC_CTYPE, usual)
+    assert "ein sbu Hündchen" in Path("README.md").read_text("utf-8")
+    assert not Path("contact_sheet.png").exists()
 
 
 # Broken off
