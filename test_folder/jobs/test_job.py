@@ -72,11 +72,12 @@ def test_the_lora_says_what_it_is_and_no_file_says_more_than_it_should() -> None
 
 
 def test_what_an_expression_chose_is_not_said_to_be_the_choice_of_layers_it_replaced() -> None:
-    tar = trained(layers_to_optimize_regex=r"to_q$", steps=1)
+    tar = trained(layers_to_optimize_regex=r"to_q$", steps=1, lora_rank=None, learning_rate=None)
     Path("lora.safetensors").write_bytes(tar["lora.safetensors"])
     with safe_open("lora.safetensors", "pt") as file:
         told = file.metadata()
     assert (told["layers_to_optimize_regex"], told["lora_targets"]) == ("to_q$", "")
+    assert (told["rank"], told["learning_rate"]) == ("8", "5e-05")  # the base's
     card = tar["README.md"].decode()
     assert "| layers_to_optimize_regex | `to_q$` |" in card and "lora_targets" not in card
 
@@ -179,7 +180,9 @@ def test_the_command_overwrites_no_training_but_the_one_that_goes_on(quick: Path
 
 def test_autocaption_without_a_model_is_skipped_and_says_so(quick: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
+    Path("pictures/notes.md").write_text("-")
     assert weights_of(trained(autocaption=True)) == weights_of(held(quick))
+    assert "skipped notes.md: is no image that is known here" in caplog.messages
     assert any(line.startswith("autocaption is skipped: ") for line in caplog.messages)
 
 
