@@ -1,6 +1,7 @@
 """How a training ends that does not succeed: what it has saved is in its tar, and what it says tells so."""
 
 import locale
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,16 @@ def test_a_card_is_written_in_unicode_whatever_the_language_of_the_machine() -> 
         locale.setlocale(locale.LC_CTYPE, usual)
     assert "ein sbu Hündchen" in Path("README.md").read_text("utf-8")
     assert not Path("contact_sheet.png").exists()
+
+
+def test_a_card_shows_the_samples_of_the_last_step_and_a_sheet_all() -> None:
+    Path("samples").mkdir()
+    for step in (1, 2):
+        Image.new("RGB", (64, 64)).save(f"samples/step_{step:06}_0.png")
+    job._write_card(Path(), FACTS, "", TrainConfig(steps=2, sample_prompts="a sbu dog"))
+    assert re.findall(r"step_\d+", Path("README.md").read_text()) == ["step_000002"]
+    with Image.open("contact_sheet.png") as sheet:
+        assert sheet.height > 2 * 192
 
 
 # Broken off
