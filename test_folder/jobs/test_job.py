@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+import weights
 from klora import load_model
 from klora.errors import RequestError
 from klora.training import job
@@ -64,11 +65,15 @@ def test_the_lora_says_what_it_is_and_no_file_says_more_than_it_should() -> None
     assert dtypes == {torch.float16}
     facts = json.loads(tar["config.json"])
     assert (facts["rank"], facts["learning_rate"], facts["pictures"]) == (4, 1e-3, 3)
+    base = weights.BASES["sdxl"]
+    assert facts["repository"] == metadata["repository"] == base.repository
+    assert f"is under the {base.licence}, and so is this LoRA" in tar["README.md"].decode()
     for name in ("README.md", "config.json", "lora.safetensors", "lora_kohya.safetensors", "train.jsonl"):
         assert b"a red" not in tar[name] and b"red.png" not in tar[name], name  # captions and file names
     lines = [json.loads(line) for line in tar["train.jsonl"].splitlines()]
     assert [line["step"] for line in lines] == list(range(7))
     assert lines[0]["loss"] is None and lines[0]["fixed_loss"] > 0 and lines[-1]["steps_per_second"] > 0
+    assert (lines[0]["seconds_left"], lines[-1]["seconds_left"]) == (None, 0)
 
 
 def test_what_an_expression_chose_is_not_said_to_be_the_choice_of_layers_it_replaced() -> None:
