@@ -70,6 +70,16 @@ def test_a_tiny_picture_is_enlarged_by_a_whole_factor_with_its_pixels_kept() -> 
     assert found == {"blue": (edge, edge, edge + 200, edge + 200), "red": (edge, edge, edge + 2, edge + 2)}
 
 
+def test_a_thin_picture_is_never_made_of_no_width_and_a_grey_one_is_rgb() -> None:
+    thin = card.fitted(Image.new("L", (1, 1000)))
+    assert (thin.mode, thin.size) == ("RGB", (1, card.LARGEST))
+
+
+def test_a_large_picture_is_made_small_without_losing_every_other_line() -> None:
+    stripes = Image.fromarray(numpy.tile(numpy.uint8([0, 255]), (768, 384)))
+    assert all(100 < level < 156 for level in card.fitted(stripes).getpixel((200, 200)))
+
+
 def test_a_missing_picture_leaves_its_cell_white_and_its_place_taken() -> None:
     first, second, third = (PLAIN((200, 200), colour) for colour in COLOURS[:3])
     sheet = card.contact_sheet([("1", [first, None]), ("2", [second, third]), ("3", [])], ["a", "b"])
@@ -121,6 +131,11 @@ def test_the_licence_of_flux_dev_is_named_and_linked() -> None:
     assert (read("flux-schnell").data.license, read("illustrious-xl").data.license) == ("apache-2.0", "openrail++")
 
 
+def test_a_licence_that_is_nobodys_known_one_leads_to_the_base() -> None:
+    data = huggingface_hub.ModelCard(card.model_card(FACTS | {"repository": "a/base"}, "Our Own, v. 2")).data
+    assert (data.license_name, data.license_link) == ("our-own-v-2", "https://huggingface.co/a/base")
+
+
 @pytest.mark.parametrize(("kind", "role"), [("subject", "content_lora"), ("style", "style_lora")])
 def test_the_use_in_klora_follows_the_kind(kind: str, role: str) -> None:
     text = read(lora_type=kind, trigger="zwx").text
@@ -129,7 +144,7 @@ def test_the_use_in_klora_follows_the_kind(kind: str, role: str) -> None:
 
 
 def test_the_settings_are_a_table() -> None:
-    table = dict(re.findall(r"^\| (\w+) \| `(.*)` \|$", read(snr_gamma=None).text, re.MULTILINE))
+    table = dict(re.findall(r"^\| (\w+) \| `(.*)` \|$", read(snr_gamma=None, class_word="").text, re.MULTILINE))
     expected = {name: str(FACTS[name]).replace("|", r"\|") for name in FACTS.keys() & set(card.SETTINGS)}
     assert table == expected and len(table) == 10
 
@@ -147,6 +162,7 @@ def test_the_diffusers_code_runs_as_it_stands(monkeypatch: pytest.MonkeyPatch, p
     exec(compile(code, "README.md", "exec"), {})
     loaded = diffusers.DiffusionPipeline.from_pretrained
     assert loaded.call_args.args == ("black-forest-labs/FLUX.1-dev",)
+    assert str(loaded.call_args.kwargs["torch_dtype"]) == "torch.bfloat16"
     pipeline = loaded.return_value.to.return_value
     pipeline.load_lora_weights.assert_called_once_with(REPO, weight_name="lora.safetensors")
     assert pipeline.call_args.args == (text.data.instance_prompt,) == (" ".join(prompt.split()),)
