@@ -129,7 +129,7 @@ def test_a_line_of_metadata_ends_where_json_lines_do(tmp_path: Path, separator: 
         ("metadata.jsonl", b"not json"), ("metadata.jsonl", b'["a.png", "x"]'), ("metadata.jsonl", b"[" * 100_000),
         ("metadata.jsonl", b'{"file_name": "a.png"}'), ("metadata.jsonl", b'{"file_name": 1, "text": "x"}'),
         ("caption.csv", b"name,words\na.png,x\n"), ("caption.csv", b"caption,image\n" + b"x" * 200_000 + b",a.png\n"),
-        ("caption.csv", b"caption,image\nonly\n"), ("a.json", b'{"caption": 3}'), ("a.cls", b"7"),
+        ("caption.csv", b"caption,image\nonly\n"), ("a.json", b'{"caption": 3}'), ("a.cls", b"7"), ("a.CLS", b"7"),
         ("metadata.jsonl", b'{"file_name": "a.png", "text": "\\ud800"}'), ("a.json", b'{"caption": "a \\udfff"}'),
         ("a.txt", b"x" * ((16 << 20) + 1)),
     ],

@@ -108,9 +108,15 @@ def test_sixteen_bits_keep_their_greys(format: str) -> None:
     assert np.array_equal(np.asarray(opened(encoded(Image.fromarray(ramp), format)))[..., 1], ramp >> 8)
 
 
-def test_floating_point_pixels_are_skipped(tmp_path: Path) -> None:
-    files = {"a.png": PNG, "f.tiff": encoded(Image.new("F", (80, 80)), "TIFF")}
-    assert "holds F pixels" in reasons(read_upload(in_zip(tmp_path, files))[1])["f.tiff"]
+@pytest.mark.parametrize(("level", "grey"), [(-1, 0), (1 << 20, 255), (200 << 8, 200)])
+def test_levels_outside_of_sixteen_bits_are_black_and_white(level: int, grey: int) -> None:
+    assert opened(encoded(Image.new("I", (80, 80), level), "TIFF")).getpixel((0, 0)) == (grey,) * 3
+
+
+@pytest.mark.parametrize("mode", ["F", "LAB"])
+def test_pixels_of_another_kind_are_skipped(tmp_path: Path, mode: str) -> None:
+    files = {"a.png": PNG, "f.tiff": encoded(Image.new(mode, (80, 80)), "TIFF")}
+    assert f"holds {mode} pixels" in reasons(read_upload(in_zip(tmp_path, files))[1])["f.tiff"]
 
 
 @pytest.mark.parametrize("format", ["WEBP", "GIF", "PNG"])

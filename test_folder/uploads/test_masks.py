@@ -11,8 +11,10 @@ from test_folder.uploads.packing import PNG, drawn, encoded, in_zip, reasons
 def test_masks_go_with_the_picture_of_their_stem(tmp_path: Path) -> None:
     mask = encoded(Image.new("L", (80, 70), 200))
     files = {"a.jpg": encoded(drawn(), "JPEG"), "a.mask.png": mask, "x/b.png": PNG, "x/masks/b.png": mask, "c.png": PNG}
+    files |= {"d.png": PNG, "d.Mask.png": mask, "x/y/e.png": PNG, "x/masks/y/e.png": mask}
     pictures, skipped = read_upload(in_zip(tmp_path, files))
-    assert [(p.name, p.mask) for p in pictures] == [("a.jpg", mask), ("c.png", None), ("x/b.png", mask)]
+    masked = dict.fromkeys(["a.jpg", "d.png", "x/b.png", "x/y/e.png"], mask)
+    assert {p.name: p.mask for p in pictures} == {**masked, "c.png": None}
     assert not skipped
     shown = pictures[0].open_mask()
     assert shown is not None
@@ -27,6 +29,13 @@ def test_a_mask_that_fits_no_picture_is_reported_and_never_trained(tmp_path: Pat
     assert reasons(skipped) == dict.fromkeys(
         ["a.mask.png", "masks/b.png"], "is a mask, and no picture of its name and size lacks one"
     )
+
+
+def test_a_second_mask_of_a_picture_is_reported(tmp_path: Path) -> None:
+    first, second = (encoded(Image.new("L", (80, 70), level)) for level in (100, 200))
+    files = {"a.png": PNG, "a.mask.png": first, "masks/a.png": second}
+    [picture], skipped = read_upload(in_zip(tmp_path, files))
+    assert picture.mask == first and reasons(skipped).keys() == {"masks/a.png"}
 
 
 def test_a_transparent_mask_is_black_there() -> None:
