@@ -5,7 +5,7 @@ import pytest
 from klora import FAMILIES
 from klora.errors import RequestError
 from klora.models.linears import linear_shapes
-from klora.training.config import TARGETS, TrainConfig
+from klora.training.config import TARGETS, TrainConfig, stripped
 from test_folder import tiny
 
 
@@ -68,5 +68,6 @@ def test_spaces_are_no_part_of_the_trigger_and_the_class_and_no_word_by_themselv
         trigger_word="sbu", class_word="dog", **given
     )
     assert TrainConfig(trigger_word="  ", class_word=" ", seed=1) == TrainConfig(seed=1)
+    assert stripped(absurd := {"trigger_word": 3, "class_word": None}) == absurd  # and refused later
     with pytest.raises(RequestError, match="neither is given"):
         TrainConfig(class_word=" ", prior_preservation="output")
