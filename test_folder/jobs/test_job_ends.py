@@ -48,6 +48,14 @@ def test_files_that_are_written_at_once_share_no_part_and_their_folder_is_made()
     assert {path.name: path.read_text() for path in Path("made").iterdir()} == {"dog.v1": "1", "dog.v2": "2"}
 
 
+def test_a_file_that_is_broken_off_leaves_the_one_before_it_and_nothing_else() -> None:
+    Path("dog").write_text("old")
+    with pytest.raises(KeyboardInterrupt), whole(Path("dog")) as part:
+        part.write_text("half")
+        raise KeyboardInterrupt
+    assert Path("dog").read_text() == "old" and not part.exists()
+
+
 def test_what_cannot_be_written_nor_taken_away_is_one_sentence() -> None:
     with pytest.raises(RequestError, match=r"^The training could not be written: "), whole(Path("lost/dog")):
         Path("lost").rmdir()
