@@ -183,7 +183,7 @@ def _write_lora(folder: Path, lora: LoRA, facts: Mapping[str, Any], component: s
 
 
 def _write_card(folder: Path, facts: Mapping[str, Any], licence: str, config: TrainConfig) -> None:
-    last = sorted((folder / "samples").glob(f"step_{config.steps:06}_*.png"))
+    last = sorted((folder / "samples").glob(f"step_{config.steps:06}_*.png"), key=lambda path: (len(path.name), path))
     card = model_card(facts, licence, [path.relative_to(folder).as_posix() for path in last])
     with writing():
         if last:

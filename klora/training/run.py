@@ -33,8 +33,8 @@ OPTIMIZERS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
     "adafactor": ("torch.optim", "Adafactor", {}),
 }
 """(module, class, options) by the form's name; imported when asked for."""
-# What a file raises that is no run's: RuntimeError is also RecursionError's.
-UNLIKE = (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError)
+# What reading a file raises that is no saved run. RuntimeError is also RecursionError's.
+NO_RUN = (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError)
 
 
 @dataclass
@@ -124,7 +124,7 @@ class Run:
             if self.ema:
                 self.ema.load_state_dict(state["ema"])
                 self.ema.to(self.parameters[0].device)
-        except UNLIKE as error:
+        except NO_RUN as error:
             raise RequestError(f"resume_from cannot be taken up: {error}. Expected the tar of a training.") from error
         self.step = saved_step(path)
 
@@ -148,7 +148,7 @@ def saved_step(path: Path) -> int:
     try:
         with safe_open(path, framework="pt") as file:
             return int(json.loads(file.metadata()["run"])["step"])
-    except UNLIKE as error:
+    except NO_RUN as error:
         raise RequestError(f"resume_from cannot be taken up: {error}. Expected the tar of a training.") from error
 
 

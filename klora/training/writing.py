@@ -51,11 +51,17 @@ def require_place(out: Path) -> None:
 
 
 def tarred(folder: Path, out: Path) -> Path:
-    """The folder in a tar. Raises RequestError."""
+    """The folder in a tar, which says nothing of whose it is. Raises RequestError."""
     with whole(out) as part, tarfile.open(part, "w") as tar:
         for file in sorted(folder.rglob("*")):
-            tar.add(file, file.relative_to(folder).as_posix(), recursive=False)
+            tar.add(file, file.relative_to(folder).as_posix(), recursive=False, filter=_nobodys)
     return out
+
+
+def _nobodys(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    member.uid = member.gid = 0
+    member.uname = member.gname = ""
+    return member
 
 
 def _part(path: Path) -> Path:

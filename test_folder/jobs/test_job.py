@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -70,6 +71,8 @@ def test_the_lora_says_what_it_is_and_no_file_says_more_than_it_should() -> None
     assert f"is under the {base.licence}, and so is this LoRA" in tar["README.md"].decode()
     for name in ("README.md", "config.json", "lora.safetensors", "lora_kohya.safetensors", "train.jsonl"):
         assert b"a red" not in tar[name] and b"red.png" not in tar[name], name  # captions and file names
+    with tarfile.open("lora.tar") as packed:
+        assert {(member.uid, member.gid, member.uname, member.gname) for member in packed} == {(0, 0, "", "")}
     lines = [json.loads(line) for line in tar["train.jsonl"].splitlines()]
     assert [line["step"] for line in lines] == list(range(7))
     assert lines[0]["loss"] is None and lines[0]["fixed_loss"] > 0 and lines[-1]["steps_per_second"] > 0

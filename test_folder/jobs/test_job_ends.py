@@ -73,12 +73,13 @@ def test_a_card_is_written_in_unicode_whatever_the_language_of_the_machine() -> 
     assert not Path("contact_sheet.png").exists()
 
 
-def test_a_card_shows_the_samples_of_the_last_step_and_a_sheet_all() -> None:
+def test_a_card_shows_the_samples_of_the_last_step_in_their_order_and_a_sheet_all() -> None:
     Path("samples").mkdir()
-    for step in (1, 2):
-        Image.new("RGB", (64, 64)).save(f"samples/step_{step:06}_0.png")
+    for step, number in ((1, 0), (2, 2), (2, 10), (2, 0)):
+        Image.new("RGB", (64, 64)).save(f"samples/step_{step:06}_{number}.png")
     job._write_card(Path(), FACTS, "", TrainConfig(steps=2, sample_prompts="a sbu dog"))
-    assert re.findall(r"step_\d+", Path("README.md").read_text()) == ["step_000002"]
+    shown = re.findall(r"step_\w+", Path("README.md").read_text())
+    assert shown == ["step_000002_0", "step_000002_2", "step_000002_10"]
     with Image.open("contact_sheet.png") as sheet:
         assert sheet.height > 2 * 192
 
