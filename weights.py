@@ -88,6 +88,8 @@ def resident_bases() -> list[Installed]:
     it only says why they cannot be had.  That none is installed is an error: such a server could answer nothing.
     """
     named = _named_bases()
+    for name in named:
+        _meant(name)  # before the others are fetched, which takes long
     for name in named or BASES:
         try:
             _fetch_if_due(name)
@@ -106,23 +108,28 @@ def _fetch_if_due(name: str) -> None:
     """Fetch a base that is missing, though KLORA_BASES names it or the build left it to set-up, with HF_TOKEN. Raises
     BaseModelError."""
     due = name in _named_bases() or left_to_setup(models_folder(), name).is_file()
-    if due and name in BASES and name not in installed_bases():
+    if due and name not in installed_bases():
         logger.info("%s is not in %s: fetching it", name, models_folder())
         download_base(name, token=os.environ.get(TOKENS["hf"]) or None)
 
 
 def find_base(name: str | None, family: str | None = None) -> Installed:
     """The base of this name; without one, the first installed base of the family, or of any. Raises BaseModelError."""
-    known = {base: facts.family for base, facts in BASES.items() if facts.family}
-    wanted = [base for base in known if name == base or (name is None and family in (None, known[base]))]
-    if not wanted:
-        raise BaseModelError(f"There is no base model {name!r}. Expected one of {', '.join(known)}.")
-    installed = installed_bases()
+    wanted, installed = _meant(name, family), installed_bases()
     found = next((base for base in wanted if base in installed), None)
     if found is None:
         what = name or (f"A base model for {family} LoRAs" if family else "A base model")
-        raise BaseModelError(f"{what} is not installed: {_lack_of(wanted, installed)}")
-    return Installed(found, known[found], models_folder() / found)
+        raise BaseModelError(f"{what} is not installed: {_lack_of(list(wanted), installed)}")
+    return Installed(found, wanted[found], models_folder() / found)
+
+
+def _meant(name: str | None, family: str | None = None) -> dict[str, str]:
+    """{base: its family} of those that find_base() may find, installed or not. Raises BaseModelError."""
+    known = {base: facts.family for base, facts in BASES.items() if facts.family}
+    wanted = {base: own for base, own in known.items() if name == base or (name is None and family in (None, own))}
+    if not wanted:
+        raise BaseModelError(f"There is no base model {name!r}. Expected one of {', '.join(known)}.")
+    return wanted
 
 
 def _lack_of(wanted: list[str], installed: list[str]) -> str:

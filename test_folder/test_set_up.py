@@ -114,6 +114,16 @@ def test_a_base_that_is_named_and_cannot_be_had_fails_set_up_with_its_sentence(
     assert str(error.value) == GATED
 
 
+@pytest.mark.parametrize("name", ["sd-1.5", "safety-checker"])
+def test_a_name_that_is_no_base_is_refused_before_anything_is_fetched(
+    hub: Hub, models: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("KLORA_BASES", f"flux-schnell,{name}")
+    with pytest.raises(BaseModelError, match=rf"^There is no base model '{name}'\. Expected one of sdxl, "):
+        weights.resident_bases()
+    assert hub.asked == [] and list(models.iterdir()) == []
+
+
 @pytest.mark.usefixtures("hub")
 def test_a_server_whose_only_base_cannot_be_had_is_not_ready(models: Path, caplog: pytest.LogCaptureFixture) -> None:
     leave(models, "flux-dev")

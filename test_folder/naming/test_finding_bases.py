@@ -121,15 +121,6 @@ def test_every_installed_base_is_resident_unless_klora_bases_names_some(
     ]
 
 
-def test_klora_bases_with_an_unknown_name_is_refused(
-    install: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install("sdxl")
-    monkeypatch.setenv("KLORA_BASES", "sdxl,sd-1.5")
-    with pytest.raises(BaseModelError, match=r"^There is no base model 'sd-1\.5'\. Expected one of sdxl, "):
-        weights.resident_bases()
-
-
 @pytest.mark.parametrize("value", [None, ""])
 def test_models_are_in_the_cache_folder_unless_klora_models_says_otherwise(
     monkeypatch: pytest.MonkeyPatch, value: str | None
