@@ -11,6 +11,7 @@ import weights
 from klora.errors import KLoRAError, LoRAError, RequestError, SourceError
 from klora.files.container import files_of
 from klora.models import load_shapes
+from klora.sources.authorities import Authorities
 from klora.sources.download import Denied, NotFound
 from test_folder.fakes import Storage, tarred
 from test_folder.fakes.civitai import Civitai, File
@@ -169,6 +170,17 @@ def test_authorities_are_where_their_endpoints_say_and_lend_what_they_allow(
         assert read(files, "replicate:o/m") == tarred({"lora.safetensors": STYLE})
 
 
+def test_an_endpoint_that_is_left_blank_is_the_authoritys_own_and_one_may_end_in_a_slash(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in weights.AUTHORITIES.values():
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("CIVITAI_ENDPOINT", "https://c.example/")
+    found = weights._authorities()
+    assert (found.hub, found.replicate) == (Authorities.hub, Authorities.replicate)
+    assert (found.civitai, found.network.trusted) == ("https://c.example", {"c.example"})
+
+
 def test_what_is_not_named_as_trusted_is_not_gone_to(
     hub: Hub, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,8 +198,11 @@ def test_the_machines_own_tokens_are_used_only_where_they_are_handed_in(
     """H4."""
     hub.publish("o/m", {"x.safetensors": CONTENT}, readers={"hf_Ann"})
     monkeypatch.setenv("HF_TOKEN", "hf_Ann")
+    monkeypatch.setenv("CIVITAI_API_TOKEN", "c")
     monkeypatch.setenv("REPLICATE_API_TOKEN", "")
-    assert weights.own_tokens() == {"hf": "hf_Ann"}
+    assert weights.own_tokens() == {"hf": "hf_Ann", "civitai": "c"}
+    monkeypatch.setenv("REPLICATE_API_TOKEN", "r8")
+    assert weights.own_tokens()["replicate"] == "r8"
     files = weights.LoRAFiles()
     refusal(files, "hf:o/m", Denied)
     assert not hub.tokens()
@@ -235,6 +250,15 @@ def test_a_file_that_is_larger_than_the_cache_is_refused(hub: Hub, monkeypatch: 
     assert "and the whole LoRA cache holds 10000. Expected a smaller file, or a larger cache." in refusal(
         weights.LoRAFiles(), "hf:o/m"
     )
+
+
+def test_two_gigabytes_of_the_disk_are_left_to_others(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.publish("o/m", {"x.safetensors": CONTENT})
+    free = 2_000_000_000 + len(CONTENT)
+    monkeypatch.setattr("klora.cache.folder.Folder.free_bytes", lambda folder: free - 1)
+    assert "The LoRA cache is full" in refusal(weights.LoRAFiles(), "hf:o/m")
+    monkeypatch.setattr("klora.cache.folder.Folder.free_bytes", lambda folder: free)
+    assert read(weights.LoRAFiles(), "hf:o/m") == CONTENT
 
 
 # What is lent.
@@ -315,5 +339,9 @@ def test_a_config_that_is_none_is_refused_and_the_weights_with_it(hub: Hub, conf
     hub.publish("o/m", {"adapter_model.safetensors": CONTENT, "adapter_config.json": config})
     assert refusal(weights.LoRAFiles(), "hf:o/m").startswith("style_lora: adapter_config.json looks like ")
     hub.publish("o/m", {})
-    weights.LoRAFiles()
     refusal(weights.LoRAFiles(), "hf:o/m", NotFound)
+
+
+def test_a_file_that_was_published_in_half_is_not_lent(hub: Hub) -> None:
+    hub.publish("o/m", {"x.safetensors": CONTENT[:-1]})
+    assert "is damaged, or does not end where it says" in refusal(weights.LoRAFiles(), "hf:o/m")
