@@ -27,14 +27,21 @@ def spread(
     """The outcome of each batch, as they end. workers: default one for each GPU, else for each node of the cluster.
 
     The cluster is the one that this process, or RAY_ADDRESS, is connected to, else one of this machine alone, for the
-    time being. Raises RequestError without Ray, and where workers cannot start; KLoRAError as opened does.
+    time being. Raises RequestError without Ray or that cluster, and where workers cannot start; KLoRAError as opened
+    does.
     """
     ray = _imported()
     own = not ray.is_initialized()
     if own:
         handler = signal.getsignal(signal.SIGTERM)
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="WARNING")
-        signal.signal(signal.SIGTERM, handler)  # which Ray has replaced by one with another status
+        try:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="WARNING")
+        except (ConnectionError, ValueError) as error:
+            raise RequestError(
+                "RAY_ADDRESS leads to no Ray cluster. Expected the address of one that runs, or none for this machine."
+            ) from error
+        finally:
+            signal.signal(signal.SIGTERM, handler)  # which Ray has replaced by one with another status
     crew = _Crew(ray, opened, replace(folder, path=folder.path.resolve()))
     try:
         yield from crew.work(batches, workers)
@@ -80,7 +87,7 @@ class _Crew:
         self._ray, self._arguments = ray, (opened, folder, Path.cwd())
         self._busy: dict[Any, tuple[Any, Batch | None]] = {}  # by Ray's reference: a worker, None while it starts
         self._idle: list[Any] = []
-        self._deaths: Counter[int] = Counter()  # by a batch's first image; -1 of those that were starting
+        self._deaths: Counter[int] = Counter()  # by a batch's first image; -1 of those in a row that were starting
 
     def work(self, batches: Sequence[Batch], workers: int | None) -> Generator[Outcome, None, None]:
         """Have all batches made."""
@@ -105,6 +112,8 @@ class _Crew:
             self._idle.append(worker)
             if batch:
                 yield outcome
+            else:
+                del self._deaths[-1]  # what made workers die as they started is over
 
     def _give(self, worker: Any, batch: Batch) -> None:
         self._busy[worker.make.remote(batch)] = worker, batch

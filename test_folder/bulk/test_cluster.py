@@ -117,6 +117,8 @@ class Cluster:
     gpus: int = 0
     hired: list[dict[str, Any]] = field(default_factory=list)
     gone: int = 0
+    running: bool = True
+    failing: Exception | None = None  # of init
     exceptions = SimpleNamespace(RayActorError=DiedError, RayTaskError=FailedError)
 
     def cluster_resources(self) -> dict[str, float]:
@@ -126,7 +128,16 @@ class Cluster:
         return [{"Alive": True}, {"Alive": False}, {"Alive": True}]
 
     def is_initialized(self) -> bool:
-        return True
+        return self.running
+
+    def init(self, **_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if self.failing:
+            raise self.failing
+        self.running = True
+
+    def shutdown(self) -> None:
+        self.running = False
 
     def remote(self, **options: Any) -> Callable[[type], Any]:
         def later(call: Callable[..., Any]) -> Any:
@@ -208,6 +219,36 @@ def test_each_gpu_has_a_worker_or_else_each_node_and_never_more_than_batches(
     assert hired("gpus") == [{"num_gpus": 1}] * 3
     cluster.gpus = 16
     assert hired("more than batches") == [{"num_gpus": 1}] * 4
+
+
+def test_a_cluster_that_was_begun_here_ends_here_and_one_that_is_lacking_is_told(
+    cluster: Cluster, prompts: PromptFile, tmp_path: Path
+) -> None:
+    batches, handler = Bulk().batches(prompts.jobs()), signal.getsignal(signal.SIGTERM)
+    for running in (True, False):
+        cluster.running = running
+        list(spread(batches, lambda: lambda asked, check: {}, Folder(tmp_path)))
+        assert (cluster.running, signal.getsignal(signal.SIGTERM)) == (running, handler)
+    for cluster.failing in (ConnectionError("Could not find any running Ray instance."), ValueError("Invalid address")):
+        with pytest.raises(RequestError, match=r"^RAY_ADDRESS leads to no Ray cluster\. Expected the address of one "):
+            list(spread(batches, lambda: lambda asked, check: {}, Folder(tmp_path)))
+        assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_workers_that_die_as_they_start_now_and_then_stop_nothing(
+    cluster: Cluster, prompts: PromptFile, tmp_path: Path
+) -> None:
+    """As where machines are taken back: only so many in a row say that none can start."""
+    starts = iter([*[DiedError] * (TRIES - 1), None] * 2)
+
+    def opened() -> Draw:
+        if died := next(starts):
+            raise died
+        return deadly(lambda asked, check: {}, PROMPTS[0], 1 if len(cluster.hired) == TRIES else 0)
+
+    batches = Bulk(batch_size=8).batches(prompts.jobs())
+    assert len(list(spread(batches, opened, Folder(tmp_path)))) == len(batches) == 1
+    assert len(cluster.hired) == 2 * TRIES
 
 
 def test_workers_that_cannot_start_stop_all_and_say_why(cluster: Cluster, prompts: PromptFile, tmp_path: Path) -> None:
