@@ -55,6 +55,11 @@ def test_any_of_them_suffices(studio: Studio, lora: Path, prompt: str) -> None:
     assert np.array_equal(image, drawn(studio, lora, prompt, ())[0])
 
 
+@pytest.mark.parametrize(("prompt", "added"), [("a husksy dog", "zork style"), ("zork, husksy", None)])
+def test_a_part_of_a_word_is_none_of_them(studio: Studio, lora: Path, prompt: str, added: str | None) -> None:
+    assert drawn(studio, lora, prompt, ("zork style", "sks") if added else ("sks", "zork"))[1] == added
+
+
 def test_none_is_added_when_none_shall_be(studio: Studio, lora: Path) -> None:
     assert drawn(studio, lora, "a dog", add_triggers=False)[1] is None
     assert drawn(studio, lora, "a dog", fusion="sum", style_scale=0.5)[1] == "zork style"

@@ -12,7 +12,7 @@ from klora.errors import RequestError
 from klora.form.request import Request
 from klora.fusion import style_share
 from klora.generation.acting import Record, combine
-from klora.generation.prompts import Draw, Encode, draws_of, encoded, plain_encoder
+from klora.generation.prompts import Draw, Encode, draws_of, encoded, has_word, plain_encoder
 from klora.layers import attached
 from klora.lora import LoRA, Plan
 from klora.models.family import Conditioning, Family
@@ -26,6 +26,7 @@ __all__ = [
     "combine",
     "draws_of",
     "generate",
+    "has_word",
     "plain_encoder",
     "refuse_unsupported",
 ]

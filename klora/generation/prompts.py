@@ -39,14 +39,19 @@ def draws_of(
     prompt, added = request.prompt, []
     for _, lora, _ in acting(request, content, style) if request.add_triggers else ():
         trigger = lora.metadata.get("trigger", "")
-        case = re.NOFLAG if trigger in lora.words else re.IGNORECASE  # what is taught is read as spelled
-        if trigger and not re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", prompt, case):
+        if trigger and not has_word(prompt, trigger, lora):
             added.append(trigger)
             styled = lora.metadata.get("lora_type") == "style"
             prompt = f"{prompt}, {trigger} style" if styled else f"{trigger}, {prompt}"
     if added:
         record("triggers_added", ", ".join(added))
     return [Draw(prompt, request.seed + i) for i in range(request.num_outputs)]
+
+
+def has_word(prompt: str, word: str, lora: LoRA) -> bool:
+    """Whether a prompt has a word that calls a LoRA: whole, and as it is spelled where the LoRA teaches it."""
+    case = re.NOFLAG if word in lora.words else re.IGNORECASE
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, case) is not None
 
 
 def plain_encoder(model: Family) -> Encode:

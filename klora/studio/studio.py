@@ -21,7 +21,7 @@ from klora.files.report import stated_alphas
 from klora.files.shelf import Shelf
 from klora.form.request import Request
 from klora.fusion import Fusion, Schedule, fuse
-from klora.generation import Draw, OnStep, Record, draws_of, generate, refuse_unsupported
+from klora.generation import Draw, OnStep, Record, draws_of, generate, has_word, refuse_unsupported
 from klora.interruptible import in_threads
 from klora.lora import LoRA
 from klora.models import FAMILIES, origin_of
@@ -259,7 +259,7 @@ def save_images(images: Mapping[Place, Image.Image], folder: Path, request: Requ
 def _trigger(lora: LoRA, facts: Borrowed | None, prompt: str) -> str:
     """What its file states, else one of its authority's words: one that the prompt has, else the first; "" for none."""
     said = facts.triggers if facts else ()
-    had = [word for word in said if word.lower() in prompt.lower()]
+    had = [word for word in said if has_word(prompt, word, lora)]
     return next(filter(None, (lora.metadata.get("trigger"), *had, *said)), "")
 
 
