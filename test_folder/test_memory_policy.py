@@ -233,9 +233,12 @@ def test_a_base_counts_as_it_is_loaded_not_as_it_lies_on_the_disk(name: str, car
     studio_of(card).prepare([("sdxl", "sdxl", folders / "fp32")])
 
 
-def test_on_a_cpu_halves_count_double(modules: Modules, folders: Path) -> None:
+@pytest.mark.parametrize(("base", "size"), [("sdxl", "13.9"), ("flux-dev", "67.5")])  # in fp16, in bf16
+def test_on_a_cpu_halves_count_double(folders: Path, base: str, size: str) -> None:
     studio = Studio(
         lambda name, family: ("", "", Path()), Path("no-checker"), torch.device("cpu"), lambda device: 10**10
     )
-    with pytest.raises(BaseModelError, match=r"^sdxl needs 13\.9 GB of memory on cpu, where 10\.0 GB can be had\."):
-        studio.load("sdxl", "sdxl", folders / "sdxl")
+    with pytest.raises(
+        BaseModelError, match=rf"^{base} needs {re.escape(size)} GB of memory on cpu, where 10\.0 GB can be had\."
+    ):
+        studio.load(base, FAMILY[base], folders / base)

@@ -61,6 +61,7 @@ def test_a_prompt_is_read_once_unless_a_lora_has_a_say_in_it(fresh: Studio, lora
     assert passes_of(plain, negative_prompt="rain") == 2
     assert passes_of({}, negative_prompt="rain", seed=8) == passes_of(plain, negative_prompt="rain") == 0
     assert passes_of(plain, negative_prompt="snow") == 2
+    assert passes_of(plain, negative_prompt="rain") == 0
     assert passes_of(plain, prompt="a photo of a cat", negative_prompt="rain") == 2
     assert passes_of(plain) == 1
     assert passes_of(plain | {"style_lora": loras / "encoder.safetensors"}, negative_prompt="rain") == 2

@@ -154,3 +154,10 @@ def test_a_damaged_base_is_refused_and_the_others_stay(
         studio.load(str(tmp_path), "sdxl", damaged)
     assert studio.resident == resident
     assert same(made(studio, request(), pair_of(loras, "sdxl")), first["sdxl"])
+
+
+def test_weights_that_are_a_link_to_nothing_are_refused(fresh: Studio, tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / UNET).symlink_to("nowhere")
+    with pytest.raises(BaseModelError, match=r" is no diffusers-format folder: it has no model_index\.json\.$"):
+        fresh.load("sdxl", "sdxl", tmp_path)
