@@ -77,7 +77,7 @@ def test_a_worker_that_is_killed_at_work_loses_nothing_and_nothing_is_made_twice
     for folder in ("workers", "out", "whole"):
         (shell / folder).mkdir()
     ended, killed, before = [], 0, dict[str, tuple[int, bytes]]()
-    for outcome in spread(batches, partial(opened_with_another, shell / "workers"), Folder(shell / "out"), workers=2):
+    for outcome in spread(batches, partial(opened_with_another, shell / "workers"), Folder(Path("out")), workers=2):
         ended.append(outcome)
         working = [int(worker.name) for worker in (shell / "workers").iterdir() if worker.read_text()]
         if working and not killed:
@@ -249,6 +249,19 @@ def test_workers_that_die_as_they_start_now_and_then_stop_nothing(
     batches = Bulk(batch_size=8).batches(prompts.jobs())
     assert len(list(spread(batches, opened, Folder(tmp_path)))) == len(batches) == 1
     assert len(cluster.hired) == 2 * TRIES
+
+
+def test_nobody_waits_for_a_worker_once_all_is_made(cluster: Cluster, prompts: PromptFile, tmp_path: Path) -> None:
+    starts = iter([None, *[DiedError] * TRIES])
+
+    def opened() -> Draw:
+        if died := next(starts):
+            raise died
+        return lambda asked, check: {}
+
+    batches = Bulk(batch_size=3).batches(prompts.jobs())
+    assert len(list(spread(batches, opened, Folder(tmp_path)))) == len(batches) == 2
+    assert len(cluster.hired) == cluster.gone + TRIES - 1 == TRIES + 1
 
 
 def test_workers_that_cannot_start_stop_all_and_say_why(cluster: Cluster, prompts: PromptFile, tmp_path: Path) -> None:
