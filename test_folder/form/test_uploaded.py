@@ -1,4 +1,4 @@
-"""What Cog hands over for an upload is a file of its own, or is refused; by servers: conformance/test_files.py."""
+"""What Cog hands over: a blank field is none, an upload a file of its own; by servers: conformance/test_files.py."""
 
 import tempfile
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from klora.errors import RequestError
-from klora.form.inputs import uploaded
+from klora.form.inputs import filled, uploaded
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +18,11 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "tmp" / "link").symlink_to(tmp_path / "secret")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     return tmp_path / "tmp"
+
+
+def test_a_blank_field_is_not_given_and_nought_and_false_are() -> None:
+    given = {"seed": 0, "prompt_strength": 0.0, "add_triggers": False}
+    assert filled(given | {"model": None, "style_lora": ""}) == given
 
 
 def test_a_file_that_was_fetched_is_taken(scratch: Path) -> None:
