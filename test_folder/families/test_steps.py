@@ -14,12 +14,12 @@ from test_folder.families.painting import paint, photo
 @pytest.mark.parametrize(
     ("options", "steps"), [({}, [0, 1, 2, 3, 4]), ({"image": photo(), "prompt_strength": 0.5}, [2, 3, 4])]
 )
-def test_steps_are_told_as_places_in_the_full_schedule(
-    model: Family, options: dict[str, Any], steps: list[int]
+def test_steps_are_told_as_places_in_the_full_schedule_and_by_no_bar(
+    model: Family, options: dict[str, Any], steps: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     told: list[int] = []
     paint(model, told.append, **options)
-    assert told == steps
+    assert told == steps and capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
