@@ -82,10 +82,10 @@ def of_another_shape(file: Path) -> None:
     save_file(weights | {name: torch.zeros(3, 3)}, file)
 
 
-def incomplete(file: Path) -> None:
+def incomplete(file: Path, *more: str) -> None:
     weights = load_file(file)
     weights.pop(max(weights))
-    save_file(weights, file)
+    save_file(weights | {name: torch.zeros(1) for name in more}, file)
 
 
 DAMAGES = [  # what was done to the folder
@@ -102,7 +102,10 @@ DAMAGES = [  # what was done to the folder
     pytest.param(lambda folder: of_another_shape(denoiser_file(folder)), id="other shape"),
     pytest.param(lambda folder: incomplete(denoiser_file(folder)), id="incomplete"),
     pytest.param(lambda folder: shutil.rmtree(folder / "tokenizer"), id="no tokenizer"),
-    pytest.param(lambda folder: incomplete(folder / "text_encoder" / "model.safetensors"), id="encoder incomplete"),
+    pytest.param(  # and with what older transformers wrote beside the parameters
+        lambda folder: incomplete(folder / "text_encoder" / "model.safetensors", "text_model.embeddings.position_ids"),
+        id="encoder incomplete",
+    ),
     pytest.param(lambda folder: incomplete(folder / "vae" / denoiser_file(folder).name), id="vae incomplete"),
 ]
 
