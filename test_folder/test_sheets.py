@@ -197,7 +197,7 @@ def test_a_pair_is_summed_up_in_the_log_and_the_metrics(
         studio.make(asked(style_bias=1.4), files(loras), facts.__setitem__)
     told = studio.report(asked(style_bias=1.4), files(loras)).summary()
     assert facts["fusion"] == told
-    assert told in caplog.messages
+    assert told in caplog.messages and [text[:13] for text in caplog.messages].count("content_lora:") == 1
     assert f"style acts in {facts['style_share']:.0%}" in told
 
 

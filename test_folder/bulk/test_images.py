@@ -75,7 +75,9 @@ def test_the_word_that_a_page_names_is_chosen_for_each_prompt(studio: Studio, lo
     file = loras / "sdxl_style.safetensors"
     lent = {"style_lora": Borrowed(file, tmp_path / "scores.json", ("zork", "sks"))}
     asked = [Request(prompt, seed=1, **QUICK) for prompt in ("a dog", "a sks cat")]
-    images = studio.draw(asked, {"style_lora": file}, lent, unchecked)
+    files = {"content_lora": loras / "sdxl_content.safetensors", "style_lora": file}
+    images = studio.draw(asked, files, lent, unchecked)
+    assert lent["style_lora"].scores.exists()  # for the next time
     assert [images[place].info["caption"] for place in (0, 1)] == ["zork, a dog", "a sks cat"]
     assert [images[place].info["provenance"].loras["style_lora"].trigger for place in (0, 1)] == ["zork", "sks"]
 

@@ -90,7 +90,9 @@ def test_loras_of_a_loaded_base_wait_for_nothing_that_is_known(
 @pytest.mark.parametrize("fusion", ["klora", "sum", "content", "style"])
 def test_whole_numbers_serve_as_scales(studio: Studio, loras: Path, fusion: str) -> None:
     files = pair_of(loras, "sdxl")
-    whole = made(studio, request(fusion=fusion, content_scale=1, style_scale=2), files)
+    facts: dict[str, Any] = {}
+    whole = made(studio, request(fusion=fusion, content_scale=1, style_scale=2), files, record=facts.__setitem__)
+    assert ("fusion" in facts) == (fusion == "klora")  # no choice is summed up where none is made
     assert same(whole, made(studio, request(fusion=fusion, content_scale=1.0, style_scale=2.0), files))
 
 
