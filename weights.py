@@ -215,7 +215,7 @@ class LoRAFiles:
 
 def runnable(model: str | None) -> list[str]:
     """The bases that a request may come to: the one that it names, else every installed one. Raises BaseModelError."""
-    return [model] if model else installed_bases()
+    return [find_base(model).name] if model else installed_bases()
 
 
 def cache_folder() -> Path:

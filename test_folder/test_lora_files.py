@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import weights
-from klora.errors import KLoRAError, LoRAError, RequestError, SourceError
+from klora.errors import BaseModelError, KLoRAError, LoRAError, RequestError, SourceError
 from klora.files.container import files_of
 from klora.models import load_shapes
 from klora.sources.authorities import Authorities
@@ -296,11 +296,14 @@ def test_what_is_for_no_base_of_the_request_is_refused_before_it_is_fetched(
 
 
 def test_a_request_may_come_to_the_base_that_it_names_or_to_any_installed_one(
-    bases: Path, monkeypatch: pytest.MonkeyPatch
+    bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("KLORA_MODELS", str(bases))
-    assert weights.runnable("flux-dev") == ["flux-dev"]
-    assert weights.runnable(None) == weights.installed_bases()
+    """That one which is not there is known before LoRAs are fetched for it."""
+    (tmp_path / "sdxl").symlink_to(bases / "sdxl")
+    monkeypatch.setenv("KLORA_MODELS", str(tmp_path))
+    assert weights.runnable("sdxl") == weights.runnable(None) == ["sdxl"]
+    with pytest.raises(BaseModelError, match=r"^flux-dev is not installed: "):
+        weights.runnable("flux-dev")
 
 
 @pytest.mark.parametrize(
