@@ -30,7 +30,7 @@ from klora.models import FAMILIES, load_model
 from klora.training.annotate import Captioner, Segmenter, autocaptioned, segmented
 from klora.training.card import RESUME_STATE, SETTINGS, contact_sheet, fitted, model_card
 from klora.training.config import TrainConfig
-from klora.training.dataset import Picture, dataset_hash, read_upload
+from klora.training.dataset import UNDECODABLE, Picture, dataset_hash, read_upload
 from klora.training.kohya import save_kohya
 from klora.training.loop import Load, OnProgress, Progress, train_lora
 from klora.training.memory import held
@@ -209,11 +209,12 @@ def _spread(steps: Sequence[str], most: int) -> Sequence[str]:
 
 
 def _shown(path: Path) -> Image.Image | None:
-    """A sample as a sheet shows it, its file closed. None: there is none."""
-    if not path.is_file():
+    """A sample as a sheet shows it, its file closed. None: there is none, or resume_from has no picture there."""
+    try:
+        with Image.open(path) as picture:
+            return fitted(picture)
+    except (*UNDECODABLE, Image.DecompressionBombError):
         return None
-    with Image.open(path) as picture:
-        return fitted(picture)
 
 
 def _annotated(

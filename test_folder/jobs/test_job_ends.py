@@ -1,6 +1,7 @@
 """How a training ends that does not succeed: what it has saved is in its tar, and what it says tells so."""
 
 import locale
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,19 @@ def test_a_card_shows_the_samples_of_the_last_step_in_their_order_and_a_sheet_al
     assert shown == ["step_000002_0", "step_000002_2", "step_000002_10"]
     with Image.open("contact_sheet.png") as sheet:
         assert sheet.height > 2 * 192
+
+
+@pytest.mark.parametrize("size", [(64, 64), (20000, 20000)], ids=["cut short", "a bomb"])
+def test_a_sheet_leaves_out_what_is_no_picture(size: tuple[int, int]) -> None:
+    """As a tar that is taken up may hold it."""
+    Path("samples").mkdir()
+    for step, sides in ((1, size), (2, (64, 64))):
+        Image.new("1", sides).save(f"samples/step_{step:06}_0.png")
+    if size == (64, 64):
+        os.truncate("samples/step_000001_0.png", 40)
+    job._write_card(Path(), FACTS, "", TrainConfig(steps=2, sample_prompts="a sbu dog"))
+    with Image.open("contact_sheet.png") as sheet:
+        assert sheet.height > 2 * 192  # a row of each step
 
 
 # Broken off
