@@ -1,6 +1,6 @@
 """One batch: its images made, checked and written. This is all that a worker does. Knows no model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -34,6 +34,9 @@ class Outcome:
         self.there |= other.there
         self.withheld += other.withheld
         self.faults += other.faults
+
+
+Outcomes = Generator[Outcome, None, None]
 
 
 def make(batch: Batch, draw: Draw, folder: Folder) -> Outcome:

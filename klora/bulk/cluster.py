@@ -7,12 +7,12 @@ is handed over. Ray is imported when it is asked for.
 import os
 import signal
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from klora.bulk.batch import Draw, Outcome, make
+from klora.bulk.batch import Draw, Outcome, Outcomes, make
 from klora.bulk.batches import Batch
 from klora.bulk.folder import Folder
 from klora.bulk.lines import Fault
@@ -21,10 +21,8 @@ from klora.errors import KLoRAError, RequestError
 TRIES = 3  # of a batch whose workers die, and of starting a worker
 
 
-def spread(
-    batches: Sequence[Batch], opened: Callable[[], Draw], folder: Folder, workers: int | None = None
-) -> Generator[Outcome, None, None]:
-    """The outcome of each batch, as they end. workers: default one for each GPU, else for each node of the cluster.
+def spread(batches: Sequence[Batch], opened: Callable[[], Draw], folder: Folder, workers: int | None) -> Outcomes:
+    """The outcome of each batch, as they end. workers: None is one for each GPU, else for each node of the cluster.
 
     The cluster is the one that this process, or RAY_ADDRESS, is connected to, else one of this machine alone, for the
     time being. Raises RequestError without Ray or that cluster, and where workers cannot start; KLoRAError as opened
@@ -37,9 +35,7 @@ def spread(
         try:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="WARNING")
         except (ConnectionError, ValueError) as error:
-            raise RequestError(
-                "RAY_ADDRESS leads to no Ray cluster. Expected the address of one that runs, or none for this machine."
-            ) from error
+            raise RequestError("RAY_ADDRESS leads to no Ray cluster. Expected that of one, or none.") from error
         finally:
             signal.signal(signal.SIGTERM, handler)  # which Ray has replaced by one with another status
     crew = _Crew(ray, opened, replace(folder, path=folder.path.resolve()))
@@ -89,16 +85,16 @@ class _Crew:
         self._idle: list[Any] = []
         self._deaths: Counter[int] = Counter()  # by a batch's first image; -1 of those in a row that were starting
 
-    def work(self, batches: Sequence[Batch], workers: int | None) -> Generator[Outcome, None, None]:
+    def work(self, batches: Sequence[Batch], workers: int | None) -> Outcomes:
         """Have all batches made."""
         waiting = deque(batches)
         gpus = int(self._ray.cluster_resources().get("GPU", 0))
-        nodes = sum(node["Alive"] for node in self._ray.nodes())
-        for _ in range(min(workers or gpus or nodes, len(batches))):
+        for _ in range(min(workers or gpus or sum(node["Alive"] for node in self._ray.nodes()), len(batches))):
             self._hire(gpus)
         while waiting or any(batch for _, batch in self._busy.values()):
             while waiting and self._idle:
-                self._give(self._idle.pop(), waiting.popleft())
+                idle, given = self._idle.pop(), waiting.popleft()
+                self._busy[idle.make.remote(given)] = idle, given
             (ended,), _ = self._ray.wait(list(self._busy))
             worker, batch = self._busy.pop(ended)
             try:
@@ -115,9 +111,6 @@ class _Crew:
             else:
                 del self._deaths[-1]  # what made workers die as they started is over
 
-    def _give(self, worker: Any, batch: Batch) -> None:
-        self._busy[worker.make.remote(batch)] = worker, batch
-
     def leave(self) -> None:
         """End all workers."""
         for worker in [*self._idle, *(worker for worker, _ in self._busy.values())]:
@@ -128,9 +121,7 @@ class _Crew:
         worker = self._ray.remote(**options)(_Worker).remote(*self._arguments)
         self._busy[worker.start.remote()] = worker, None
 
-    def _bury(
-        self, batch: Batch | None, waiting: "deque[Batch]", error: BaseException
-    ) -> Generator[Outcome, None, None]:
+    def _bury(self, batch: Batch | None, waiting: "deque[Batch]", error: BaseException) -> Outcomes:
         """Give the batch of a worker that has died back, or up. Raises RequestError where workers die as they start."""
         key = batch[0].index if batch else -1
         self._deaths[key] += 1

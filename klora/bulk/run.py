@@ -1,17 +1,16 @@
 """Batches of jobs -> files in a folder; what happened is told as it happens, and summed up. Knows no model."""
 
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from klora.bulk.batch import Draw, Outcome, make
+from klora.bulk.batch import Draw, Outcome, Outcomes, make
 from klora.bulk.batches import Batch, Bulk
 from klora.bulk.cluster import spread
 from klora.bulk.folder import Folder
 from klora.bulk.lines import PromptFile, by_line
 
-Outcomes = Generator[Outcome, None, None]
 Digests = Callable[[Iterable[str]], Mapping[str, Sequence[str]]]
 """References of LoRAs -> {reference: sha256 of each of its files, in hex}, of those that name local files."""
 

@@ -227,11 +227,11 @@ def test_a_cluster_that_was_begun_here_ends_here_and_one_that_is_lacking_is_told
     batches, handler = Bulk().batches(prompts.jobs()), signal.getsignal(signal.SIGTERM)
     for running in (True, False):
         cluster.running = running
-        list(spread(batches, lambda: lambda asked, check: {}, Folder(tmp_path)))
+        list(spread(batches, lambda: lambda asked, check: {}, Folder(tmp_path), None))
         assert (cluster.running, signal.getsignal(signal.SIGTERM)) == (running, handler)
     for cluster.failing in (ConnectionError("Could not find any running Ray instance."), ValueError("Invalid address")):
-        with pytest.raises(RequestError, match=r"^RAY_ADDRESS leads to no Ray cluster\. Expected the address of one "):
-            list(spread(batches, lambda: lambda asked, check: {}, Folder(tmp_path)))
+        with pytest.raises(RequestError, match=r"^RAY_ADDRESS leads to no Ray cluster\. Expected that of one, or "):
+            list(spread(batches, lambda: lambda asked, check: {}, Folder(tmp_path), None))
         assert signal.getsignal(signal.SIGTERM) == handler
 
 
@@ -247,7 +247,7 @@ def test_workers_that_die_as_they_start_now_and_then_stop_nothing(
         return deadly(lambda asked, check: {}, PROMPTS[0], 1 if len(cluster.hired) == TRIES else 0)
 
     batches = Bulk(batch_size=8).batches(prompts.jobs())
-    assert len(list(spread(batches, opened, Folder(tmp_path)))) == len(batches) == 1
+    assert len(list(spread(batches, opened, Folder(tmp_path), None))) == len(batches) == 1
     assert len(cluster.hired) == 2 * TRIES
 
 
@@ -260,7 +260,7 @@ def test_nobody_waits_for_a_worker_once_all_is_made(cluster: Cluster, prompts: P
         return lambda asked, check: {}
 
     batches = Bulk(batch_size=3).batches(prompts.jobs())
-    assert len(list(spread(batches, opened, Folder(tmp_path)))) == len(batches) == 2
+    assert len(list(spread(batches, opened, Folder(tmp_path), None))) == len(batches) == 2
     assert len(cluster.hired) == cluster.gone + TRIES - 1 == TRIES + 1
 
 
@@ -273,10 +273,10 @@ def test_workers_that_cannot_start_stop_all_and_say_why(cluster: Cluster, prompt
 
     batches = Bulk().batches(prompts.jobs())
     with pytest.raises(RequestError, match=rf"^Ray's workers die as they start, {TRIES} times: see Ray's logs\.$"):
-        list(spread(batches, dying, Folder(tmp_path)))
+        list(spread(batches, dying, Folder(tmp_path), None))
     with pytest.raises(LoRAError, match=r"^style_lora is no LoRA\.$"):
-        list(spread(batches, refusing, Folder(tmp_path)))
+        list(spread(batches, refusing, Folder(tmp_path), None))
     with pytest.raises(
         RequestError, match=r"/none is not on every node of the cluster\. Expected a folder that all share\."
     ):
-        list(spread(batches, dying, Folder(tmp_path / "none")))
+        list(spread(batches, dying, Folder(tmp_path / "none"), None))
