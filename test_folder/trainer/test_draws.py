@@ -1,12 +1,10 @@
 """What a training is shown: pictures, captions and halves of them; and that its steps are the textbook's."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 from peft import LoraConfig
 from PIL import Image
@@ -14,10 +12,10 @@ from PIL import Image
 from klora import FAMILIES
 from klora.models.family import Family, Posterior
 from klora.models.linears import linear_shapes
-from klora.training.cache import Example, View, encode_pictures
+from klora.training.cache import encode_pictures
 from klora.training.config import TrainConfig
 from klora.training.dataset import Picture, captioned
-from klora.training.draw import Draw, Material
+from klora.training.draw import Draw
 from klora.training.loop import Load, encode, new_layers, train_lora
 from klora.training.objective import Batch, Objective
 from klora.training.trainable import trainable
@@ -55,73 +53,6 @@ def drawn(load: Load, pictures: list[Picture], settings: TrainConfig, count: int
     material = encode(load, pictures, tuple, settings, CPU)
     draw = Draw(material, settings, FAMILIES["sdxl"].recipe.times, CPU)
     return [draw.batch(number) for number in range(count)]
-
-
-TEXTS = {
-    text: {"prompt_embeds": torch.full((1, 1, 1), float(number)), "negative_prompt_embeds": torch.zeros(1, 1, 1)}
-    for number, text in enumerate(("", "a sbu dog", "a dog"))
-}
-
-
-def dealt(usual: str = "uniform", **settings: Any) -> Draw:
-    """Of three examples and two of the class, whose cells are about their number; a batch has one."""
-    std = torch.full((4, 2, 2), 0.05)
-    views = [View(Posterior(torch.full((4, 2, 2), float(number)), std), torch.zeros(6), None) for number in range(5)]
-    examples = [Example((view,), "a sbu dog", (16, 16)) for view in views]
-    return Draw(Material(examples[:3], examples[3:], TEXTS), config(**settings), usual, CPU)
-
-
-def numbers(batches: Iterable[Batch]) -> list[int]:
-    return [round(float(batch.latents.mean())) for batch in batches]
-
-
-# Batches by their number
-
-
-def test_noise_levels_follow_the_law_that_is_asked_for_or_else_the_bases() -> None:
-    asked, usual, other = (
-        dealt(law, timestep_sampling=given).batch(0).times
-        for law, given in (("style", "content"), ("content", "auto"), ("style", "auto"))
-    )
-    assert torch.equal(asked, usual) and not torch.equal(usual, other)
-
-
-def test_an_offset_shifts_channels_of_the_noise_and_not_the_points_at_which_the_loss_is_compared() -> None:
-    plain, offset = dealt(), dealt(noise_offset=0.5)
-    shift = offset.batch(0).noise - plain.batch(0).noise
-    assert shift.abs().min() > 0 and torch.allclose(shift, shift[..., :1, :1])
-    assert all(torch.equal(one.noise, two.noise) for one, two in zip(plain.fixed(), offset.fixed(), strict=True))
-
-
-def test_the_loss_is_compared_at_even_noise_levels_of_the_examples_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("klora.training.draw.FIXED_POINTS", 4)
-    points = list(dealt().fixed())
-    assert numbers(points) == [0, 1, 2, 0]
-    assert [float(point.times) for point in points] == [0.125, 0.375, 0.625, 0.875]
-    assert not torch.equal(points[0].noise, points[3].noise)
-
-
-def test_every_epoch_has_an_order_and_draws_of_its_own_and_so_has_the_class() -> None:
-    dealer = dealt(seed=3)
-    ours, theirs = [dealer.batch(number) for number in range(18)], [dealer.class_batch(n) for n in range(18)]
-    for shown, members in ((ours, [0, 1, 2]), ([batch for batch in theirs if batch], [3, 4])):
-        found = numbers(shown)
-        epochs = [found[start : start + len(members)] for start in range(0, 18, len(members))]
-        assert all(sorted(epoch) == members for epoch in epochs) and len({*map(tuple, epochs)}) > 1
-        assert len({batch.noise.numpy().tobytes() for batch in shown}) == 18
-        assert len({tuple((batch.latents - batch.latents.round()).flatten().tolist()) for batch in shown}) == 18
-    assert not any(torch.equal(one.noise, two.noise) for one, two in zip(ours, theirs, strict=True) if two)
-    assert torch.equal(dealer.batch(0).latents, ours[0].latents)
-    others = [dealt(seed=4).batch(number) for number in range(18)]
-    assert numbers(others) != numbers(ours) and not torch.equal(others[0].noise, ours[0].noise)
-
-
-def test_what_is_to_stay_as_the_base_is_has_the_captions_without_the_trigger() -> None:
-    batch = dealt(prior_preservation="output", class_word="dog", caption_dropout_rate=1.0).batch(0)
-    assert batch.conditioning.keys() == {"prompt_embeds", "time_ids"}
-    assert batch.conditioning["prompt_embeds"] == TEXTS[""]["prompt_embeds"]
-    assert batch.kept is not None and batch.kept["prompt_embeds"] == TEXTS["a dog"]["prompt_embeds"]
-    assert dealt().batch(0).kept is None
 
 
 # Batches
