@@ -1,4 +1,4 @@
-"""A training from an upload to its tar, also by the `klora` command: what it leaves, what it refuses, who hears it."""
+"""A training from an upload to its tar, also by the `klora` command: what it leaves, and what it refuses."""
 
 import io
 import json
@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,8 +27,6 @@ from klora.training import job
 from klora.training.cache import encode_pictures
 from klora.training.config import TrainConfig
 from klora.training.dataset import Picture
-from klora.training.loop import Progress
-from klora.training.publishing import Publishing
 from test_folder.jobs.short import QUICK, entered, held, klora_train, trained, weights_of
 
 CPU = torch.device("cpu")
@@ -258,7 +255,7 @@ def test_the_prompt_of_pictures_without_caption_has_the_trigger_which_is_not_kep
     assert TrainConfig(instance_prompt="a zwx dog", trigger_word="zwx").prompt == "a zwx dog"
 
 
-# Several processes, trackers
+# Several processes
 
 
 def test_two_processes_are_one_with_twice_the_accumulation() -> None:
@@ -279,70 +276,3 @@ def test_two_processes_are_one_with_twice_the_accumulation() -> None:
     with safe_open("two.safetensors", "pt") as ours, safe_open("one.safetensors", "pt") as theirs:
         for key in theirs.keys():  # noqa: SIM118
             torch.testing.assert_close(ours.get_tensor(key), theirs.get_tensor(key), rtol=1e-2, atol=1e-5)
-
-
-WANDB = """
-import json, pathlib
-class Settings:
-    def __init__(self, **options): self.options = options
-class Run:
-    def __init__(self, options): self.events = [options]
-    def log(self, values, step): self.events.append([step, values])
-    def finish(self, exit_code): pathlib.Path("wandb.json").write_text(json.dumps([*self.events, exit_code]))
-def init(settings, **options):
-    if settings.options["api_key"] == "wrong": raise RuntimeError("key wrong is unknown")
-    return Run(options)
-"""
-
-
-def test_weights_and_biases_hears_every_report_and_the_key_goes_nowhere_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "library").mkdir()
-    (tmp_path / "library" / "wandb.py").write_text(WANDB)
-    monkeypatch.syspath_prepend(str(tmp_path / "library"))
-    tar = trained(publishing=Publishing(wandb_api_key="k3y", wandb_run="first"))
-    begun, *reports, exit_code = json.loads(Path("wandb.json").read_text())
-    assert (begun["project"], begun["name"], begun["entity"]) == ("klora", "first", None)
-    assert [step for step, _ in reports] == list(range(7)) and exit_code == 0
-    assert all(b"k3y" not in data for data in tar.values())
-    with pytest.raises(
-        RequestError, match=r"^wandb_api_key cannot be used: key \.\.\. is unknown\. Expected"
-    ) as refusal:
-        trained(publishing=Publishing(wandb_api_key="wrong"))
-    assert refusal.value.__cause__ is None
-
-
-def test_a_tracker_that_fails_ends_no_training_and_hears_how_one_ended(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    heard: list[dict[str, Any]] = []
-
-    def failing(*values: Any, **given: Any) -> None:
-        heard.append(given)
-        raise RuntimeError("k3y is not known any more")
-
-    begun: list[dict[str, Any]] = []
-    run = SimpleNamespace(log=failing, finish=failing)
-    wandb = SimpleNamespace(Settings=dict, init=lambda **options: begun.append(options) or run)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    publishing = Publishing(wandb_api_key="k3y")
-    with publishing.tracked(TrainConfig()) as track:
-        track(Progress(1, 2, loss=0.5))
-    with pytest.raises(KeyboardInterrupt), publishing.tracked(TrainConfig()):
-        raise KeyboardInterrupt
-    assert begun[0]["settings"] == {"api_key": "k3y", "silent": True} and begun[0]["config"]["steps"] == 1000
-    assert heard == [{"step": 1}, {"exit_code": 0}, {"exit_code": 1}]
-    said = "wandb_api_key cannot be used: ... is not known any more. Expected a key of wandb.ai, or none."
-    assert caplog.messages == [said] * 3
-
-
-def test_a_hub_out_of_reach_loses_nothing(
-    quick: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    tar = trained(publishing=Publishing(hf_repo_id="me/dog", hf_token="hf_x"))
-    assert b'load_lora_weights("me/dog"' in tar["README.md"]
-    assert all(b"hf_x" not in data for data in tar.values())
-    assert weights_of(tar) == weights_of(held(quick))
-    assert any("hf_repo_id" in line and line.endswith("What was trained is in the tar.") for line in caplog.messages)
