@@ -114,7 +114,8 @@ class Run:
         """Take a run up where save() left it. Raises RequestError."""
         try:
             with safe_open(path, framework="pt") as file:
-                state = _unflattened(json.loads(file.metadata()["run"])["state"], file)
+                facts = json.loads(file.metadata()["run"])
+                state, step = _unflattened(facts["state"], file), int(facts["step"])
             with torch.no_grad():
                 for parameter, value in zip(self.parameters, state["parameters"], strict=True):
                     parameter.copy_(value)
@@ -126,7 +127,7 @@ class Run:
                 self.ema.to(self.parameters[0].device)
         except NO_RUN as error:
             raise RequestError(f"resume_from cannot be taken up: {error}. Expected the tar of a training.") from error
-        self.step = saved_step(path)
+        self.step = step
 
     def _follow_schedule(self) -> None:
         """The rates of this step by the law as it is now: the optimiser's are those of a law that may have ended."""
