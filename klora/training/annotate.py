@@ -65,11 +65,11 @@ class Segmenter(_Annotator):
         return cls(*_loaded("The segmenter", folder, device, kinds, advice))
 
     @torch.no_grad()
-    def mask(self, image: Image.Image, prompt: str, temperature: float = 1.0) -> Image.Image:
-        """L, as large as the picture, white where the prompt's thing is; the higher the temperature, the greyer."""
+    def mask(self, image: Image.Image, prompt: str) -> Image.Image:
+        """L, as large as the picture, white where the prompt's thing is."""
         longest = self.model.config.text_config.max_position_embeddings
         words = self.tokenizer(prompt, truncation=True, max_length=longest, return_tensors="pt").to(self.model.device)
-        chances = torch.sigmoid(self.model(**words, pixel_values=self._pixels(image)).logits / temperature)
+        chances = torch.sigmoid(self.model(**words, pixel_values=self._pixels(image)).logits)
         size = (image.height, image.width)
         chances = F.interpolate(chances[:, None], size=size, mode="bilinear", antialias=True)[0, 0]
         return Image.fromarray((chances * 255).round().byte().cpu().numpy())
