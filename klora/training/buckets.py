@@ -17,6 +17,7 @@ from klora.errors import RequestError
 
 Size = tuple[int, int]
 
+MAX_RATIO = 2  # of one side to the other
 MAX_AREA_ERROR = 0.1  # of a bucket's area, so that no shape costs or counts much more than another
 
 
@@ -34,18 +35,18 @@ class Crop:
     time_ids: tuple[int, int, int, int, int, int]
 
 
-def buckets(resolution: int, multiple: int | None = None, max_ratio: float = 2.0) -> list[Size]:
+def buckets(resolution: int) -> list[Size]:
     """Sizes of about resolution² pixels, from the tallest to the widest: the square, and what is within 10 % of it.
 
-    multiple: of every side. Default: a 16th of the resolution, but 16 (the least that FLUX.1 can pack) to 64.
+    Sides are multiples of a 16th of the resolution, but of 16 (the least that FLUX.1 can pack) to 64.
     """
-    multiple = multiple or min(64, max(16, resolution // 256 * 16))
+    multiple = min(64, max(16, resolution // 256 * 16))
     area = resolution**2
     square = max(1, round(resolution / multiple)) * multiple
     sizes = {(square, square)}
-    for width in range(square + multiple, math.ceil(resolution * math.sqrt(max_ratio * 1.1)) + 1, multiple):
+    for width in range(square + multiple, math.ceil(resolution * math.sqrt(MAX_RATIO * 1.1)) + 1, multiple):
         height = max(1, round(area / width / multiple)) * multiple
-        if width <= max_ratio * height and abs(width * height / area - 1) <= MAX_AREA_ERROR:
+        if width <= MAX_RATIO * height and abs(width * height / area - 1) <= MAX_AREA_ERROR:
             sizes |= {(width, height), (height, width)}
     return sorted(sizes, key=lambda size: (size[0] / size[1], size))
 
