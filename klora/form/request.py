@@ -181,13 +181,8 @@ def open_image(name: str, path: Path, mode: str) -> Image.Image:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise RequestError(f"{name} has {file.width}x{file.height} pixels. Expected at most {MAX_PIXELS}.")
-            image = upright(file)
-            if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.has_transparency_data:  # over white; what is transparent in a mask is not repainted
-                backdrop = Image.new("RGBA", image.size, "white" if mode == "RGB" else "black")
-                image = Image.alpha_composite(backdrop, image.convert("RGBA"))
-            return image.convert(mode)
+            # Over white; what is transparent in a mask is not repainted.
+            return opaque(upright(file), "white" if mode == "RGB" else "black").convert(mode)
     except RequestError:
         raise
     except Exception as error:  # of a damaged file Pillow raises whatever it stumbles on
@@ -201,3 +196,12 @@ def upright(file: Image.Image) -> Image.Image:
     for name in ("exif", "Raw profile type exif"):
         file.info.pop(name, None)
     return ImageOps.exif_transpose(file)
+
+
+def opaque(image: Image.Image, backdrop: str) -> Image.Image:
+    """RGB, over a backdrop of this colour."""
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, backdrop), image.convert("RGBA"))
+    return image.convert("RGB")

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from klora.errors import RequestError
-from klora.form.request import MAX_PIXELS, upright
+from klora.form.request import MAX_PIXELS, opaque, upright
 from klora.training.archive import Intake, Limits, Skipped, unpack
 from klora.training.config import whole_word
 
@@ -101,12 +100,7 @@ def _decoded(data: bytes, backdrop: str) -> Image.Image:
         image = upright(file)
     if image.mode in ("F", "LAB"):
         raise RequestError(f"holds {image.mode} pixels, neither grey, palette, RGB nor CMYK")
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, backdrop), image)
-    return image.convert("RGB")
+    return opaque(image, backdrop)
 
 
 def _sizes(names: Sequence[str], intake: Intake) -> dict[str, Size]:
