@@ -47,7 +47,9 @@ def make(batch: Batch, draw: Draw, folder: Folder) -> Outcome:
         images = draw([job.request for job in batch], partial(folder.check, batch[0])) if lacking else {}
     except KLoRAError as error:
         if isinstance(error, RequestError) and len(batch) > 1:  # one prompt's, perhaps: the others are as good as ever
-            return _one_by_one(batch, draw, folder)
+            for job in batch:
+                outcome.add(make([job], draw, folder))
+            return outcome
         outcome.faults = [Fault(job.line, str(error)) for job in lacking.values()]
     else:
         shown = {place: job for place, job in lacking.items() if place in images}
@@ -57,10 +59,3 @@ def make(batch: Batch, draw: Draw, folder: Folder) -> Outcome:
             outcome.withheld.append(job.line)
     outcome.there = {job.index for job in batch if folder.shows(job)}
     return outcome
-
-
-def _one_by_one(batch: Batch, draw: Draw, folder: Folder) -> Outcome:
-    total = Outcome()
-    for job in batch:
-        total.add(make([job], draw, folder))
-    return total
