@@ -155,9 +155,10 @@ def _check_common(common: Mapping[str, Any], template: str) -> None:
 def _is_object(line: bytes) -> bool:
     """Whether it is JSON that names a prompt: an upload may come without the name of its file."""
     try:
-        return "prompt" in _read_object(line)
-    except RequestError:
+        told = json.loads(line)
+    except (ValueError, RecursionError):
         return False
+    return isinstance(told, dict) and "prompt" in told
 
 
 def _read_text(line: bytes) -> dict[str, Any]:

@@ -84,6 +84,16 @@ def test_a_bad_line_is_named_in_a_sentence_and_keeps_its_place(tmp_path: Path, c
     assert [(job.index, job.request.seed) for job in prompts.requests] == [(0, 5), (2, 7)]
 
 
+@pytest.mark.parametrize("case", ["unknown", "a picture", "half a character"])
+def test_an_upload_without_a_suffix_whose_first_line_is_a_bad_object_is_not_taken_for_text(
+    tmp_path: Path, case: str
+) -> None:
+    line, sentence = BAD_LINES[case]
+    prompts = read(written(tmp_path / "upload", line, {"prompt": "a cat"}))
+    assert [str(fault).startswith(f"line 1: {sentence}") for fault in prompts.faults] == [True]
+    assert [asked.prompt for asked in requests(prompts)] == ["a cat"]
+
+
 def test_a_long_value_is_not_printed_whole() -> None:
     assert len(str(Fault(1, "x" * MAX_LINE_BYTES))) < 320
 
