@@ -1,6 +1,5 @@
 """What a LoRA file is, and which bases read it; without loading a weight of theirs."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from klora.errors import LoRAError
 from klora.files.container import files_of
 from klora.files.report import Report
+from klora.files.shelf import Shelf
 from klora.models import load_shapes, origin_of
 
 
@@ -48,8 +48,6 @@ def inspect(path: Path, bases: Mapping[str, tuple[str, Path]]) -> Inspection:
             found[name] = load_shapes(family, folder).read_lora(path).report
         except LoRAError as error:
             refusals[name] = str(error)
-    file = files_of(path)["lora"]
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    file, digest = files_of(path)["lora"], Shelf().sha256(path)[0]
     first = next(iter(found.values()), None)
     return Inspection(path.name, file.stat().st_size, digest, str(origin or "unknown"), first, tuple(found), refusals)
