@@ -141,9 +141,6 @@ def _alike(content: Mapping[str, LowRank], style: Mapping[str, LowRank]) -> tupl
             "only a base can tell which is which. Expected KLORA_MODELS to hold one that reads both."
         )
     for name in sorted(shared):
-        shapes = [(len(lora[name].B), lora[name].A.shape[1]) for lora in (content, style)]
-        if shapes[0] != shapes[1]:
-            raise LoRAError(
-                f"{name!r} is {shapes[0]} in content_lora and {shapes[1]} in style_lora. Expected one base."
-            )
+        if (one := content[name].shape) != (other := style[name].shape):
+            raise LoRAError(f"{name!r} is {one} in content_lora and {other} in style_lora. Expected one base.")
     return LoRA(content), LoRA(style)
