@@ -79,13 +79,9 @@ class Folder:
 
     def withhold(self, job: Job) -> None:
         """Write that the safety checker has withheld a job's image, so that it is not made again."""
-        loras = {name: {"sha256": digests} for name, digests in self._files(job).items()}
+        known = {name: by for name, by in job.request.loras.items() if by in self.sha256}
+        loras = {name: {"sha256": self.sha256[by]} for name, by in known.items()}
         self._mark(job, {"klora": FORM, "seed": job.request.seed, "withheld": True, "loras": loras})
-
-    def _files(self, job: Job) -> dict[str, list[str]]:
-        """The sha256 of its LoRAs' files, by input, as far as they are known."""
-        loras = job.request.loras.items()
-        return {name: list(self.sha256[reference]) for name, reference in loras if reference in self.sha256}
 
     def _first(self, job: Job, used: Mapping[str, list[str]]) -> dict[str, list[str]]:
         """The sha256 that a job's LoRAs must have: those used, by input, where nothing else is known."""
