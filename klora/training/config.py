@@ -28,6 +28,7 @@ TARGETS = {
 """Which linear layers to adapt, by a search in their names; on SDXL "attention" is 560 of them, on FLUX.1 190, where
 "all" is 494."""
 
+WORDED = ("trigger_word", "class_word", "class_prompt", "mask_prompt")
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "lion", "adafactor")
 TIMES = ("auto", "uniform", "logit_normal", "shift", "content", "style")
 
@@ -166,9 +167,9 @@ class TrainConfig:
 
 
 def stripped(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A TrainConfig's fields, without spaces around the two words; one of spaces alone counts as not given."""
-    words = {name: given[name] for name in ("trigger_word", "class_word") if name in given}
-    return {**given, **{name: word.strip() for name, word in words.items() if isinstance(word, str)}}
+    """A TrainConfig's fields, without spaces around WORDED ones; one of spaces alone counts as not given."""
+    bare = {name: value.strip() for name, value in given.items() if name in WORDED and isinstance(value, str)}
+    return {**given, **bare}
 
 
 def whole_word(word: str) -> str:

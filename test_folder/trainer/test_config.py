@@ -68,6 +68,9 @@ def test_spaces_are_no_part_of_the_trigger_and_the_class_and_no_word_by_themselv
         trigger_word="sbu", class_word="dog", **given
     )
     assert TrainConfig(trigger_word="  ", class_word=" ", seed=1) == TrainConfig(seed=1)
+    assert TrainConfig(class_prompt=" ", mask_prompt="  ", seed=1) == TrainConfig(seed=1)
     assert stripped(absurd := {"trigger_word": 3, "class_word": None}) == absurd  # and refused later
     with pytest.raises(RequestError, match="neither is given"):
         TrainConfig(class_word=" ", prior_preservation="output")
+    with pytest.raises(RequestError, match="neither is given"):
+        TrainConfig(class_prompt=" ", prior_preservation="class_images")
