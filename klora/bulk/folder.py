@@ -71,8 +71,7 @@ class Folder:
         """Write a job's files. image: with its provenance and its caption in its info."""
         provenance, caption, kind = image.info["provenance"], image.info["caption"], job.request.output_format
         buffer = BytesIO()
-        quality = {} if kind == "png" else {"quality": job.request.output_quality}
-        image.save(buffer, _KINDS[kind], **quality, **stamp(provenance, image.size, kind))
+        image.save(buffer, _KINDS[kind], quality=job.request.output_quality, **stamp(provenance, image.size, kind))
         self._write(job, kind, buffer.getvalue())
         self._write(job, "txt", caption.encode())
         self._mark(job, {**json.loads(provenance.record()), "caption": caption})

@@ -243,14 +243,13 @@ def save_images(images: Mapping[Place, Image.Image], folder: Path, request: Requ
     """Write klora_<seed + i>_<i>.<format>, i the place in the batch, or klora_<seed>_<name>.<format> of a contact
     sheet; what is returned is there. Each file tells how its image was made, where its info has a Provenance."""
     folder.mkdir(parents=True, exist_ok=True)
-    quality = None if request.output_format == "png" else request.output_quality
     seeds = {place: request.seed + place if isinstance(place, int) else request.seed for place in images}
     paths = {place: folder / f"klora_{seeds[place]}_{place}.{request.output_format}" for place in images}
 
     def save(index: Place) -> None:
         made = images[index].info.get("provenance")
         told = stamp(made, images[index].size, request.output_format) if made else {}
-        images[index].save(paths[index], quality=quality, **told)
+        images[index].save(paths[index], quality=request.output_quality, **told)
 
     in_threads(save, images)
     return list(paths.values())
