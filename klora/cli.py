@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from klora.studio import Check, Studio
     from klora.training.loop import Progress
 
-app = typer.Typer(help="K-LoRA: one LoRA's subject in another LoRA's style.", no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True)
 
 
 @app.callback()
