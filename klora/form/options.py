@@ -13,7 +13,7 @@ FILE: dict[str, Any] = {"exists": True, "dir_okay": False}
 """What typer is told of a path at which a file has to be."""
 
 
-def options_of(verb: Callable[..., None], *forms: type, without: Collection[str] = ()) -> Signature:
+def options_of(verb: Callable[..., None], *forms: type, without: Collection[str]) -> Signature:
     """What typer reads: a verb's own parameters, and one for each field of dataclasses that it takes by **. without:
     fields that it has no use for; a parameter of its own stands for the field of its name."""
     own = [part for part in signature(verb).parameters.values() if part.kind is not part.VAR_KEYWORD]

@@ -31,9 +31,7 @@ class Draw(NamedTuple):
     seed: int
 
 
-def draws_of(
-    request: Request, content: LoRA | None, style: LoRA | None, record: Record = lambda name, value: None
-) -> list[Draw]:
+def draws_of(request: Request, content: LoRA | None, style: LoRA | None, record: Record) -> list[Draw]:
     """As many seeds as there are outputs, and the prompt with the trigger words that the LoRAs' files name where it
     lacks them: the subject's in front, the style's behind."""
     prompt, added = request.prompt, []

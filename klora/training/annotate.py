@@ -75,9 +75,7 @@ class Segmenter(_Annotator):
         return Image.fromarray((chances * 255).round().byte().cpu().numpy())
 
 
-def autocaptioned(
-    pictures: Iterable[Picture], captioner: Captioner, prefix: str = "", suffix: str = ""
-) -> list[Picture]:
+def autocaptioned(pictures: Iterable[Picture], captioner: Captioner, prefix: str, suffix: str) -> list[Picture]:
     """Every picture with a caption: its own as it is, or the captioner's between prefix and suffix."""
 
     def text(picture: Picture) -> str | None:
