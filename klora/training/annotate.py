@@ -18,8 +18,6 @@ from PIL import Image
 from klora.errors import BaseModelError
 from klora.training.dataset import Picture
 
-__all__ = ["Captioner", "Segmenter", "autocaptioned", "segmented"]
-
 MAX_NEW_TOKENS = 50
 PUNCTUATION = ",.;:!?"
 

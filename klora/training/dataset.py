@@ -20,8 +20,6 @@ from klora.form.request import MAX_PIXELS, opaque, upright
 from klora.training.archive import Intake, Limits, Skipped, unpack
 from klora.training.config import whole_word
 
-__all__ = ["Limits", "Picture", "Skipped", "captioned", "dataset_hash", "read_upload"]
-
 MIN_SIDE = 64  # pixels
 MAX_TEXT_BYTES = 16 << 20  # of one caption file
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
