@@ -17,7 +17,6 @@ from klora.bases.hub import stay_offline as stay_offline
 from klora.bases.install import ensure_base, left_to_setup
 from klora.bases.pget import find_pget
 from klora.bases.table import BASES as BASES
-from klora.bases.table import Base as Base
 from klora.bases.table import base_of
 from klora.cache import Borrowed, Library, Store
 from klora.errors import BaseModelError, RequestError
