@@ -146,7 +146,7 @@ def test_there_a_path_that_exists_goes_before_what_else_it_may_mean(
     assert read(weights.LoRAFiles(root), "hf:o/m") == STYLE
 
 
-@pytest.mark.parametrize("text", ["ftp://x.org/a", "hf:o", "a" * 5000, "\0", "civitai:x"])
+@pytest.mark.parametrize("text", ["", "ftp://x.org/a", "hf:o", "a" * 5000, "\0", "civitai:x"])
 @pytest.mark.parametrize("anywhere", [False, True])
 def test_what_is_no_reference_is_said_of_its_input(text: str, anywhere: bool) -> None:
     assert refusal(weights.LoRAFiles(anywhere=anywhere), text).startswith("style_lora: '")

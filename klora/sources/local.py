@@ -25,7 +25,7 @@ def own(name: str, text: str) -> Reference:
     else. Raises LoRAError for a path at which nothing does, SourceError as parsed() does."""
     body, _, pin = text.rpartition("#sha256=")
     with suppress(OSError, ValueError):  # a name that the file system cannot take
-        if Path(text).exists():
+        if text and Path(text).exists():  # "" is no path, and would be the working folder
             return Local(text)
         if body and Path(body).is_file():
             return Local(body, pin=pin.lower())
