@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, repr=False)  # it holds secrets
 class Publishing:
-    """Where to show it, checked on creation."""
+    """Where to show it, checked on creation. Raises RequestError."""
 
     hf_repo_id: str = ask("", "Hugging Face repository, owner/name, to which the LoRA is uploaded.")
     hf_token: str = ask("", "Hugging Face token with the right to write there.")
@@ -38,6 +39,9 @@ class Publishing:
             check_repo_id(self.hf_repo_id)
             if not self.hf_token:
                 raise RequestError(f"hf_repo_id is {self.hf_repo_id!r} but hf_token is not given. Give it, too.")
+            if not re.fullmatch("[!-~]+", self.hf_token):  # no header can carry it, and the HTTP library would quote it
+                seen = f"hf_repo_id is {self.hf_repo_id!r}, but hf_token has a space or an odd letter in it"
+                raise RequestError(f"{seen}. Expected a token.")
 
     def tracked(self, config: TrainConfig) -> "AbstractContextManager[OnProgress]":
         """A listener that reports to Weights & Biases, if that was asked for."""
