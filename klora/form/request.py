@@ -185,6 +185,8 @@ def open_image(name: str, path: Path, mode: str) -> Image.Image:
             return opaque(upright(file), "white" if mode == "RGB" else "black").convert(mode)
     except RequestError:
         raise
+    except Image.DecompressionBombError as error:
+        raise RequestError(f"{name} has more than {MAX_PIXELS} pixels. Expected at most so many.") from error
     except Exception as error:  # of a damaged file Pillow raises whatever it stumbles on
         raise RequestError(f"{name} cannot be read as an image. Expected a PNG, JPEG or WebP file.") from error
 
