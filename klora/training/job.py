@@ -211,7 +211,7 @@ def _spread(steps: Sequence[str], most: int) -> Sequence[str]:
 def _shown(path: Path) -> Image.Image | None:
     """A sample as a sheet shows it, its file closed. None: there is none, or resume_from has no picture there."""
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=("PNG",)) as picture:
             return fitted(picture)
     except (*UNDECODABLE, Image.DecompressionBombError):
         return None
