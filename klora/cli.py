@@ -21,7 +21,7 @@ from PIL import Image
 import weights
 from klora.bulk.batches import Bulk
 from klora.bulk.lines import ALONE, read_prompts
-from klora.errors import KLoRAError, RequestError, SafetyError
+from klora.errors import KLoRAError, SafetyError
 from klora.form.fields import MAX_SEED
 from klora.form.inputs import progress_line
 from klora.form.options import FILE, options_of
@@ -82,8 +82,6 @@ def reproduce(
     made = read_provenance(original)
     given = {"content_lora": content_lora, "style_lora": style_lora, "image": image, "mask": mask}
     request = made.request(**open_images({name: value for name, value in given.items() if value is not None}))
-    if out.resolve() == original.resolve().parent:
-        raise RequestError(f"out is {str(out)!r}, the image's own folder. Expected another, for names are the same.")
     base = weights.find_base(request.model)
     for change in made.changes(base.path):
         typer.echo(f"Warning: {change}, so that the image may come out otherwise.", err=True)

@@ -188,8 +188,4 @@ def _read_object(line: bytes) -> dict[str, Any]:
         raise RequestError(f"{unknown[0]!r} is no input of a line. Expected {', '.join(LINE_INPUTS)}.")
     if "prompt" not in told:
         raise RequestError("It has no prompt. Expected one.")
-    try:
-        json.dumps(told, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:  # JSON can write it, UTF-8 cannot
-        raise RequestError("It has half a character, as in \\ud800. Expected whole ones.") from error
     return told

@@ -67,7 +67,7 @@ BAD_LINES = {
     "out of bounds": ('{"prompt": "x", "prompt_strength": 2}', "prompt_strength is 2.0. Expected 0 to 1."),
     "another kind": ('{"prompt": "x", "seed": "one"}', "seed is 'one'. Expected a whole number."),
     "inputs at odds": ('{"prompt": "x", "width": 64, "aspect_ratio": "1:1"}', "width or height is given with"),
-    "half a character": ('{"prompt": "\\ud800"}', "It has half a character, as in \\ud800. Expected whole ones."),
+    "half a character": ('{"prompt": "\\ud800"}', "prompt has half a character in it. Expected text."),
     "levels": ('{"prompt": ' + "[" * 4000, "It is JSON in too many levels. Expected an object of inputs."),
     "digits": ('{"prompt": "x", "seed": ' + "9" * 5000 + "}", "It has a number that is too large."),
     "fewer digits": ('{"prompt": "x", "style_bias": ' + "9" * 400 + "}", "It has a number that is too large."),

@@ -49,13 +49,18 @@ def test_the_third_of_four_images_is_made_again_by_itself_to_the_last_bit(shop: 
     assert Path(f"again/klora_9_2.{kind}").read_bytes() == Path(f"it.{kind}").read_bytes()
 
 
-def test_the_images_of_two_files_of_one_name_are_made_again_beside_each_other(shop: Path) -> None:
+def test_images_of_one_name_are_made_again_beside_each_other_and_the_original(shop: Path) -> None:
     for folder, prompt in (("one", "a dog"), ("two", "a cat")):
         fuse(*named_pair("sdxl"), "--output-format", "png", "--out", folder, "--negative-prompt", prompt)
     for _ in range(2):
         assert reproduce("one/klora_7_0.png").stdout.splitlines()[0] == "reproduced/klora_7_0.png"
         assert reproduce("two/klora_7_0.png").stdout.splitlines()[0] == "reproduced/klora_7_0-2.png"
     assert Path("reproduced/klora_7_0.png").read_bytes() == Path("one/klora_7_0.png").read_bytes()
+    own = Path("one/klora_7_0.png")
+    Path(rewritten(own, lambda told: told["versions"].update(klora="another"))).replace(own)
+    before = own.read_bytes()
+    assert reproduce(str(own), "--out", "one").stdout.splitlines()[0] == "one/klora_7_0-2.png"
+    assert own.read_bytes() == before
 
 
 def test_an_image_made_from_others_needs_them_again(shop: Path) -> None:
