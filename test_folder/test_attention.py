@@ -15,7 +15,7 @@ from torch import nn
 from klora import Request, generate, load_model
 from klora.models import pace
 from klora.models.attention import FluxAttention
-from klora.models.family import Family
+from klora.models.family import Compiled, Family
 from klora.models.pace import paced
 
 
@@ -71,3 +71,10 @@ def test_attention_that_somebody_has_changed_stays_as_it_is(flux: Family, with_k
     with paced(flux, Request("a dog", seed=0)):
         assert [module.processor for module in (first, second, third)] == changed
         assert isinstance(processors(flux)[-1], FluxAttention)
+
+
+def test_compiled_blocks_keep_the_attention_that_they_were_compiled_with(flux: Family, with_kernels: None) -> None:
+    flux.compiled, before = Compiled(("x_embedder",)), processors(flux)
+    for go_fast in (True, False):
+        with paced(flux, Request("a dog", seed=0, go_fast=go_fast)):
+            assert (processors(flux) == before) == go_fast

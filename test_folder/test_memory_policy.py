@@ -5,6 +5,7 @@ import json
 import re
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,7 +55,7 @@ def sizes(parts: dict[str, nn.Module]) -> dict[str, int]:
 
 def write_part(path: Path, count: int, kind: str) -> None:
     """A weight file of so many numbers that are not there: a hole in the disk."""
-    width = {"F16": 2, "BF16": 2, "F32": 4}[kind]
+    width = {"F16": 2, "BF16": 2, "F32": 4, "I64": 8}[kind]
     header = json.dumps({"w": {"dtype": kind, "shape": [count], "data_offsets": [0, count * width]}}).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
@@ -64,9 +65,14 @@ def write_part(path: Path, count: int, kind: str) -> None:
 
 @pytest.fixture(scope="module")
 def folders(modules: Modules, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Bases of the published sizes, SDXL's in fp16, Illustrious XL one file, FLUX.1's in bf16, and one in fp32."""
+    """Bases of the published sizes, SDXL's in fp16, Illustrious XL one file, FLUX.1's in bf16, one in fp32, and one of
+    whole numbers."""
     folder = tmp_path_factory.mktemp("models")
-    for name, kind in (*((name, "F16" if "xl" in name else "BF16") for name in FAMILY), ("fp32", "F32")):
+    for name, kind in (
+        *((name, "F16" if "xl" in name else "BF16") for name in FAMILY),
+        ("fp32", "F32"),
+        ("int64", "I64"),
+    ):
         counts = sizes(modules[FAMILY.get(name, "sdxl")])
         for part, count in {"": sum(counts.values())}.items() if name == "illustrious-xl" else counts.items():
             write_part(folder / name / part / "model.safetensors", count, kind)
@@ -176,6 +182,26 @@ def test_what_can_never_fit_is_refused_in_a_sentence_and_costs_no_other_base_its
     assert studio.resident == ["sdxl"]
 
 
+@pytest.mark.parametrize("missing", [0, 1])
+@on_each_card({"24 GB": 23_034})
+def test_the_only_base_may_take_all_that_there_is(name: str, card: Card, folders: Path, missing: int) -> None:
+    needed = sum(file.stat().st_size for file in (folders / "sdxl").rglob("*.safetensors"))
+    bases = ResidentBases(CUDA, lambda device: needed - missing, compiled=None)
+    with pytest.raises(BaseModelError, match=r"^sdxl needs 6\.9 GB") if missing else nullcontext():
+        bases.load("sdxl", "sdxl", folders / "sdxl")
+
+
+@on_each_card({"48 GB": 49_140})
+def test_for_a_base_that_fits_nothing_is_let_go_and_for_another_first_what_can_be_spared(
+    name: str, card: Card, folders: Path
+) -> None:
+    spared: list[list[str]] = []
+    bases = ResidentBases(CUDA, card.free, compiled=None, spare=lambda: spared.append(bases.names))
+    for base in ("sdxl", "flux-dev", "flux-schnell"):
+        bases.load(base, FAMILY[base], folders / base)
+    assert spared == [["sdxl", "flux-dev"]]
+
+
 @on_each_card({"24 GB": 23_034})
 def test_a_server_of_nothing_that_fits_is_not_ready(name: str, card: Card, folders: Path) -> None:
     with pytest.raises(BaseModelError, match=r"^flux-dev needs 33\.7 GB"):
@@ -233,12 +259,13 @@ def test_a_base_counts_as_it_is_loaded_not_as_it_lies_on_the_disk(name: str, car
     studio_of(card).prepare([("sdxl", "sdxl", folders / "fp32")])
 
 
-@pytest.mark.parametrize(("base", "size"), [("sdxl", "13.9"), ("flux-dev", "67.5")])  # in fp16, in bf16
+@pytest.mark.parametrize(("base", "size"), [("sdxl", "13.9"), ("flux-dev", "67.5"), ("int64", "27.8")])
 def test_on_a_cpu_halves_count_double(folders: Path, base: str, size: str) -> None:
+    """SDXL's are in fp16, FLUX.1's in bf16. Whole numbers stay as they are."""
     studio = Studio(
         lambda name, family: ("", "", Path()), Path("no-checker"), torch.device("cpu"), lambda device: 10**10
     )
     with pytest.raises(
         BaseModelError, match=rf"^{base} needs {re.escape(size)} GB of memory on cpu, where 10\.0 GB can be had\."
     ):
-        studio.load(base, FAMILY[base], folders / base)
+        studio.load(base, FAMILY.get(base, "sdxl"), folders / base)
