@@ -155,7 +155,10 @@ def test_a_trainer_which_has_no_set_up_fetches_what_the_build_left(
 def test_the_predictor_fetches_loads_and_then_goes_online_for_nothing(
     hub: Hub, bases: Path, models: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A real base this time, tiny, from the hub into memory."""
+    """A real base this time, tiny, from the hub into memory, where its blocks would be compiled."""
+    compiled: list[str] = []
+    monkeypatch.setenv("KLORA_COMPILE", "1")
+    monkeypatch.setattr("klora.studio.bases.compile_blocks", lambda model, float8: compiled.append(model.name))
     caplog.set_level(logging.INFO)
     folder = bases / "flux-schnell"
     hub.files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -163,7 +166,7 @@ def test_the_predictor_fetches_loads_and_then_goes_online_for_nothing(
     monkeypatch.setattr(tempfile, "tempdir", str(models))  # set-up makes a folder there
     predictor = Predictor()
     predictor.setup()
-    assert predictor.studio.resident == ["flux-schnell"]
+    assert (predictor.studio.resident, compiled) == (["flux-schnell"], ["FLUX.1"])
     assert "The safety checker is not installed: requests need disable_safety_checker=true." in caplog.messages
     hub.asked.clear()
     with pytest.raises(BaseModelError, match="offline mode is enabled"):

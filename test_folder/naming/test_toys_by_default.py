@@ -65,7 +65,10 @@ def test_the_toys_are_beside_the_programs() -> None:
 
 # What script/serve needs of the repository, and in cog's place a server that says what it is given and ends.
 SERVED = ("predict.py", "train.py", "cog.yaml", "weights.py", "script/serve", "script/schema", "script/in_venv.py")
-ECHO = "import os, sys\nprint(sys.argv[1:], os.environ['KLORA_MODELS'], os.environ['KLORA_LORA_ROOT'])"
+ECHO = """import os, shutil, sys
+print(sys.argv[1:], shutil.which("python"), os.environ["KLORA_MODELS"], os.environ["KLORA_LORA_ROOT"])
+"""
+WAITING = "import os, signal, sys\nprint('pid', os.getpid(), file=sys.stderr, flush=True)\nsignal.pause()"
 
 
 @pytest.fixture
@@ -105,9 +108,27 @@ def test_script_serve_hands_the_toys_to_its_server(served: Path, listener: socke
     options = ["--host", "127.0.0.1", *(["--x-mode", "train"] if mode == "train" else [])]
     *said, given, last = result.stderr.splitlines()
     assert said.count(TOLD) == 1
-    toys = served / "examples" / "toy"
-    assert given == f"{options} {toys} {toys / 'loras'}"
+    toys, python = served / "examples" / "toy", served / ".venv" / "bin" / "python"  # its worker is started as `python`
+    assert given == f"{options} {python} {toys} {toys / 'loras'}"
+    assert (served / ".cog" / "openapi_schema.json").is_file()
     assert (result.returncode, last) == (1, "The server ended with status 0.")
+
+
+def test_script_serve_starts_nothing_where_there_is_no_form(served: Path, listener: socket.socket) -> None:
+    (served / "predict.py").write_text("")
+    result = serve(served, "--port", str(listener.getsockname()[1]))
+    assert result.returncode == 1 and "--host" not in result.stderr
+
+
+def test_a_server_ends_with_the_script_serve_that_is_told_to_stop(served: Path, listener: socket.socket) -> None:
+    (served / "cog" / "server" / "http.py").write_text(WAITING)
+    command = [sys.executable, served / "script" / "serve", "--port", str(listener.getsockname()[1])]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as program:
+        server = next(int(line.split()[1]) for line in program.stderr if line.startswith("pid "))
+        program.terminate()
+        assert program.wait() == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(server, 0)
 
 
 def test_script_serve_starts_nothing_where_another_server_would_answer_for_it(
