@@ -5,6 +5,7 @@ What holds of every model is in conformance/.
 
 import base64
 import io
+import json
 import shutil
 import tarfile
 import tempfile
@@ -168,9 +169,13 @@ def test_a_file_of_prompts_gives_one_tar_of_images_with_captions(server: Server)
 
 
 def test_of_a_file_of_prompts_what_fails_is_listed_and_the_rest_is_made(server: Server) -> None:
-    lines = b'{"prompt": "a dog", "style_lora": "none.safetensors"}\n{"prompt": "a cat", "seed": 3}\n{"prompt": 1}\n'
-    files = tar_of(server.predict(**QUICK | {"prompt": "{}", "prompts": data_uri(lines, "text/plain")}))
-    assert sorted(files) == ["00001.json", "00001.png", "00001.txt", "failures.txt"]
+    """Their seeds count from one that the log and the metrics report."""
+    lines = b'{"prompt": "a dog", "style_lora": "none.safetensors"}\n{"prompt": "a cat"}\n{"prompt": 1}\n'
+    answer = server.predict(prompt="{}", prompts=data_uri(lines, "text/plain"), num_inference_steps=1)
+    files, seed = tar_of(answer), answer["metrics"]["seed"]
+    assert sorted(files) == ["00001.json", "00001.txt", "00001.webp", "failures.txt"]
+    assert json.loads(files["00001.json"])["seed"] == seed + 1
+    assert f"seed {seed}\n" in answer["logs"]
     assert [line.partition(" is ")[0] for line in files["failures.txt"].decode().splitlines()] == [
         "line 1: style_lora", "line 3: prompt",
     ]  # fmt: skip

@@ -26,7 +26,7 @@ from test_folder.fakes import SIGNATURE, Server, Storage, tarred
 from test_folder.fakes.civitai import Civitai, File
 from test_folder.fakes.hub import Hub
 from test_folder.fakes.replicate import Replicate
-from test_folder.test_predict import QUICK, SDXL, running
+from test_folder.test_predict import QUICK, SDXL, running, tar_of
 from test_folder.test_predict import Server as Client
 
 ANN, MEMBER, OWNER = "hf_Canary+Ann/1=", "Canary+Member/2=", "r8_Canary+Owner/3="
@@ -182,6 +182,14 @@ def test_a_word_that_only_its_page_names_calls_a_lora_unless_the_prompt_has_one(
     assert np.array_equal(drawn(answer), service.client.images(**spoken, style_lora=SDXL["style_lora"])[0])
     for given in ({"prompt": "a SKS dog"}, {"add_triggers": False}):
         assert "triggers_added" not in service.client.predict(**QUICK | given, style_lora="civitai:23")["metrics"]
+
+
+def test_of_what_the_lines_of_a_file_name_it_is_known_what_its_pages_say(service: Service) -> None:
+    lines = "".join(f'{{"prompt": "a dog", "style_lora": "civitai:{version}"}}\n' for version in (23, 24))
+    prompts = {"prompt": "{}", "model": "sdxl", "prompts": data_uri(lines.encode())}
+    answer = service.client.predict(**QUICK | prompts)
+    assert tar_of(answer)["00000.txt"] == b"zork style, a dog"
+    assert "line 2: style_lora: civitai:24 was made for 'Flux.1 D', as its page says. " in answer["logs"]
 
 
 # Refusals.
