@@ -55,7 +55,8 @@ def test_a_refusal_by_the_form_holds_no_token(predictor: Client) -> None:
 
 
 def test_a_training_that_is_refused_holds_no_token(trainer: Client) -> None:
-    assert not tells(trainer.predict(**trainer.mode.faulty, **KEYS))
+    answer = trainer.predict(**trainer.mode.faulty, **KEYS)
+    assert trainer.mode.fault in answer["error"] and not tells(answer)
     assert not tells(trainer.predict(**trainer.mode.quick | {"hf_token": KEYS["hf_token"], "hf_repo_id": "no name"}))
 
 

@@ -84,7 +84,7 @@ def test_the_log_and_the_webhooks_tell_how_far_it_is(trainer: Client, hooks: Hoo
     assert end["status"] == "succeeded"
     assert progress(end["logs"])[-1] == (100, 4, 4)
     assert "\r" not in end["logs"]  # no bars of libraries, which end no line
-    assert {"loss", "fixed_loss", "predict_time"} <= end["metrics"].keys()
+    assert {"loss", "fixed_loss", "steps_per_second", "predict_time"} <= end["metrics"].keys()
     assert end["output"]["weights"]
     assert any(event["status"] == "processing" and progress(event["logs"]) for event in hooks.events("training"))
 
