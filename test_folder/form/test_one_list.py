@@ -1,9 +1,9 @@
-"""A request, the web form and the command have the same fields."""
+"""A request, the web form and the command have the same fields, and so have a training and its form."""
 
 import inspect
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from typing import Any, get_args, get_type_hints
 
 import cog
@@ -12,9 +12,12 @@ import typer
 from PIL import Image
 
 import predict
+import train
 from klora import cli
 from klora.errors import RequestError
 from klora.form.request import Request
+from klora.training.config import TrainConfig
+from klora.training.publishing import Publishing
 
 FORM: Mapping[str, Any] = {
     name: parameter.default
@@ -80,3 +83,22 @@ def test_the_command_has_a_requests_bounds_choices_and_default(name: str) -> Non
     assert option.default == (None if item.default is MISSING else item.default)
     assert option.help == item.metadata["help"]
     assert option.required == (name == "prompt")
+
+
+TRAINING: Mapping[str, Any] = {
+    name: parameter.default for name, parameter in inspect.signature(train.train).parameters.items()
+}
+SETTINGS = (*fields(TrainConfig), *fields(Publishing))
+
+
+def test_the_training_form_has_the_fields_of_a_training() -> None:
+    others = {"input_images", "base_model", "resume_from"}
+    assert [name for name in TRAINING if name not in others] == [item.name for item in SETTINGS]
+
+
+@pytest.mark.parametrize("item", SETTINGS, ids=lambda item: item.name)
+def test_the_training_form_has_a_trainings_bounds_choices_and_default(item: Field[Any]) -> None:
+    form = TRAINING[item.name]
+    assert (form.ge, form.le) == (item.metadata.get("ge"), item.metadata.get("le"))
+    assert form.choices == (list(item.metadata["choices"]) if "choices" in item.metadata else None)
+    assert form.default == (None if item.default is MISSING or item.default == "" else item.default)
