@@ -98,7 +98,7 @@ def test_a_file_that_goes_meanwhile_is_named_in_one_line(
     monkeypatch.setattr(Shelf, "take", lambda *given: (lora.unlink(missing_ok=True), take(*given))[1])
     monkeypatch.setattr(inspection, "files_of", lambda path: (lora.unlink(), files_of(path))[1])
     result = run(*VERBS[verb])
-    said = (REFUSED if verb == "inspect" else GONE).format(PAIR[0], "No such file or directory")
+    said = GONE.format(PAIR[0], "No such file or directory")
     line = (result.stdout + result.stderr).splitlines(keepends=True)[-1]
     assert (result.exit_code, line) == (1, f"Not made: line 1: {said}" if verb == "generate" else f"Error: {said}")
     assert "Traceback" not in result.stderr
