@@ -7,7 +7,7 @@ import pytest
 from klora.errors import SourceError
 from klora.sources import replicate
 from klora.sources.deadline import Deadline
-from klora.sources.download import Denied, Download, NotFound
+from klora.sources.download import Denied, Download, NotFound, Unreachable
 from klora.sources.network import Network
 from klora.sources.reference import ReplicateModel, Url, parse
 from test_folder.fakes import SIGNATURE, Storage, refused
@@ -94,6 +94,12 @@ def test_pages_that_lead_in_a_circle_come_to_an_end(authority: Replicate, resolv
     authority.moved = {"/o/m/_weights": "/a", "/a": "/b", "/b": "/a"}
     assert "from page to page" in refused(resolve, SourceError, "replicate:o/m")
     assert len(authority.requests) == replicate.MAX_PAGES
+
+
+def test_a_page_that_leads_to_no_address_is_replicates_fault(authority: Replicate, resolve: Resolve) -> None:
+    authority.moved["/o/m/_weights"] = "https://[none/x.tar"
+    with pytest.raises(Unreachable, match="gave an answer that cannot be understood"):
+        resolve("replicate:o/m")
 
 
 def test_a_tar_that_is_named_itself_has_the_key_that_its_model_has(authority: Replicate, resolve: Resolve) -> None:

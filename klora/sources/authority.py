@@ -47,18 +47,19 @@ def redirection(url: str, headers: dict[str, str], net: Network, deadline: Deadl
     def attempt() -> str | None:
         with net.get(url, headers, deadline, follow=False) as answer:
             answer.require(200, *REDIRECTS)
-            return answer.headers["Location"] if answer.status in REDIRECTS else None
+            location = answer.headers["Location"] if answer.status in REDIRECTS else None
+            with understood(answer.who):
+                return location and urljoin(url, location)
 
-    location = persistently(attempt, deadline, net.patience.pause)
-    return location and urljoin(url, location)
+    return persistently(attempt, deadline, net.patience.pause)
 
 
 @contextmanager
 def understood(authority: str) -> Iterator[None]:
-    """Tell what goes wrong in reading an authority's JSON as its fault: Unreachable."""
+    """Tell what goes wrong in reading an authority's answer as its fault: Unreachable."""
     try:
         yield
     except SourceError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise Unreachable(f"{authority} gave an answer that cannot be understood. Try again later.") from error

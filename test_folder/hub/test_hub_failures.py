@@ -37,7 +37,7 @@ def test_bytes_that_are_not_what_the_hub_says_are_refused(
         fetched(found, net)
 
 
-@pytest.mark.parametrize("told", [{"size": "many"}, {"lfs": "none"}, {"lfs": [1]}])
+@pytest.mark.parametrize("told", [{"size": "many"}, {"size": float("inf")}, {"lfs": "none"}, {"lfs": [1]}])
 def test_an_answer_that_makes_no_sense_is_the_hubs_fault(
     authority: Hub, resolve: Resolve, told: dict[str, Any]
 ) -> None:
