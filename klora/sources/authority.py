@@ -10,10 +10,9 @@ from urllib.parse import urljoin
 from klora.errors import SourceError
 from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, Unreachable
-from klora.sources.network import Network
+from klora.sources.network import REDIRECTS, Network
 from klora.sources.retries import persistently
 
-REDIRECTS = (301, 302, 303, 307, 308)
 MAX_NAME = 80  # characters
 MAX_WORDS, MAX_WORD = 20, 200  # of an author's, and the characters of one
 

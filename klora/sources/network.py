@@ -18,7 +18,7 @@ from klora.sources.retries import persistently
 
 AGENT = "klora"  # an authority turns away libraries that do not say who they are
 
-_REDIRECTS = (301, 302, 303, 307, 308)
+REDIRECTS = (301, 302, 303, 307, 308)
 _HARMLESS = {"accept", "content-type", "if-range", "range", "user-agent"}  # what no origin can be told too much with
 
 
@@ -48,7 +48,7 @@ class Network:
             with self.dialler.answer(target, sent, deadline) as answer:
                 answer.redirected = hop > 0
                 location = answer.headers["Location"]
-                if not follow or answer.status not in _REDIRECTS or not location:
+                if not follow or answer.status not in REDIRECTS or not location:
                     yield answer
                     return
             following = target.redirected(location, self.trusted)
