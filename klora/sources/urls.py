@@ -7,9 +7,9 @@ import re
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from klora.errors import SourceError
+from klora.sources.addresses import PORTS
 from klora.sources.kinds import Url, plain_path
 
-_PORTS = {"https": 443, "http": 80}
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 # ASCII only: what looks like a letter and is another one has no place in a host's name. Or the inside of [...].
 _HOST = re.compile(rf"(?=.{{1,253}}$){_LABEL}(?:\.{_LABEL})*|[0-9a-f:.]*:[0-9a-f:.]*")
@@ -50,7 +50,7 @@ def split(text: str) -> SplitResult:
     if not _HOST.fullmatch(host):
         raise SourceError("its host is none. Expected a name in ASCII letters, digits, hyphens and dots.")
     ours = _OF_AN_AUTHORITY.fullmatch(host)
-    if ours and port not in (None, *_PORTS.values()):
+    if ours and port not in (None, *PORTS.values()):
         raise SourceError(f"its port is {port}. Expected {host} without a port.")
     if not ours and _LOOKS_LIKE_ONE.search(host):
         raise SourceError(
@@ -63,7 +63,7 @@ def url(parts: SplitResult) -> Url:
     """The file at an address, as split() gave it. Raises SourceError."""
     plain_path(unquote(parts.path))
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-    port = "" if parts.port in (None, _PORTS[parts.scheme]) else f":{parts.port}"
+    port = "" if parts.port in (None, PORTS[parts.scheme]) else f":{parts.port}"
     base = f"{parts.scheme}://{host}{port}{_encoded(parts.path) or '/'}"
     query = _encoded(parts.query)
     pieces = sorted(filter(None, re.split("[&;]", query)), key=_name)
