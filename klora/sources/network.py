@@ -18,6 +18,7 @@ from klora.sources.retries import persistently
 
 AGENT = "klora"  # an authority turns away libraries that do not say who they are
 
+MAX_REDIRECTS = 5  # one after another
 REDIRECTS = (301, 302, 303, 307, 308)
 _HARMLESS = {"accept", "content-type", "if-range", "range", "user-agent"}  # what no origin can be told too much with
 
@@ -35,16 +36,14 @@ class Network:
         return self.dialler.patience
 
     @contextmanager
-    def get(
-        self, url: str, headers: Mapping[str, str], deadline: Deadline, *, follow: bool = True, max_redirects: int = 5
-    ) -> Iterator[Answer]:
+    def get(self, url: str, headers: Mapping[str, str], deadline: Deadline, *, follow: bool = True) -> Iterator[Answer]:
         """The answer to a GET, of whatever status; a redirect itself unless follow.
 
         headers: for the origin of url; of them only the harmless ones go on to another, and the rest never comes back.
         Raises SourceError where a hop may not be taken, Unreachable where it does not answer.
         """
         target, sent = parse_url(url, self.trusted), _checked({"User-Agent": AGENT, **headers})
-        for hop in range(max_redirects + 1):
+        for hop in range(MAX_REDIRECTS + 1):
             with self.dialler.answer(target, sent, deadline) as answer:
                 answer.redirected = hop > 0
                 location = answer.headers["Location"]
@@ -55,7 +54,7 @@ class Network:
             if following.origin != target.origin:
                 sent = {name: value for name, value in sent.items() if name.lower() in _HARMLESS}
             target = following
-        raise SourceError(f"The link is redirected more than {max_redirects} times. Expected the file.")
+        raise SourceError(f"The link is redirected more than {MAX_REDIRECTS} times. Expected the file.")
 
     def json(self, url: str, headers: Mapping[str, str], deadline: Deadline, max_bytes: int = 4 << 20) -> Any:
         """What a fixed authority says in JSON. Raises NotFound, Denied, Unreachable or SourceError."""
