@@ -54,7 +54,7 @@ def test_a_version_is_known_before_it_is_fetched(authority: Civitai, resolve: Re
         key="civitai:20+7",
         name="Pony_Style.safetensors",
         url=f"{authority.url}/api/download/models/20?type=Model&format=SafeTensor&size=full&fp=fp16",
-        headers={"User-Agent": "klora", "Content-Type": "application/json"},
+        headers={"Content-Type": "application/json"},
         size=len(CONTENT),
         sha256=DIGEST,
         base_model="SDXL 1.0",
@@ -188,7 +188,7 @@ def test_what_is_for_members_asks_for_a_token(authority: Civitai, resolve: Resol
 
 def test_a_login_page_is_a_refusal_too(authority: Civitai, resolve: Resolve, monkeypatch: pytest.MonkeyPatch) -> None:
     """C4, of a CivitAI that does not tell JSON from people."""
-    monkeypatch.setattr(civitai, "_HEADERS", {"User-Agent": "klora"})
+    monkeypatch.setattr(civitai, "_HEADERS", {})
     authority.publish(1, 9, File(2, content=CONTENT), members_only=True)
     assert "no token was given" in refused(resolve, Denied, "civitai:9")
     assert not [request for request in authority.requests if request.path == "/login"]

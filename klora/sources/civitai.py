@@ -18,9 +18,8 @@ from klora.sources.reference import CivitaiFile
 AUTHORITY = "CivitAI"
 MAX_LISTED = 20  # files, in a message
 
-# The library's own name is turned away at the door, and only who sends JSON is told of an error in JSON: everybody
-# else is shown a login page, with status 200.
-_HEADERS = {"User-Agent": "klora", "Content-Type": "application/json"}
+# Only who sends JSON is told of an error in JSON: everybody else is shown a login page, with status 200.
+_HEADERS = {"Content-Type": "application/json"}
 _LORAS = ("LORA", "LoCon", "DoRA")
 _SELECTORS = ("format", "size", "fp")  # of a file's metadata, that a download link may name
 
