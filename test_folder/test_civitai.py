@@ -11,8 +11,9 @@ from klora.errors import SourceError
 from klora.sources import civitai
 from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, Download, NotFound, Unreachable
+from klora.sources.kinds import CivitaiFile
 from klora.sources.network import Network
-from klora.sources.reference import CivitaiFile, parse
+from klora.sources.reference import parse
 from test_folder.fakes import CONTENT, SIGNATURE, Reply, Storage, fetched, refused
 from test_folder.fakes.civitai import Civitai, File
 

@@ -8,8 +8,9 @@ from klora.errors import SourceError
 from klora.sources import replicate
 from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, Download, NotFound, Unreachable
+from klora.sources.kinds import ReplicateModel, Url
 from klora.sources.network import Network
-from klora.sources.reference import ReplicateModel, Url, parse
+from klora.sources.reference import parse
 from test_folder.fakes import SIGNATURE, Storage, refused
 from test_folder.fakes.replicate import Replicate
 

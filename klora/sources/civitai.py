@@ -12,8 +12,8 @@ from klora.errors import SourceError
 from klora.sources.authority import bearer, file_name, plain_words, redirection, understood
 from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, Download, NotFound
+from klora.sources.kinds import CivitaiFile
 from klora.sources.network import Network
-from klora.sources.reference import CivitaiFile
 
 AUTHORITY = "CivitAI"
 MAX_LISTED = 20  # files, in a message

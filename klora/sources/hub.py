@@ -15,8 +15,8 @@ from klora.errors import SourceError
 from klora.sources.authority import bearer, file_name, plain_words, understood
 from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, Download, NotFound
+from klora.sources.kinds import HubFile
 from klora.sources.network import Network
-from klora.sources.reference import HubFile
 from klora.sources.retries import persistently
 
 AUTHORITY = "Hugging Face"

@@ -17,10 +17,8 @@ from urllib.parse import parse_qsl, unquote
 
 from klora.errors import SourceError
 from klora.sources.formats import EXPECTED, HEAD_BYTES, unlike_lora
-from klora.sources.kinds import Bare, CivitaiFile, Data, HubFile, Local, Reference, ReplicateModel, Url, plain_path
+from klora.sources.kinds import Bare, CivitaiFile, Data, HubFile, Local, Reference, ReplicateModel, plain_path
 from klora.sources.urls import begins_with_an_authority, split, url
-
-__all__ = ["Bare", "CivitaiFile", "Data", "HubFile", "Local", "Reference", "ReplicateModel", "Url", "parse", "shown"]
 
 MAX_CHARACTERS = 2000
 MAX_DATA_CHARACTERS = 64 << 20

@@ -10,8 +10,8 @@ from klora.errors import SourceError
 from klora.sources.authority import bearer, file_name, redirection
 from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, Download, NotFound
+from klora.sources.kinds import ReplicateModel
 from klora.sources.network import Network
-from klora.sources.reference import ReplicateModel
 
 AUTHORITY = "Replicate"
 MAX_PAGES = 5  # that lead to one another

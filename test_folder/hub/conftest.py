@@ -7,8 +7,9 @@ import pytest
 from klora.sources import hub
 from klora.sources.deadline import Deadline
 from klora.sources.download import Download
+from klora.sources.kinds import HubFile
 from klora.sources.network import Network
-from klora.sources.reference import HubFile, parse
+from klora.sources.reference import parse
 from test_folder.fakes import Storage
 from test_folder.fakes.hub import Hub
 from test_folder.hub.readers import ANN, BOB, Resolve

@@ -6,8 +6,8 @@ import pytest
 
 from klora.errors import SourceError
 from klora.sources.download import NotFound, Unreachable
+from klora.sources.kinds import HubFile
 from klora.sources.network import Network
-from klora.sources.reference import HubFile
 from test_folder.fakes import CONTENT, fetched
 from test_folder.fakes.hub import Hub, Repository
 from test_folder.hub.readers import ANN, Resolve, refused

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klora.errors import SourceError
-from klora.sources.reference import Data, Url, parse
+from klora.sources.kinds import Data, Url
+from klora.sources.reference import parse
 from test_folder.references.parsing import PIN
 
 FRAGMENTS = st.sampled_from(

@@ -7,7 +7,8 @@ from hashlib import sha256
 
 import pytest
 
-from klora.sources.reference import MAX_DATA_CHARACTERS, Data, parse
+from klora.sources.kinds import Data
+from klora.sources.reference import MAX_DATA_CHARACTERS, parse
 from test_folder.references.parsing import PIN, refusal
 
 SAFETENSORS = (2).to_bytes(8, "little") + b"{}"

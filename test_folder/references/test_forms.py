@@ -2,7 +2,8 @@
 
 import pytest
 
-from klora.sources.reference import Bare, CivitaiFile, HubFile, Local, ReplicateModel, Url, parse
+from klora.sources.kinds import Bare, CivitaiFile, HubFile, Local, ReplicateModel, Url
+from klora.sources.reference import parse
 from test_folder.references.parsing import PIN
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

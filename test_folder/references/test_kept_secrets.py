@@ -3,7 +3,8 @@
 import pytest
 
 from klora.errors import SourceError
-from klora.sources.reference import Url, parse
+from klora.sources.kinds import Url
+from klora.sources.reference import parse
 from test_folder.references.parsing import refusal
 
 SIGNED = {
