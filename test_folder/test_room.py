@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from klora.cache import CacheFullError, library
+from klora.cache import library
 from klora.cache.draft import DiskError, DiskFullError
 from klora.cache.refs import File
+from klora.cache.room import CacheFullError
 from klora.sources.deadline import Deadline
 from klora.sources.kinds import Data
 from test_folder.lending import CONTENT, SIZE, Shop, hub, opened_shop, safetensors, sha256

@@ -11,8 +11,6 @@ Nothing here connects to anything: what asks and what fetches is handed in.
 """
 
 from klora.cache.library import Borrowed, Library
-from klora.cache.room import CacheFullError
-from klora.cache.scope import Tokens
 from klora.cache.store import Store
 
-__all__ = ["Borrowed", "CacheFullError", "Library", "Store", "Tokens"]
+__all__ = ["Borrowed", "Library", "Store"]

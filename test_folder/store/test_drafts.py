@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from klora.cache import CacheFullError, draft
+from klora.cache import draft
+from klora.cache.room import CacheFullError
 from klora.sources.deadline import Deadline
 from test_folder.lending import safetensors
 from test_folder.store.stored import SIZE, opened, put
