@@ -120,7 +120,7 @@ def pairs(contents: Contents, spelled: Mapping[str, Module]) -> tuple[dict[str, 
 
 
 def _converted(stem: str, kind: str, parts: Mapping[str, Tensor], alpha: float | None) -> tuple[LowRank, float]:
-    divisor = _divisor(kind, parts)
+    divisor = _divisor(parts)
     scale = 1.0 if alpha is None or divisor is None else _checked(stem, alpha) / divisor
     pair, error = low_rank(kind, parts, scale)
     if error > MAX_ERROR:
@@ -203,10 +203,9 @@ def _dense(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return whole + (shapes["hada_w1_a"][0] * shapes["hada_w1_b"][1] if loha else 0)
 
 
-def _divisor(kind: str, parts: Mapping[str, Tensor]) -> int | None:
+def _divisor(parts: Mapping[str, Tensor]) -> int | None:
     """The rank that alpha is divided by; None where nothing is thin, and LyCORIS takes alpha for 1."""
-    thin = ("hada_w1_b",) if kind == "LoHa" else ("lokr_w1_b", "lokr_w2_b")
-    return next((len(parts[name]) for name in thin if name in parts), None)
+    return next((len(parts[name]) for name in ("hada_w1_b", "lokr_w1_b", "lokr_w2_b") if name in parts), None)
 
 
 def _matrix(stem: str, tensor: Tensor) -> Tensor:
