@@ -55,7 +55,7 @@ def located(pairs: Mapping[str, LowRank], inventory: Inventory, rename: Rename) 
 
 
 def _place(found: dict[Place, LowRank], place: Place, pair: LowRank, stem: str, inventory: Inventory) -> None:
-    seen, expected = (pair.B.shape[0], pair.A.shape[1]), inventory[place[0]][place[1]]
+    seen, expected = pair.shape, inventory[place[0]][place[1]]
     if seen != expected:
         raise LoRAError(f"was made for another base: {stem!r} is {seen} there. Expected {expected}.")
     if place in found:
