@@ -73,10 +73,7 @@ class Flux:
         return any(re.search(own, key) for key in keys)
 
     def read_lora(self, path: Path) -> LoRA:
-        def rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            return FluxPipeline.lora_state_dict(tensors)
-
-        return read_lora(path, self.inventory, rename, word_widths(self))
+        return read_lora(path, self.inventory, FluxPipeline.lora_state_dict, word_widths(self))
 
     def encode_prompt(self, prompts: list[str], negative_prompts: list[str] | None = None) -> Conditioning:
         """negative_prompts have no effect: a guidance-distilled model steers away from nothing.
