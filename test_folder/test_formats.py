@@ -145,6 +145,7 @@ DAMAGED: dict[str, Callable[[], bytes]] = {
     "no header": lambda: GOOD[:9],
     "header of a list": lambda: header(b"{" + b"[" * 99_999),
     "no offsets": lambda: header(b'{"a":{}}'),
+    "offsets without end": lambda: header(b'{"a":{"data_offsets":[0,1e999]}}'),
     "offsets of words": lambda: header(b'{"a":{"data_offsets":["b","c"]}}'),
     "tensors of none": lambda: header(b'{"a":null}'),
     "tar cut in a member": lambda: WHOLE_TAR[:2000],
