@@ -9,7 +9,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, cast
 
@@ -52,9 +52,9 @@ class Contents:
     specs: Mapping[str, Spec]
     metadata: Mapping[str, str]
     reader: Any  # safetensors types its reader nowhere
-    adapter: Mapping[str, Any] = field(default_factory=dict)
-    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
-    words: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Mapping[str, Any]
+    embeddings: Mapping[str, Tensor]
+    words: Mapping[str, Any]
 
     def tensor(self, key: str) -> Tensor:
         """On the CPU, as stored."""
