@@ -130,7 +130,7 @@ def studio_of(card: Card) -> Studio:
 def engine(model: Any, targets: str) -> str:
     """Of a LoRA that adapts these layers: attached()'s own choice, without lending anything."""
     names = [name for name in tiny.linear_shapes(model.denoiser) if re.search(TARGETS[targets], name)]
-    fits = klora.layers._fits([model.denoiser.get_submodule(name) for name in names], [False] * len(names))
+    fits = klora.layers._fits([model.denoiser.get_submodule(name) for name in names], [False] * len(names), 0)
     return "merged" if fits else "gated"
 
 

@@ -80,7 +80,7 @@ def attached(
             yield lent_gated(denoiser, plan, pairs, loans)
 
 
-def _fits(linears: list[nn.Linear], float8: list[bool], pixels: int = 0) -> bool:
+def _fits(linears: list[nn.Linear], float8: list[bool], pixels: int) -> bool:
     """Whether active weights, some of them in float8, fit beside the pristine ones and the headroom."""
     weights = [linear.weight for linear in linears]
     if any(type(linear) is not nn.Linear for linear in linears) or any(w.itemsize < 2 for w in weights):

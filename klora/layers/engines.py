@@ -67,7 +67,7 @@ def lent_merged(
     plan: Plan,
     pairs: Mapping[int, Pairs],
     loans: list[Loan],
-    float8: Collection[str] = (),
+    float8: Collection[str],
 ) -> Gate:
     """A weight of its own in the place of each layer's, which is written anew where gates change; in the place of the
     layers named in float8 a Float8Linear with it."""
