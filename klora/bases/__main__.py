@@ -1,6 +1,6 @@
 """Fetch base models: what `python -m klora.bases` does in the image's build, and script/download-weights on a laptop.
 
-It needs no torch, and of klora only this package and the errors: the build has a wheel of these two alone.
+It needs no torch, and of klora only this package and what that imports: the build has a wheel of these alone.
 """
 
 import argparse
