@@ -31,6 +31,8 @@ def load_model(
 
     SDXL's weights may all be in one file at its top, under the names that their authors gave them.
     """
+    if family not in FAMILIES:
+        raise BaseModelError(f"There is no family {family!r}. Expected one of {', '.join(FAMILIES)}.")
     device = device or default_device()
     path = Path(path)
     _refuse_incomplete(path)

@@ -57,6 +57,12 @@ def test_half_precision_makes_about_the_same_image(
     assert np.abs(paint(half, **option) - paint(models[base], **option)).mean() < 3
 
 
+@pytest.mark.parametrize("family", ["video", "flux-dev"])  # which is a base
+def test_a_family_that_is_none_is_refused_in_a_sentence(bases: Path, family: str) -> None:
+    with pytest.raises(BaseModelError, match=rf"^There is no family '{family}'\. Expected one of sdxl, flux\.$"):
+        load_model(family, bases / "flux-dev", CPU)
+
+
 def test_folder_of_a_fp16_variant_is_loaded(bases: Path, tmp_path: Path) -> None:
     folder = tmp_path / "fp16"
     shutil.copytree(bases / "sdxl", folder)
@@ -123,9 +129,7 @@ def test_damaged_folder_is_refused_in_a_sentence(
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize(
-    ("family", "base"), [("sdxl", "flux-dev"), ("flux", "sdxl"), ("sdxl", "safety-checker"), ("video", "sdxl")]
-)
+@pytest.mark.parametrize(("family", "base"), [("sdxl", "flux-dev"), ("flux", "sdxl"), ("sdxl", "safety-checker")])
 def test_folder_of_another_family_is_refused_in_a_sentence(bases: Path, family: str, base: str) -> None:
     with pytest.raises(BaseModelError, match=re.escape(str(bases / base))):
         load_model(family, bases / base, CPU)
