@@ -53,6 +53,7 @@ THRESHOLDS = ("concept_embeds_weights", "special_care_embeds_weights")
         pytest.param(lambda folder: (folder / WEIGHTS).unlink(), id="no weights"),
         pytest.param(lambda folder: (folder / "config.json").write_text("{"), id="no config"),
         pytest.param(lambda folder: (folder / "preprocessor_config.json").unlink(), id="no processor"),
+        pytest.param(lambda folder: (folder / "preprocessor_config.json").write_text("[]"), id="odd processor"),
         pytest.param(cut(WEIGHTS), id="cut short"),
         pytest.param(lacking(WEIGHTS, *THRESHOLDS), id="no thresholds"),
         pytest.param(lacking(WEIGHTS, "visual_projection.weight"), id="no projection"),
