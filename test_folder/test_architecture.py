@@ -23,15 +23,15 @@ BORDERS = {
     "cog": ("predict.py", "train.py"),
     "diffusers": ("klora/models/", "klora/training/run.py"),
     "transformers": ("klora/models/", "klora/training/annotate.py"),
-    "requests": ("klora/sources/", "playground/connection.py"),
+    "requests": ("playground/connection.py",),
     "gradio": tuple(f"playground/{name}.py" for name in ("app", "controls", "fusion", "training")),
     "urllib": ("klora/sources/", "weights.py", "playground/"),
-    "urllib3": ("klora/sources/",),
+    "urllib3": (),
     "http": ("klora/sources/",),
     "matplotlib": ("klora/report/picture.py",),
     "ray": ("klora/bulk/cluster.py",),
     "triton": ("klora/device.py", "klora/kernels.py"),
-    "huggingface_hub": ("klora/bases/hub.py", "klora/sources/", "klora/training/card.py"),
+    "huggingface_hub": ("klora/bases/hub.py", "klora/training/card.py"),
 }
 ROOMS = {
     room: {f"klora.{room}", *(f"klora.{room}.{path.stem}" for path in PACKAGE if path.parent.name == room)}
@@ -41,9 +41,9 @@ FILES_OF_LORAS = ROOMS["files"]
 # What the lower files may import of ours; the files above them may import what they like, but for the programs.
 LAYERS = {
     "klora/errors.py": set(),
-    "klora/device.py": {"klora.errors"},
+    "klora/device.py": set(),
     "klora/interruptible.py": set(),
-    "klora/lora.py": {"klora.errors"},
+    "klora/lora.py": set(),
     "klora/files/": {"klora.errors", "klora.lora", *FILES_OF_LORAS},
     "klora/fusion.py": {"klora.errors", "klora.lora"},
     "klora/kernels.py": {"klora.lora"},
