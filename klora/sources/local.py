@@ -61,8 +61,12 @@ def lora_path(reference: str, root: Path | None, name: str) -> Path:
 def pinned(path: Path, reference: Local, name: str) -> Path:
     """A local file, compared with its reference's #sha256=. Raises SourceError."""
     if reference.pin:
-        with path.open("rb") as file:
-            seen = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            with path.open("rb") as file:
+                seen = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            why = error.strerror  # its own text names the folder
+            raise SourceError(f"{name}: {reference.path} cannot be read: {why}. Expected one that can.") from error
         if seen != reference.pin:
             raise SourceError(f"{name}: {reference.path} has the sha256 {seen}. Expected {reference.pin}, its pin.")
     return path

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 import weights
-from klora.errors import LoRAError
-from klora.sources.local import lora_path
+from klora.errors import LoRAError, SourceError
+from klora.sources.kinds import Local
+from klora.sources.local import lora_path, pinned
 
 
 @pytest.fixture
@@ -49,6 +50,11 @@ def test_a_path_below_the_root_is_accepted(root: Path, reference: str, file: str
 def test_a_root_that_is_a_link_serves_what_is_below_it(root: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(root)
     assert lora_path("dog.safetensors", tmp_path / "link", "style_lora") == root / "dog.safetensors"
+
+
+def test_a_pinned_file_that_cannot_be_read_is_refused_without_its_folder(root: Path) -> None:
+    with pytest.raises(SourceError, match=r"^style_lora: folder cannot be read: Is a directory\. Expected"):
+        pinned(root / "folder", Local("folder", pin="0" * 64), "style_lora")
 
 
 @pytest.mark.parametrize(
