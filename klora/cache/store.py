@@ -71,6 +71,7 @@ class Store:
 
     # Reading.
 
+    @disk_errors()
     def blob(self, sha256: str) -> Pin | None:
         """The blob, pinned and whole; None where there is none. What is damaged goes into quarantine."""
         if not SHA256.fullmatch(sha256):  # an authority's word, which must not become a path
@@ -144,7 +145,7 @@ class Store:
         with self._new_file(deadline) as (path, held):
 
             def reserve(draft: Draft, length: int) -> None:
-                with self._space(deadline), disk_errors():
+                with self._space(deadline):
                     self.room.make(length - draft.reserved)
                     os.ftruncate(held.fileno(), length)
                     draft.reserved = length
@@ -157,7 +158,7 @@ class Store:
     def publish(self, draft: Draft, sha256: str, deadline: Deadline) -> Pin:
         """Make a finished draft the blob of this sha256, and pin it. The draft's own pin keeps it until then."""
         blob = self._folder.blobs / sha256
-        with self._space(deadline), disk_errors():  # so that nobody evicts the old one by the name of the new one
+        with self._space(deadline):  # so that nobody evicts the old one by the name of the new one
             if blob.is_symlink() or (blob.exists() and not blob.is_file()):
                 set_aside(blob, self._folder.quarantine)
             draft.path.replace(blob)
@@ -187,7 +188,7 @@ class Store:
         """An empty file among the drafts, pinned, gone at the end of the block unless it was moved."""
         path = self._folder.drafts / uuid4().hex
         try:
-            with self._space(deadline), disk_errors():  # or somebody may sweep it away before it is pinned
+            with self._space(deadline):  # or somebody may sweep it away before it is pinned
                 held = pin(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             assert held is not None, "nobody else has its name"
             with held:
@@ -200,9 +201,11 @@ class Store:
         with self._space(deadline):
             return self.room.evict(wanted)
 
-    def _space(self, deadline: Deadline) -> AbstractContextManager[None]:
-        """Alone with the account of bytes."""
-        return alone(self._folder.locks / SPACE, deadline)
+    @contextmanager
+    def _space(self, deadline: Deadline) -> Iterator[None]:
+        """Alone with the account of bytes. Raises DiskError."""
+        with disk_errors(), alone(self._folder.locks / SPACE, deadline):
+            yield
 
 
 def _seen(held: Pin) -> _Seen:

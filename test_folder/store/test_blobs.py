@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from klora.cache import room
+from klora.cache.draft import DiskError
 from klora.sources.deadline import Deadline
 from test_folder.lending import sha256
 from test_folder.store.stored import SIZE, blobs, opened, put, ref
@@ -81,6 +82,18 @@ def test_quarantine_is_bounded_and_goes_first(root: Path, deadline: Deadline) ->
     with store.draft(19 * SIZE, deadline):
         assert list((root / "quarantine").iterdir()) == []
         assert blobs(root) == {kept}
+
+
+def test_what_the_disk_refuses_is_a_sentence_wherever_it_does(root: Path, deadline: Deadline) -> None:
+    store = opened(root)
+    blob = put(store, b"x" * SIZE, deadline)
+    os.truncate(root / "blobs" / blob, SIZE - 1)
+    for name in ("quarantine", "locks"):
+        (root / name).rmdir()
+        (root / name).touch()
+    for refused in (lambda: store.blob(blob), lambda: store.evict(1, deadline)):
+        with pytest.raises(DiskError, match=r"^The LoRA cache cannot be written: "):
+            refused()
 
 
 def test_a_blob_goes_with_every_ref_that_names_it(root: Path, deadline: Deadline) -> None:
