@@ -24,6 +24,8 @@ from klora.sources.deadline import Deadline
 from klora.sources.download import Unreachable
 
 _PATIENCE = 10.0  # seconds to wait at the start for a chance to clear away
+_Seen = tuple[int, int, int]
+"""By what a file is known again without reading it: inode, size, time of its last change."""
 
 
 class Loan(NamedTuple):
@@ -35,14 +37,6 @@ class Loan(NamedTuple):
     def close(self) -> None:
         """Give them back."""
         self.stack.close()
-
-
-class _Seen(NamedTuple):
-    """By what a file is known again without reading it."""
-
-    inode: int
-    size: int
-    modified: int
 
 
 class Store:
@@ -210,4 +204,4 @@ class Store:
 
 def _seen(held: Pin) -> _Seen:
     status = os.fstat(held.fileno())
-    return _Seen(status.st_ino, status.st_size, status.st_mtime_ns)
+    return status.st_ino, status.st_size, status.st_mtime_ns
