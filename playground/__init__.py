@@ -4,5 +4,6 @@ connection   JSON over HTTP with one server     cog, replicate   a request, from
 address      which of the two is where          errors           what the user is told
 form         the server's form, as data         controls         the same, to fill in
 outputs      files that come back               progress         how a request stands, to look at
-trained      LoRAs behind short names           fusion, training   the two tabs     app   the page
+trained      LoRAs behind short names           dial             the slider between subject and style
+fusion, training   the two tabs                 app              the page
 """

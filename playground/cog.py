@@ -19,10 +19,7 @@ NO_FORM_ACCEPTS = {"input": "how far?"}
 
 
 class CogServer:
-    """A server in predict mode, or in train mode.
-
-    noun: predictions or trainings.  component: of its schema, which holds the form.  token: a bearer's, for a proxy.
-    """
+    """A server in predict mode, or in train mode. noun: predictions or trainings."""
 
     def __init__(self, connection: Connection, noun: str = "predictions") -> None:
         self.connection, self._noun = connection, noun
