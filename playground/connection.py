@@ -143,11 +143,11 @@ def refusal(status: int, answer: Any) -> str:
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(url)
     try:
+        parts = urlsplit(url)
         return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    except ValueError:  # a port that is no number
-        return parts.scheme, None, None
+    except ValueError:  # a port that is no number, a bracket that is not closed
+        return "", None, None
 
 
 def _shown(url: str) -> str:

@@ -17,7 +17,9 @@ def test_a_token_travels_encrypted_or_not_at_all(url: str) -> None:
     assert Connection(url).url == url
 
 
-@pytest.mark.parametrize("url", ["", "ftp://x", "127.0.0.1:5000", "http://", "http://x:port", "http://me:pw@x"])
+@pytest.mark.parametrize(
+    "url", ["", "ftp://x", "127.0.0.1:5000", "http://", "http://x:port", "http://me:pw@x", "http://[::1"]
+)
 def test_an_address_is_http(url: str) -> None:
     with pytest.raises(PlaygroundError, match=r"Expected one as http://127\.0\.0\.1:5000"):
         Connection(url)
