@@ -27,7 +27,7 @@ class CogServer:
 
     def schemas(self) -> tuple[Mapping[str, Any], str]:
         """(the schemas of its OpenAPI document, the name of the form's among them). Raises PlaygroundError."""
-        return self.connection.get("/openapi.json")["components"]["schemas"], self._component
+        return self.connection.get("/openapi.json").get("components", {}).get("schemas", {}), self._component
 
     def run(self, inputs: Mapping[str, Any], stop: threading.Event) -> Iterator[Run]:
         """How a request stands, several times a second until it has ended. Raises PlaygroundError.

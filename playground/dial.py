@@ -4,10 +4,11 @@ It is counted in doublings of style_bias, so that the middle is 1 and both sides
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
+from playground.errors import PlaygroundError
 from playground.form import Field
 
 RANGE = (0.25, 4.0)  # of style_bias; the form's own bounds are for experts
@@ -19,6 +20,14 @@ ENDS = (
     '<span class="title">Style slider</span><span class="style">more style ▶</span></div>'
 )
 TICKS = '<div class="ticks"><span>¼</span><span>½</span><span>1</span><span>2</span><span>4</span></div>'
+
+
+def knob(fields: Iterable[Field]) -> Field:
+    """The input that the slider fills. Raises PlaygroundError for the form of another model."""
+    for field in fields:
+        if field.name == "style_bias":
+            return field
+    raise PlaygroundError("The server's form has no style_bias. Expected a server of K-LoRA.")
 
 
 def bounds(field: Field) -> tuple[float, float, float]:

@@ -56,7 +56,12 @@ class Field:
 
 
 def read_form(schemas: Mapping[str, Any], component: str) -> list[Field]:
-    """The inputs in their order, without the deprecated ones. schemas: of an OpenAPI document of Cog."""
+    """The inputs in their order, without the deprecated ones. schemas: of an OpenAPI document of Cog.
+
+    Raises PlaygroundError where the document is of something else.
+    """
+    if component not in schemas:
+        raise PlaygroundError(f"The server's OpenAPI document has no {component}. Expected a server of K-LoRA.")
     form = schemas[component]
     ordered = sorted(form["properties"].items(), key=lambda item: item[1].get("x-order", 999))
     required = form.get("required", [])

@@ -59,7 +59,7 @@ class FusionTab:
             with gr.Column(scale=5, min_width=360):
                 self._lay_out_form(known, others)
             with gr.Column(scale=7, min_width=480):
-                self._lay_out_dial(names["style_bias"], reports="report" in names)
+                self._lay_out_dial(dial.knob(fields), reports="report" in names)
                 self._lay_out_buttons(names)
                 self._lay_out_pictures()
         self._fields, self._filled = in_form_order(fields, self._controls)

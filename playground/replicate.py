@@ -45,7 +45,7 @@ class ReplicateModel:
         yield state
 
     def _latest(self) -> Mapping[str, Any]:
-        version: Mapping[str, Any] | None = self.connection.get("")["latest_version"]
+        version: Mapping[str, Any] | None = self.connection.get("").get("latest_version")
         if not version:
             raise PlaygroundError("The model has no version yet. Expected one that was pushed.")
         return version

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
-from playground.dial import heeded
+from playground.cog import CogServer
+from playground.connection import Connection
+from playground.dial import heeded, knob
 from playground.errors import PlaygroundError
 from playground.form import Field, Kind, inputs_of, read_form
 from playground.trained import handed_over
-from test_folder.speaking.answering import SCHEMAS
+from test_folder.speaking.answering import SCHEMAS, answering
 
 
 def test_the_form_is_the_schemas_without_what_is_deprecated() -> None:
@@ -25,6 +27,21 @@ def test_the_form_is_the_schemas_without_what_is_deprecated() -> None:
     assert by_name["content_scale"].blank == 1
     assert by_name["beta"].blank is None, "it means one number for s and another for s*"
     assert (by_name["style_bias"].minimum, by_name["style_bias"].maximum) == (0, 10)
+
+
+@pytest.mark.parametrize(
+    ("document", "lacking"),
+    [
+        ({}, "Input"),
+        ({"components": {"schemas": {"Item": {}}}}, "Input"),
+        ({"components": {"schemas": {"Input": {"properties": {"prompt": {"type": "string"}}}}}}, "style_bias"),
+    ],
+)
+def test_a_server_of_something_else_is_told_as_such(document: dict[str, Any], lacking: str) -> None:
+    with answering(lambda *_: (200, document)) as server:
+        schemas, form = CogServer(Connection(server.url)).schemas()
+    with pytest.raises(PlaygroundError, match=rf"has no {lacking}\. Expected a server of K-LoRA\.$"):
+        knob(read_form(schemas, form))
 
 
 def test_blanks_stay_away_and_numbers_are_numbers(tmp_path: Path) -> None:
