@@ -11,8 +11,8 @@ from typing import Any
 from playground.errors import PlaygroundError
 from playground.form import Field
 
-RANGE = (0.25, 4.0)  # of style_bias; the form's own bounds are for experts
-STEP = 0.05  # doublings
+RANGE = (-2.0, 2.0)  # doublings, as TICKS say; the form's own bounds are for experts
+STEP = 0.05
 CHOICE = ("pattern", "style_bias", "alpha", "beta")  # inputs of K-LoRA's choice
 
 ENDS = (
@@ -30,13 +30,9 @@ def knob(fields: Iterable[Field]) -> Field:
     raise PlaygroundError("The server's form has no style_bias. Expected a server of K-LoRA.")
 
 
-def bounds(field: Field) -> tuple[float, float, float]:
-    """(least, most, at first), in doublings."""
-    low, high = (
-        (RANGE[0] if field.minimum is None else field.minimum),
-        (RANGE[1] if field.maximum is None else field.maximum),
-    )
-    return math.log2(max(low, RANGE[0])), math.log2(min(high, RANGE[1])), math.log2(field.default or 1)
+def start(field: Field) -> float:
+    """Where the slider is at first, in doublings."""
+    return math.log2(field.default or 1)
 
 
 def bias(doublings: float) -> float:

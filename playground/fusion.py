@@ -87,11 +87,11 @@ class FusionTab:
             self._controls |= {field.name: control(field) for field in others}
 
     def _lay_out_dial(self, field: Field, *, reports: bool) -> None:
-        least, most, first = dial.bounds(field)
+        first = dial.start(field)
         with gr.Column(elem_id="dial"):
             gr.HTML(dial.ENDS)
             self._controls["style_bias"] = self._dial = gr.Slider(
-                least, most, first, step=dial.STEP, show_label=False, container=False, buttons=[], elem_id="style-bias",
+                *dial.RANGE, first, step=dial.STEP, show_label=False, container=False, buttons=[], elem_id="style-bias",
                 label="Style slider",
             )  # fmt: skip
             gr.HTML(dial.TICKS)
