@@ -165,7 +165,7 @@ class FusionTab:
         for slider in (self._dial, *(self._controls[name] for name in SCALES if name in self._controls)):
             if isinstance(slider, gr.Slider):
                 slider.release(self._drawn_again, **run | {"inputs": [self._again, *run["inputs"]]})
-        self._cancel.click(_cancel, self._ticket, None, queue=False, **private)
+        self._cancel.click(lambda ticket: ticket and ticket.stop.set(), self._ticket, None, queue=False, **private)
         example = [name for name in EXAMPLE if name in self._controls]
         self._example.click(
             lambda: [EXAMPLE[name] for name in example], None, [self._controls[n] for n in example], **private
@@ -242,8 +242,3 @@ class FusionTab:
             self._table: gr.DownloadButton(value=table.saved(self._folder) if table else None, visible=bool(table)),
             self._gallery: gr.Gallery(list(now.all), visible=len(now.all) > 1),
         }  # fmt: skip
-
-
-def _cancel(ticket: Ticket | None) -> None:
-    if ticket:
-        ticket.stop.set()

@@ -48,9 +48,9 @@ class Made:
 
 def files_of(output: Any, fetch: Callable[[str], bytes]) -> list[Output]:
     """The files of a prediction's or a training's output, by name where all have one: uploads end in any order."""
-    references = list(output.values()) if isinstance(output, dict) else [output] if isinstance(output, str) else output
-    files = [_file(number, uri, fetch) for number, uri in enumerate(references or [])]
-    return files if any(uri.startswith("data:") for uri in references or []) else sorted(files, key=lambda f: f.name)
+    listed = output.values() if isinstance(output, dict) else [output] if isinstance(output, str) else output or []
+    files = [_file(number, uri, fetch) for number, uri in enumerate(listed)]
+    return files if any(uri.startswith("data:") for uri in listed) else sorted(files, key=lambda file: file.name)
 
 
 def sorted_out(files: Sequence[Output], *, reported: bool) -> Made:
