@@ -37,11 +37,11 @@ Point = tuple[float, float]
 Colour = tuple[int, int, int]
 
 
-def regular(corners: int, turn: float = -90.0, inner: float = 1.0) -> list[Point]:
+def regular(corners: int, inner: float = 1.0) -> list[Point]:
     """A polygon in the unit circle; inner: radius of every second corner, for stars."""
     count = corners * (2 if inner != 1.0 else 1)
     radii = [inner if inner != 1.0 and i % 2 else 1.0 for i in range(count)]
-    angles = [math.radians(turn + 360 * i / count) for i in range(count)]
+    angles = [math.radians(360 * i / count - 90) for i in range(count)]
     return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
 
 

@@ -111,11 +111,11 @@ def subject_set(subject: str) -> list[tuple[Image.Image, str]]:
     return [(figure(subject, pose).draw(), f"a [trigger] {subject} on a {pose[3]} background") for pose in POSES]
 
 
-def style_set(style: str, count: int = 8) -> list[tuple[Image.Image, str]]:
-    """A style's training pictures: scenes and subjects' kin in turn, captions leaving looks to the trigger."""
+def style_set(style: str) -> list[tuple[Image.Image, str]]:
+    """A style's eight training pictures: scenes and subjects' kin in turn, captions leaving looks to the trigger."""
     chance, made = random.Random(style), []
     kinds = [kind for subject in SUBJECTS for kind in (random_scene, partial(kin, subject))]
-    while len(made) < count:
+    while len(made) < 8:
         scene, caption = kinds[len(made) % len(kinds)](chance)
         if scene.style == "plain" and "style" not in caption and "background" not in caption:
             shown = caption.removesuffix(", flat colours").removesuffix(", a drawing")
