@@ -23,8 +23,8 @@ FULL = {"SDXL": "unet", "FLUX.1-dev": "transformer"}  # what diffusers calls the
 RANKS = {"content": 8, "style": 16}  # of random LoRAs
 
 
-def subject_of(base: str, folder: Path, steps: int | None) -> Any:
-    """An examples.yardsticks.Subject of a base of parsed()'s. folder: for files that are made."""
+def subject_of(base: str, folder: Path, steps: int | None) -> Subject:
+    """What a way draws with, on a base that script/bench names. folder: for files that are made."""
     if base in FULL:
         parts = published.modules(FULL[base])
         denoiser, vae = parts[FULL[base]][1], parts["vae"][1]
@@ -34,7 +34,7 @@ def subject_of(base: str, folder: Path, steps: int | None) -> Any:
     return toy_subject(name, steps) if kind == "toy" else tiny_subject(name, folder, steps)
 
 
-def toy_subject(base: str, steps: int | None) -> Any:
+def toy_subject(base: str, steps: int | None) -> Subject:
     """A trained toy base, with LoRAs of a subject and a style."""
     model = load_model(base.split("-")[0], TOY / base, torch.device("cpu"))
     files = {role: LORAS / lora_file(base, name) for role, name in zip(RANKS, PAIRS[0], strict=True)}
@@ -44,7 +44,7 @@ def toy_subject(base: str, steps: int | None) -> Any:
         return Subject(model, files, model.encode_prompt([request.prompt]), request)
 
 
-def tiny_subject(base: str, folder: Path, steps: int | None) -> Any:
+def tiny_subject(base: str, folder: Path, steps: int | None) -> Subject:
     """A tiny base with random weights, with random LoRAs."""
     build = {"sdxl": tiny.build_sdxl, "flux-dev": tiny.build_flux}[base]
     model = load_model(base.split("-")[0], build(folder / base), torch.device("cpu"))
@@ -52,7 +52,7 @@ def tiny_subject(base: str, folder: Path, steps: int | None) -> Any:
         return random_subject(model, model.encode_prompt(["a photo of a sks dog"]), folder, steps, std=0.05)
 
 
-def random_subject(model: Any, conditioning: Any, folder: Path, steps: int | None, std: float) -> Any:
+def random_subject(model: Any, conditioning: Any, folder: Path, steps: int | None, std: float) -> Subject:
     """A base with random LoRAs of RANKS on the attention and feed-forward layers. std: of the elements of their dW."""
     shapes, files = adapted(model.denoiser), {}
     for seed, (role, rank) in enumerate(RANKS.items()):
