@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import pytest
 import yaml
 from in_venv import program
 
-from klora.form.request import CHOICE
+import predict
+from klora.form.request import Request
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST = list(yaml.safe_load_all((ROOT / "docs" / "kubernetes.yaml").read_text()))
@@ -166,4 +168,23 @@ def test_what_a_push_tries_are_inputs_of_the_form() -> None:
             assert name in known and (choices is None or value in choices)
     fuzz = config["predict"]["fuzz"]
     assert {*fuzz["fixed_inputs"], *fuzz["disabled_inputs"]} <= known.keys()
-    assert {*CHOICE, "content_lora", "style_lora"} <= {*fuzz["disabled_inputs"]}, "refused without LoRAs"
+
+
+def test_the_form_takes_what_a_push_makes_up() -> None:
+    """Of every two inputs the bounds, each choice and a text; what is refused would fail the push."""
+    fuzz = yaml.safe_load((ROOT / "cog-safe-push.yaml").read_text())["predict"]["fuzz"]
+    schemas = program("schema").schema_of(ROOT)["components"]["schemas"]
+    own = {*fuzz["fixed_inputs"], *fuzz["disabled_inputs"]}
+    varied = {name: said for name, said in schemas["Input"]["properties"].items() if name not in own}
+    given = [(name, value) for name, said in varied.items() for value in made_up(said, schemas.get(name, {}))]
+    assert len(given) > 20
+    for pair in combinations(given, 2):
+        inputs = predict._inputs({"prompt": "x", **fuzz["fixed_inputs"], **dict(pair)})
+        request = Request(**inputs)
+        request.check_roles([])
+        assert not request.loras, "there is no such LoRA"
+
+
+def made_up(said: dict[str, Any], choices: dict[str, Any]) -> list[Any]:
+    bounds = [said[bound] for bound in ("minimum", "maximum") if bound in said]
+    return choices.get("enum") or bounds or ([True, False] if said["type"] == "boolean" else ["text"])
