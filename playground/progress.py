@@ -10,7 +10,7 @@ from playground.connection import Connection, Run
 BEGUN = {
     "waiting": "The server is busy with another request: waiting for it",
     "starting": "Starting",
-    "processing": "Reading the LoRAs",
+    "processing": "Preparing",
 }
 
 
