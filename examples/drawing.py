@@ -131,19 +131,23 @@ def _outline(scene: Scene, chance: random.Random) -> Image.Image:
     return _small(image)
 
 
+def _hatch(image: Image.Image, points: Sequence[Point], paper: Colour, ink: Colour, slant: int, every: int) -> None:
+    """Cover a polygon with slanting lines on paper. slant: 1 or -1, their way to the right; every: pixels apart."""
+    hatched = Image.new("RGB", image.size, paper)
+    lines = ImageDraw.Draw(hatched)
+    for offset in range(-image.width, 2 * image.width, every):
+        lines.line([(offset, 0), (offset + slant * image.width, image.width)], fill=ink, width=UNIT)
+    mask = Image.new("L", image.size)
+    ImageDraw.Draw(mask).polygon(points, fill=255)
+    image.paste(hatched, mask=mask)
+
+
 def _pencil(scene: Scene, chance: random.Random) -> Image.Image:
     """Grey hatching and a dark line, on paper."""
-    image, draw = _canvas(scene, (244, 240, 230))
+    image, draw = _canvas(scene, paper := (244, 240, 230))
     for part in scene.parts:
-        points = _pixels(part)
-        hatched = Image.new("RGB", image.size, (244, 240, 230))
-        lines = ImageDraw.Draw(hatched)
-        dark = 70 + sum(part.colour) // 8
-        for offset in range(-image.width, image.width, 4 * UNIT):
-            lines.line([(offset, 0), (offset + image.width, image.width)], fill=(dark,) * 3, width=UNIT)
-        mask = Image.new("L", image.size)
-        ImageDraw.Draw(mask).polygon(points, fill=255)
-        image.paste(hatched, mask=mask)
+        points, dark = _pixels(part), 70 + sum(part.colour) // 8
+        _hatch(image, points, paper, (dark, dark, dark), 1, 4 * UNIT)
         draw.line([*points, points[0], points[1]], fill=(60, 60, 60), width=3 * UNIT // 2, joint="curve")
     return _small(image)
 
@@ -156,19 +160,13 @@ def _pixelated(scene: Scene, chance: random.Random) -> Image.Image:
 
 def _blueprint(scene: Scene, chance: random.Random) -> Image.Image:
     """White lines and hatching on blue squared paper."""
-    image, draw = _canvas(scene, (28, 66, 140))
+    image, draw = _canvas(scene, paper := (28, 66, 140))
     for at in range(0, image.width, 8 * UNIT):
         draw.line([(at, 0), (at, image.width)], fill=(52, 92, 170), width=UNIT // 2)
         draw.line([(0, at), (image.width, at)], fill=(52, 92, 170), width=UNIT // 2)
     for part in scene.parts:
         points = _pixels(part)
-        hatched = Image.new("RGB", image.size, (28, 66, 140))
-        lines = ImageDraw.Draw(hatched)
-        for offset in range(-image.width, 2 * image.width, 5 * UNIT):
-            lines.line([(offset, 0), (offset - image.width, image.width)], fill=(150, 185, 235), width=UNIT)
-        mask = Image.new("L", image.size)
-        ImageDraw.Draw(mask).polygon(points, fill=255)
-        image.paste(hatched, mask=mask)
+        _hatch(image, points, paper, (150, 185, 235), -1, 5 * UNIT)
         draw.line([*points, points[0], points[1]], fill=(240, 246, 255), width=2 * UNIT, joint="curve")
     return _small(image)
 
@@ -188,16 +186,14 @@ def _mosaic(scene: Scene, chance: random.Random) -> Image.Image:
 
 def _neon(scene: Scene, chance: random.Random) -> Image.Image:
     """Glowing lines in the dark."""
-    image, _ = _canvas(scene, (12, 8, 24))
+    image, _ = _canvas(scene, dark := (12, 8, 24))
     for part in scene.parts:
         points = _pixels(part)
         glow, high = Image.new("RGB", image.size), max(part.colour)
         bright = tuple(round(level * 255 / high) for level in part.colour)
         ImageDraw.Draw(glow).line([*points, points[0], points[1]], fill=bright, width=4 * UNIT, joint="curve")
         halo = glow.filter(ImageFilter.GaussianBlur(4 * UNIT))
-        fill = Image.new("L", image.size)
-        ImageDraw.Draw(fill).polygon(points, fill=255)
-        image.paste((12, 8, 24), mask=fill)
+        ImageDraw.Draw(image).polygon(points, fill=dark)
         image = ImageChops.lighter(ImageChops.lighter(image, halo), glow)
     return _small(image)
 
