@@ -39,7 +39,7 @@ def running(
     settings, options = _settings(folder) | environment, ["--upload-url", uploads] if uploads else []
     with Place(folder).log.open("w") as log:
         asked = {"train": train, "seconds": SETUP_SECONDS, "options": options}
-        with program("serve").serving(_free_port(), log, settings, **asked) as url:
+        with program("serve").serving(_free_port(), log, settings, **asked) as (url, _):
             yield Client(url, TRAIN if train else PREDICT)
 
 

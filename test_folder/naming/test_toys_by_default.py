@@ -70,6 +70,17 @@ print(sys.argv[1:], shutil.which("python"), os.environ["KLORA_MODELS"], os.envir
 """
 WAITING = "import os, signal, sys\nprint('pid', os.getpid(), file=sys.stderr, flush=True)\nsignal.pause()"
 
+READY_ONCE = """
+import http.server, os
+class Ready(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"status": "READY"}')
+http.server.HTTPServer(("127.0.0.1", int(os.environ["PORT"])), Ready).handle_request()
+os._exit(3)
+"""
+
 
 @pytest.fixture
 def served(toys: Path, tmp_path: Path) -> Path:
@@ -129,6 +140,13 @@ def test_a_server_ends_with_the_script_serve_that_is_told_to_stop(served: Path, 
         assert program.wait() == 0
     with pytest.raises(ProcessLookupError):
         os.kill(server, 0)
+
+
+def test_script_serve_says_that_its_server_has_ended(served: Path, listener: socket.socket) -> None:
+    (served / "cog" / "server" / "http.py").write_text(READY_ONCE)
+    result = serve(served, "--port", str(listener.getsockname()[1]))
+    assert "READY at http://127.0.0.1:" in result.stdout
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (1, "The server ended with status 3.")
 
 
 def test_script_serve_starts_nothing_where_another_server_would_answer_for_it(
