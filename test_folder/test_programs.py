@@ -32,3 +32,11 @@ def test_a_port_that_is_none_is_refused_before_anything_is_set_up(program: str, 
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.endswith(f"{program}: error: --port is {port}. Expected 1 to 65535.\n")
+
+
+def test_a_toy_lora_of_nothing_that_is_drawn_is_refused() -> None:
+    command = [sys.executable, ROOT / "script" / "make-toy-loras", "--only", "cat"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    expected = "robot, flower, blueprint, mosaic, neon"
+    assert result.stderr.endswith(f"error: --only is 'cat'. Expected one of {expected}.\n")
