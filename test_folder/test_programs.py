@@ -34,6 +34,14 @@ def test_a_port_that_is_none_is_refused_before_anything_is_set_up(program: str, 
     assert result.stderr.endswith(f"{program}: error: --port is {port}. Expected 1 to 65535.\n")
 
 
+@pytest.mark.parametrize(("program", "option", "number"), [("bench", "rounds", 0), ("bench_train", "steps", 10)])
+def test_what_leaves_nothing_to_measure_is_refused_before_it_is_timed(program: str, option: str, number: int) -> None:
+    command = [sys.executable, ROOT / "script" / program, f"--{option}", str(number)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert f"{program}: error: --{option} is {number}. Expected " in result.stderr
+
+
 def test_a_toy_lora_of_nothing_that_is_drawn_is_refused() -> None:
     command = [sys.executable, ROOT / "script" / "make-toy-loras", "--only", "cat"]
     result = subprocess.run(command, capture_output=True, text=True)
