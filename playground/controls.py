@@ -68,6 +68,6 @@ def _number(field: Field, said: dict[str, Any]) -> gr.components.Component:
     start = field.default if field.default is not None else field.blank
     if start is None or field.minimum is None or field.maximum is None or field.maximum - field.minimum > WIDEST:
         shown = "" if field.default is None else f"{field.default:g}"
-        bounds = f"{field.minimum:g} to {field.maximum:g}" if field.minimum is not None and field.maximum else ""
+        bounds = f"{field.minimum} to {field.maximum}" if field.minimum is not None and field.maximum else ""
         return gr.Textbox(shown, placeholder=bounds, max_lines=1, **said)
     return gr.Slider(field.minimum, field.maximum, start, step=field.step, **said)

@@ -290,6 +290,7 @@ def test_the_form_is_the_servers(page: Page, server: Client) -> None:
             assert place.locator("input").get_attribute("type") == "password"
         elif name not in buttons and place.count():
             assert said["description"].replace("*", "∗") in place.inner_text(), name
+    expect(page.locator(field("seed"))).to_have_attribute("placeholder", "0 to 4294967295")
 
 
 def test_a_lora_is_trained_and_fused(page: Page, tmp_path: Path) -> None:
