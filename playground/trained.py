@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from itertools import count
 
+MOST_CHARACTERS = 64 << 20  # of a data URI that the server takes as a LoRA
+
 
 def handed_over(result: tuple[str, str], trained: Mapping[str, str]) -> tuple[str, dict[str, str]]:
     """(what stands in the field, what such texts stand for): a URL for itself, a data URI behind a short name.

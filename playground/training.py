@@ -13,12 +13,11 @@ from playground.form import Field, inputs_of
 from playground.fusion import FusionTab
 from playground.outputs import files_of, samples_in
 from playground.progress import Server, Ticket, bar, followed, note, problem
-from playground.trained import handed_over
+from playground.trained import MOST_CHARACTERS, handed_over
 
 VISIBLE = (
     "input_images", "base_model", "lora_type", "trigger_word", "class_word", "steps", "resolution", "lora_rank", "seed",
 )  # fmt: skip
-MOST_BYTES = 70 << 20  # of a tar that fits into a request: Cog takes 100 MiB, and base64 adds a third
 
 Update = dict[Any, Any]
 Connect = Callable[[str], Server]
@@ -96,11 +95,11 @@ class TrainingTab:
         [tar] = files_of(end.output, server.connection.fetch)
         samples = [(file.saved(self._folder), file.name) for file in samples_in(tar.data)]
         [given] = end.output.values() if isinstance(end.output, dict) else [end.output]
-        fits = not given.startswith("data:") or len(tar.data) <= MOST_BYTES
+        fits = not given.startswith("data:") or len(given) <= MOST_CHARACTERS
         name = inputs.get("trigger_word") or inputs.get("class_word") or inputs.get("lora_type", "LoRA")
         said = "Done. Hand it to the other tab." if fits else (
-            f"Done. The tar has {len(tar.data) >> 20} MB, more than a request can carry: put it into the server's "
-            "KLORA_LORA_ROOT and name it there."
+            f"Done. The tar has {len(tar.data) >> 20} MB, more than the field of a LoRA takes: put it into the "
+            "server's KLORA_LORA_ROOT and name it there."
         )  # fmt: skip
         return {
             self._result: (f"trained here: {name}, {len(tar.data) / 1e6:.1f} MB", given),

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
+from klora.sources.reference import MAX_DATA_CHARACTERS
 from playground.cog import CogServer
 from playground.connection import Connection
 from playground.dial import heeded, knob
 from playground.errors import PlaygroundError
 from playground.form import Field, Kind, inputs_of, read_form
-from playground.trained import handed_over
+from playground.trained import MOST_CHARACTERS, handed_over
 from test_folder.speaking.answering import SCHEMAS, answering
 
 
@@ -110,3 +111,7 @@ def test_two_loras_of_one_name_stay_two() -> None:
     assert (trained[content], trained[style]) == (first, second)
     assert handed_over((name, second), trained) == (style, trained), "the same again has the same name"
     assert handed_over((name, "https://example.com/lora.tar"), trained) == ("https://example.com/lora.tar", trained)
+
+
+def test_what_is_handed_over_is_what_the_server_takes() -> None:
+    assert MOST_CHARACTERS == MAX_DATA_CHARACTERS
