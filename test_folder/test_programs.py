@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from in_venv import program as module
 
 ROOT = Path(__file__).parents[1]
 FILES = [path for path in (ROOT / "script").iterdir() if path.is_file()]
@@ -48,3 +49,12 @@ def test_a_toy_lora_of_nothing_that_is_drawn_is_refused() -> None:
     assert result.returncode == 2
     expected = "robot, flower, blueprint, mosaic, neon"
     assert result.stderr.endswith(f"error: --only is 'cat'. Expected one of {expected}.\n")
+
+
+def test_an_old_python_gets_no_playground(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    playground = module("playground")
+    monkeypatch.setattr(playground, "PLACE", tmp_path)
+    monkeypatch.setattr(sys, "version_info", (3, 10, 12))
+    with pytest.raises(SystemExit, match=r"^Python 3\.10 is too old: 3\.11 or later is needed\.$"):
+        playground.enter()
+    assert list(tmp_path.iterdir()) == [], "nothing was set up"
