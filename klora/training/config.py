@@ -58,7 +58,7 @@ class TrainConfig:
     resolution: str = ask("", "Sides in pixels of squares to whose areas pictures are scaled, as 512,768,1024.")
     crop: str = ask("bucket", "How pictures are cut.", choices=("bucket", "center", "random", "salience"))
     horizontal_flip: bool = ask(False, "Show pictures mirrored, too.")
-    batch_size: int = ask(1, "Pictures to a step.", ge=1, le=16)
+    batch_size: int = ask(1, "Pictures to a batch.", ge=1, le=16)
     gradient_accumulation_steps: int = ask(1, "Batches to a step.", ge=1, le=64)
     optimizer: str = ask("adamw", "What turns gradients into steps.", choices=OPTIMIZERS)
     lr_scheduler: str = ask("constant", "How the rate goes on.", choices=("constant", "linear", "cosine"))
