@@ -36,7 +36,7 @@ def compile_blocks(
     plan, lent = Plan.constant((_idle(denoiser, alike),), (1.0,)), set[Engine]()
     # As many as there are kinds of inputs and of blocks, which torch's own limit hardly allows.
     limits = torch._dynamo.config.patch(recompile_limit=64)
-    with torch.no_grad(), torch.compiler.set_stance("default"), limits:
+    with torch.no_grad(), limits:
         conditioning = conditioning or model.encode_prompt(["a picture"])
         _drawn_by_one_and_by_two(model, conditioning)
         for engine in engines:

@@ -14,7 +14,7 @@ from klora import layers
 from klora.form.request import Request
 from klora.layers import engines, takes_float8
 from klora.lora import Acting
-from klora.models import pace
+from klora.models import compiling, pace
 from klora.models.compiling import compile_blocks, warm_up
 from klora.models.family import Compiled, Family
 from klora.models.pace import paced
@@ -140,6 +140,20 @@ def test_products_in_float8_are_compiled_for_every_pair_and_for_those_who_ask(
     made(flux, facts, num_inference_steps=2, go_fast=True, **pairs[0])
     assert (facts["engine"], facts["go_fast"]) == ("gated", "first-block cache")
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("free", [0, 1 << 60])
+def test_nothing_is_lent_as_was_not_compiled(
+    load: Callable[[str], Family], free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What set-up had memory to try: the gated engine's linears, or the merged one's in float8, and never both."""
+    sdxl = load("sdxl")
+    name = next(name for name in sdxl.inventory["unet"] if name.endswith("to_q"))
+    monkeypatch.setattr(sdxl.denoiser, "compile_repeated_blocks", lambda **_: None)
+    monkeypatch.setattr(compiling, "_compiled_linears", lambda denoiser: [name])
+    monkeypatch.setattr(layers, "free_bytes", lambda device: free)
+    compile_blocks(sdxl, float8=True)
+    assert sdxl.compiled == (Compiled((), (name,)) if free else Compiled((name,), ()))
 
 
 @pytest.mark.parametrize("float8", [False, True])
