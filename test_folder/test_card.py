@@ -50,7 +50,7 @@ def darkest(sheet: Image.Image, *box: int) -> int:
 
 def test_every_picture_has_its_shape_and_its_place_within_even_margins() -> None:
     shapes = ((512, 512), (512, 256), (64, 64), (40, 64), (300, 200), (256, 1024))
-    pictures = [card.fitted(PLAIN(shape, colour)) for colour, shape in zip(COLOURS, shapes, strict=True)]
+    pictures = [PLAIN(shape, colour) for colour, shape in zip(COLOURS, shapes, strict=True)]
     sheet = card.contact_sheet([("step 1", pictures[:3]), ("step 2", pictures[3:])], ["a", "b", "c"])
     found = [boxes(sheet)[colour] for colour in COLOURS]
     sizes = [(384, 384), (384, 192), (192, 192), (120, 192), (300, 200), (96, 384)]
@@ -66,7 +66,7 @@ def test_every_picture_has_its_shape_and_its_place_within_even_margins() -> None
 def test_a_tiny_picture_is_enlarged_by_a_whole_factor_with_its_pixels_kept() -> None:
     board = PLAIN((100, 100), "blue")
     board.paste("red", (0, 0, 1, 1))
-    edge, found = card.MARGIN, boxes(card.contact_sheet([("", [card.fitted(board)])], [""]))
+    edge, found = card.MARGIN, boxes(card.contact_sheet([("", [board])], [""]))
     assert found == {"blue": (edge, edge, edge + 200, edge + 200), "red": (edge, edge, edge + 2, edge + 2)}
 
 

@@ -34,10 +34,10 @@ _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image | None]]], titles: Sequence[str]) -> Image.Image:
-    """One sheet: a row of fitted() pictures behind each label, a column under each title. None: its cell is empty."""
+    """One sheet: a row of pictures behind each label, a column under each title. None leaves its cell empty."""
     font = ImageFont.load_default(TEXT)
     columns = max([len(titles), *(len(pictures) for _, pictures in rows)], default=0)
-    grid = [[*pictures, *[None] * (columns - len(pictures))] for _, pictures in rows]
+    grid = [[p and fitted(p) for p in [*pictures, *[None] * columns][:columns]] for _, pictures in rows]
     widths = [max([SMALLEST, *(picture.width for picture in column if picture)]) for column in zip(*grid, strict=True)]
     heights = [max([SMALLEST, *(picture.height for picture in row if picture)]) for row in grid]
     labels = [_wrapped(label, font, LABEL_WIDTH) for label, _ in rows]
