@@ -156,6 +156,13 @@ def test_nothing_is_lent_as_was_not_compiled(
     assert sdxl.compiled == (Compiled((), (name,)) if free else Compiled((name,), ()))
 
 
+def test_what_a_gpu_cannot_multiply_in_float8_and_what_modulates_norms_keep_their_dtype() -> None:
+    block = {"to_q": nn.Linear(16, 32), "odd": nn.Linear(16, 24), "norm1": nn.ModuleDict({"linear": nn.Linear(16, 16)})}
+    denoiser = nn.ModuleDict({"block": nn.ModuleDict(block)})
+    names = ["block.to_q", "block.odd", "block.norm1.linear"]
+    assert compiling._for_float8(denoiser, names) == ("block.to_q",)
+
+
 @pytest.mark.parametrize("float8", [False, True])
 @pytest.mark.parametrize("family", BASES)
 def test_warming_up_writes_a_weight_of_each_kind_by_two_loras_by_one_and_by_none_and_leaves_no_trace(
