@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 from klora.errors import RequestError
 
 MAX_SEED = (1 << 32) - 1
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # which JSON can spell, and no tokenizer read
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -53,7 +54,7 @@ def _typed(name: str, value: Any, accepted: tuple[Any, ...]) -> Any:
         if kind is int and value == value // 1:  # neither 1.5 nor nan
             return int(value)
     elif kind not in _KINDS or type(value) is kind:
-        if kind is str and re.search("[\ud800-\udfff]", value):  # which JSON can spell, and no tokenizer read
+        if kind is str and HALF_CHARACTER.search(value):
             raise RequestError(f"{name} has half a character in it. Expected text.")
         return value
     raise RequestError(f"{name} is {value!r}. Expected {_KINDS[kind]}.")

@@ -16,6 +16,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from klora.errors import RequestError
+from klora.form.fields import HALF_CHARACTER
 from klora.form.request import MAX_PIXELS, opaque, upright
 from klora.training.archive import Intake, Limits, Skipped, unpack
 from klora.training.config import whole_word
@@ -241,8 +242,8 @@ def _rows(name: str, rows: Sequence[object], intake: Intake) -> list[tuple[str, 
 
 
 def _one_line(text: str) -> str:
-    """Raises ValueError for what JSON can spell, and no tokenizer read."""
-    if re.search("[\ud800-\udfff]", text):
+    """Raises ValueError for half a character."""
+    if HALF_CHARACTER.search(text):
         raise ValueError("one with half a character in it")
     return " ".join(text.split())
 
