@@ -16,7 +16,7 @@ from playground.controls import control, in_form_order, parted
 from playground.errors import PlaygroundError
 from playground.form import Field, inputs_of
 from playground.outputs import Made, files_of, sorted_out
-from playground.progress import Server, Ticket, bar, followed, note, problem
+from playground.progress import Server, Ticket, bar, cancel, followed, note, problem
 
 LORAS = ("content_lora", "style_lora")
 SCALES = ("content_scale", "style_scale")
@@ -165,7 +165,7 @@ class FusionTab:
         for slider in (self._dial, *(self._controls[name] for name in SCALES if name in self._controls)):
             if isinstance(slider, gr.Slider):
                 slider.release(self._drawn_again, **run | {"inputs": [self._again, *run["inputs"]]})
-        self._cancel.click(lambda ticket: ticket and ticket.stop.set(), self._ticket, None, queue=False, **private)
+        self._cancel.click(cancel, self._ticket, None, queue=False, **private)
         example = [name for name in EXAMPLE if name in self._controls]
         self._example.click(
             lambda: [EXAMPLE[name] for name in example], None, [self._controls[n] for n in example], **private

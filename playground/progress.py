@@ -37,6 +37,12 @@ class Ticket:
         return Ticket()
 
 
+def cancel(ticket: Ticket | None) -> None:
+    """Cancel a tab's request, if one is running."""
+    if ticket:
+        ticket.stop.set()
+
+
 def bar(run: Run) -> str:
     """A bar and a line: step i of n."""
     if not run.step:

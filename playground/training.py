@@ -12,7 +12,7 @@ from playground.errors import PlaygroundError
 from playground.form import Field, inputs_of
 from playground.fusion import FusionTab
 from playground.outputs import files_of, samples_in
-from playground.progress import Server, Ticket, bar, followed, note, problem
+from playground.progress import Server, Ticket, bar, cancel, followed, note, problem
 from playground.trained import MOST_CHARACTERS, handed_over
 
 VISIBLE = (
@@ -74,7 +74,7 @@ class TrainingTab:
             [self._ticket, self._result, self._standing, self._samples, self._tar, *self._use.values()],
             concurrency_limit=None, **private,
         )  # fmt: skip
-        self._cancel.click(lambda ticket: ticket and ticket.stop.set(), self._ticket, None, queue=False, **private)
+        self._cancel.click(cancel, self._ticket, None, queue=False, **private)
         trained = self._fusing.trained
         for name, button in self._use.items():
             button.click(handed_over, [self._result, trained], [self._fusing.loras[name], trained], **private)
