@@ -165,9 +165,9 @@ def family(task: Task) -> Any:
 def pipeline(task: Task) -> Any:
     """The whole base in float32: as the stage before left it, or new, but for the VAE and for what knows words."""
     if (task.folder / "model_index.json").is_file():
-        pipe = diffusers.DiffusionPipeline.from_pretrained(task.folder, torch_dtype=torch.float32)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(task.folder, dtype=torch.float32)
     else:
-        vae = diffusers.AutoencoderKL.from_pretrained(task.folder / "vae", torch_dtype=torch.float32)
+        vae = diffusers.AutoencoderKL.from_pretrained(task.folder / "vae", dtype=torch.float32)
         pipe = (toy_sdxl if task.base == "sdxl" else toy_flux)(vae)
         for folder in task.folder.glob("text_encoder*"):
             encoder = type(pipe.components[folder.name])

@@ -75,7 +75,7 @@ def save_latents(task: Task) -> None:
 
 
 def _trained(task: Task) -> diffusers.AutoencoderKL:
-    vae = diffusers.AutoencoderKL.from_pretrained(task.folder / "vae", torch_dtype=torch.float32)
+    vae = diffusers.AutoencoderKL.from_pretrained(task.folder / "vae", dtype=torch.float32)
     return vae.to(task.device, memory_format=torch.channels_last)
 
 
