@@ -89,7 +89,7 @@ def exported(
     told = _told(exact, lora, wins, steps)
     family = FAMILIES[bases[pair.base][0]]
     facts = _facts(wanted, pair, files, lent) | _numbers(told)
-    facts |= {"pattern": "s*" if schedule.wraps else "s", "alpha": schedule.alpha, "beta": schedule.beta}
+    facts |= {"pattern": schedule.pattern, "alpha": schedule.alpha, "beta": schedule.beta}
     _save(replace(lora, metadata=_metadata(facts, family.name)), family.component, wanted.format, out)
     return told
 

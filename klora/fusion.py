@@ -52,6 +52,11 @@ class Schedule:
             raise RequestError(f"alpha is {alpha} and beta is {beta}. Expected numbers >= 0, and alpha > 0 for s*.")
         return cls(alpha, beta, wraps)
 
+    @property
+    def pattern(self) -> str:
+        """By name, as from_pattern() takes it."""
+        return "s*" if self.wraps else "s"
+
     def scale(self, tau: Tensor) -> Tensor:
         """S(tau), elementwise; tau in [0, 1]."""
         line = self.alpha * tau + self.beta

@@ -60,11 +60,6 @@ class Report:
         """T."""
         return len(self.thresholds)
 
-    @property
-    def pattern(self) -> str:
-        """ "s" or "s*"."""
-        return "s*" if self.schedule.wraps else "s"
-
     @cached_property
     def owners(self) -> Counter[str]:
         """How many layers are in both LoRAs, in content alone, in style alone."""
@@ -105,7 +100,7 @@ class Report:
         low, middle, high = (f"{self.quantiles.get(q, math.nan):.2g}" for q in (0.05, 0.5, 0.95))
         never = sum(self.always.values()) / max(1, owners["both"])
         return (
-            f"klora {self.pattern} alpha {self.schedule.alpha:g} beta {self.schedule.beta:g} style_bias "
+            f"klora {self.schedule.pattern} alpha {self.schedule.alpha:g} beta {self.schedule.beta:g} style_bias "
             f"{self.style_bias:g} steps {self.steps}: {owners['both']} layers shared, {owners['content']} content's, "
             f"{owners['style']} style's; gamma {self.gamma:.3g} (reference {self.gammas['reference']:.3g}, paper "
             f"{self.gammas['paper']:.3g}); R {middle} ({low} to {high}); {never:.0%} never switch; "
@@ -126,7 +121,7 @@ class Report:
         ratio = [None if math.isinf(R) else R for R in self.ratio.tolist()]
         wins = ["".join("c" if won else "s" for won in step) for step in self.content_wins.tolist()]
         return {
-            "pattern": self.pattern,
+            "pattern": self.schedule.pattern,
             "alpha": self.schedule.alpha,
             "beta": self.schedule.beta,
             "steps": self.steps,

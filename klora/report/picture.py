@@ -197,7 +197,7 @@ def _draw_title(drawn: "Figure", report: Report, room: _Room) -> None:
     schedule, shared = report.schedule, report.owners
     drawn.text(
         16 / room.width, 1 - 14 / room.height,
-        f"K-LoRA, pattern {report.pattern}: alpha {schedule.alpha:g}, beta {schedule.beta:g}, style_bias "
+        f"K-LoRA, pattern {schedule.pattern}: alpha {schedule.alpha:g}, beta {schedule.beta:g}, style_bias "
         f"{report.style_bias:g}, gamma {report.gamma:.3g}",
         fontsize=14, fontweight="bold", va="top", color=INK,
     )  # fmt: skip

@@ -174,7 +174,7 @@ def settled(request: Request, model: str, steps: int, guidance_scale: float) -> 
         wanted["guidance_scale"] = guidance_scale
     if request.fusion == "klora" and len(request.loras) == len(_LORAS) and not request.compare:  # which shows both
         schedule = Schedule.from_pattern(request.pattern, request.alpha, request.beta)
-        wanted |= {"pattern": "s*" if schedule.wraps else "s", "alpha": schedule.alpha, "beta": schedule.beta}
+        wanted |= {"pattern": schedule.pattern, "alpha": schedule.alpha, "beta": schedule.beta}
     return replace(request, **wanted)
 
 

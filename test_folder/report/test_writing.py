@@ -19,9 +19,9 @@ def test_json_goes_there_and_back():
     assert told["layers"] == {"shared": 35, "content_only": 2, "style_only": 3}
     assert told["slider"] == {f"{bias:g}": share for bias, share in report.slider.items()}
     assert (told["alphas"], told["ranks"]["style"]) == ({"content": {"8": 37}}, {"5": 38})
-    for name in ("pattern", "order", "steps", "style_bias", "gamma", "gammas", "style_share", "balance", "always"):
+    for name in ("order", "steps", "style_bias", "gamma", "gammas", "style_share", "balance", "always"):
         assert told[name] == getattr(report, name)
-    assert (told["alpha"], told["beta"]) == (1.5, 1.275)
+    assert (told["pattern"], told["alpha"], told["beta"]) == ("s*", 1.5, 1.275)
     assert told["thresholds"] == report.thresholds.tolist()
     assert told["style_share_by_step"] == report.style_share_by_step
 
