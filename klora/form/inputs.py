@@ -20,7 +20,7 @@ def uploaded(name: str, path: Any) -> Path:  # Any: Cog's path class, which is n
     local, scratch = Path(str(path)).resolve(), Path(tempfile.gettempdir()).resolve()
     # What Cog fetched comes as its path class, a bare text as it was sent; the rest holds if Cog should change that.
     if isinstance(path, str) or not local.is_relative_to(scratch) or not local.is_file():
-        raise RequestError(f"{name} is {str(path)!r}. Expected an uploaded file, an http(s) URL or a data URI.")
+        raise RequestError(f"{name} is {str(path)!r:.200}. Expected an uploaded file, an http(s) URL or a data URI.")
     return local
 
 

@@ -46,3 +46,10 @@ def test_a_folder_a_lost_file_and_one_from_elsewhere_are_refused(scratch: Path, 
 def test_a_bare_text_is_no_upload_wherever_it_leads(scratch: Path) -> None:
     with pytest.raises(RequestError, match="Expected an uploaded file"):
         uploaded("prompts", str(scratch / "tmp01234567dog.zip"))
+
+
+def test_a_picture_that_is_sent_as_bare_base64_is_not_sent_back(scratch: Path) -> None:
+    with pytest.raises(RequestError, match=r"^image is 'iVBORw0KGgo") as refusal:
+        uploaded("image", "iVBORw0KGgo" + 100_000 * "A")
+    assert str(refusal.value).endswith("A. Expected an uploaded file, an http(s) URL or a data URI.")
+    assert len(str(refusal.value)) < 300
