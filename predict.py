@@ -271,7 +271,7 @@ class Predictor(BasePredictor):
             with self.loras.borrowed(shared.loras, tokens, weights.runnable(shared.model), allowance) as (files, lent):
                 return self.studio.draw(requests, files, lent, check)
 
-        prompts = read_prompts(lines, inputs, template=template, most=MAX_LINES)
+        prompts = read_prompts(lines, inputs, template=template, most=MAX_LINES, called="prompts")
         made = run(prompts, Bulk(on_error="skip"), folder, lambda: draw, partial(print, flush=True))
         return packed(folder, made.faults, self.outputs / "images.tar")
 

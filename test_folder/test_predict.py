@@ -186,7 +186,7 @@ def test_of_a_file_of_prompts_what_fails_is_listed_and_the_rest_is_made(server: 
     [
         ({"prompt": "a dog"}, "prompt is 'a dog', with no place for the lines. Expected {} in it, or {} alone."),
         ({"num_outputs": 2}, "num_outputs is 2, but each line is one image. Leave it out."),
-        ({"prompts": data_uri(b"a\n" * 1001, "text/plain")}, " has 1001 lines. Expected at most 1000."),
+        ({"prompts": data_uri(b"a\n" * 1001, "text/plain")}, "prompts has 1001 lines. Expected at most 1000."),
         ({"model": "flux-dev", "negative_prompt": "x"}, "No image was made. line 1: negative_prompt is given, but"),
         ({"prompts": "/etc/passwd"}, ""),
     ],

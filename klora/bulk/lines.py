@@ -100,28 +100,32 @@ def named(faults: Sequence[Fault]) -> str:
     return " ".join([*told, *([f"{more} more."] if more else [])])
 
 
-def read_prompts(path: Path, common: Mapping[str, Any], *, template: str = "{}", most: int | None = None) -> PromptFile:
+def read_prompts(
+    path: Path, common: Mapping[str, Any], *, template: str = "{}", most: int | None = None, called: str = ""
+) -> PromptFile:
     """Of a prompt file. Image i, counted from 0 without empty lines, has the seed common["seed"] + i where its line
     names none.
 
     common: a request's inputs for all lines.  template: the prompt, in which {} is the line's.  most: lines.
+    called: what its sender knows it by; "": its name.
     Raises RequestError for a file without a prompt, with too many lines, or in another encoding than UTF-8, and for
     what cannot be common.
     """
+    called = called or path.name
     _check_common(common, template)
     if most is not None and path.stat().st_size > most * MAX_LINE_BYTES:
-        raise RequestError(f"{path.name} is too large. Expected at most {most} lines of {MAX_LINE_BYTES} bytes.")
+        raise RequestError(f"{called} is too large. Expected at most {most} lines of {MAX_LINE_BYTES} bytes.")
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise RequestError(f"{path.name} is UTF-16. Expected UTF-8.")
+        raise RequestError(f"{called} is UTF-16. Expected UTF-8.")
     lines = [(number, line.strip()) for number, line in enumerate(content.split(b"\n"), 1)]
     if not lines[-1][1]:  # what follows the last line's end
         lines.pop()
     filled = [(number, line) for number, line in lines if line]
     if not filled:
-        raise RequestError(f"{path.name} has no prompt. Expected one on each line.")
+        raise RequestError(f"{called} has no prompt. Expected one on each line.")
     if most is not None and len(filled) > most:
-        raise RequestError(f"{path.name} has {len(filled)} lines. Expected at most {most}.")
+        raise RequestError(f"{called} has {len(filled)} lines. Expected at most {most}.")
     read = _read_object if path.suffix.lower() == ".jsonl" or _is_object(filled[0][1]) else _read_text
     jobs, faults = [], []
     for index, (number, line) in enumerate(filled):

@@ -120,6 +120,12 @@ def test_a_file_of_no_use_is_refused_in_a_sentence(tmp_path: Path, content: byte
     assert str(error.value) == sentence
 
 
+def test_an_upload_is_called_what_its_sender_calls_it(tmp_path: Path) -> None:
+    (tmp_path / "tmp01234567file.txt").write_bytes(b"a\nb")
+    with pytest.raises(RequestError, match=r"^prompts has 2 lines\. Expected at most 1\.$"):
+        read_prompts(tmp_path / "tmp01234567file.txt", {}, most=1, called="prompts")
+
+
 @settings(max_examples=50, deadline=None)
 @given(content=st.binary(max_size=60), kind=st.sampled_from(["txt", "jsonl"]))
 def test_whatever_a_file_holds_it_is_read_or_refused(
