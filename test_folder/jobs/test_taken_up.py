@@ -138,6 +138,28 @@ def test_steps_at_their_default_are_meant_where_the_training_had_come_to_its_end
     assert before.config({"steps": given}).steps == steps
 
 
+@pytest.mark.parametrize("given", [{"lora_rank": 8}, {"lora_alpha": 8.0}, {"trigger_word": "sbu"}])
+def test_a_field_that_was_blank_may_be_said_as_it_came_out(given: dict[str, Any]) -> None:
+    before = taken_up.TakenUp(Path(), TrainConfig(seed=3), {"rank": 8, "trigger": "sbu", "prompt": "a sbu subject"}, 2)
+    assert before.config(given) == replace(before.was, steps=1000)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"lora_rank": 4}, "lora_rank is 4, but resume_from was trained with 8. Expected that."),
+        ({"trigger_word": "tok"}, "trigger_word is 'tok', but resume_from was trained with 'sbu'. Expected that."),
+        ({"noise_offset": 0.1}, "noise_offset is 0.1, but resume_from was trained with 0.0. Expected that."),
+        ({"resolution": "512"}, "resolution is '512', but resume_from was trained with it blank. Expected that."),
+    ],
+)
+def test_another_value_than_a_blank_field_came_to_is_refused(given: dict[str, Any], said: str) -> None:
+    before = taken_up.TakenUp(Path(), TrainConfig(seed=3), {"rank": 8, "trigger": "sbu", "prompt": "a sbu subject"}, 2)
+    with pytest.raises(RequestError) as refusal:
+        before.config(given)
+    assert str(refusal.value) == said
+
+
 # Refused
 
 PLAIN = "resume_from cannot be read as a plain tar. Expected the tar of a training, not compressed."
