@@ -2,6 +2,7 @@
 is written. Knows nothing of fusion, of pipelines or of reading (klora.files).   O outputs, I inputs, R rank.
 """
 
+import os
 from collections.abc import ItemsView, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -136,5 +137,12 @@ def save_lora(path: Path, lora: LoRA, component: str, dtype: torch.dtype | None 
         for name, pair in layers.items():
             tensors[f"{prefix}.{name}.lora_A.weight"] = pair.A.to("cpu", dtype).contiguous()
             tensors[f"{prefix}.{name}.lora_B.weight"] = pair.B.to("cpu", dtype).contiguous()
-    save_file(tensors, path, metadata=dict(lora.metadata))
+    save_tensors(path, tensors, lora.metadata)
     return path
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a .safetensors file, as open to others as any new file: the library makes its own its owner's alone."""
+    save_file(dict(tensors), path, dict(metadata))
+    os.umask(umask := os.umask(0o077))  # there is no other way to read it; what a thread makes meanwhile is closed
+    path.chmod(0o666 & ~umask)

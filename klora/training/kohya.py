@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from klora.errors import LoRAError
-from klora.lora import LowRank
+from klora.lora import LowRank, save_tensors
 
 _SAID = {
     "unet": {"ss_network_module": "networks.lora", "ss_base_model_version": "sdxl_base_v1-0"},
@@ -70,7 +69,7 @@ def save_kohya(
         tensors[f"lora_unet_{name}.alpha"] = torch.tensor(float(pair.rank))
     ranks = {str(pair.rank) for pair in layers.values()}
     rank = ranks.pop() if len(ranks) == 1 else "Dynamic"  # sd-scripts' word for ranks that differ
-    save_file(tensors, path, {**metadata, **_SAID[component], "ss_network_dim": rank, "ss_network_alpha": rank})
+    save_tensors(path, tensors, {**metadata, **_SAID[component], "ss_network_dim": rank, "ss_network_alpha": rank})
     return path
 
 

@@ -15,13 +15,12 @@ import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from klora.errors import RequestError
 from klora.interruptible import interruptible
-from klora.lora import LoRA, LowRank
+from klora.lora import LoRA, LowRank, save_tensors
 from klora.training.config import TrainConfig
 from klora.training.writing import whole
 
@@ -108,7 +107,7 @@ class Run:
         tensors: dict[str, Tensor] = {}
         facts = {"step": self.step, "state": _flattened(self._state(), "", tensors)}
         with whole(path) as part:
-            save_file(tensors, part, {"run": json.dumps(facts)})
+            save_tensors(part, tensors, {"run": json.dumps(facts)})
 
     def load(self, path: Path) -> None:
         """Take a run up where save() left it. Raises RequestError."""

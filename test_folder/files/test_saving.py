@@ -1,5 +1,6 @@
 """What klora writes reads back bit for bit, for our reader and for diffusers' own."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,16 @@ def test_file_is_saved_in_the_dtype_asked_for(path: Path) -> None:
     save_lora(path, LoRA({"x": LowRank(A, B)}), "unet", torch.float16)
     assert {key: tensor.dtype for key, tensor in load_file(path).items()} == dict.fromkeys(load_file(path), torch.half)
     assert load_file(path).keys() == {"unet.x.lora_A.weight", "unet.x.lora_B.weight"}
+
+
+def test_a_file_is_as_open_as_any_other_new_one(path: Path) -> None:
+    usual = os.umask(0o027)
+    try:
+        path.with_name("other").touch()
+        save_lora(path, LoRA({"x": LowRank(*pair(4, 5))}), "unet")
+    finally:
+        assert os.umask(usual) == 0o027
+    assert path.stat().st_mode == path.with_name("other").stat().st_mode
 
 
 def test_stock_diffusers_reads_what_klora_saves(model: Family, bases: Path, path: Path) -> None:
