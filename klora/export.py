@@ -27,6 +27,7 @@ from klora.models import FAMILIES
 from klora.report.pair import Pair, fused, read_pair
 from klora.studio.provenance import canonical, versions
 from klora.training.kohya import save_kohya
+from klora.training.writing import writing
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _ROLES = ("content", "style")
@@ -254,8 +255,9 @@ def _save(lora: LoRA, component: str, form: str, out: Path) -> None:
         raise RequestError(
             "format is kohya, whose files hold no text encoder here. Expected diffusers for these LoRAs."
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if form == "kohya":
-        save_kohya(out, lora, component, lora.metadata)
-    else:
-        save_lora(out, lora, component)
+    with writing("LoRA"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if form == "kohya":
+            save_kohya(out, lora, component, lora.metadata)
+        else:
+            save_lora(out, lora, component)

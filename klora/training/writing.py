@@ -13,12 +13,12 @@ from klora.errors import RequestError
 
 
 @contextmanager
-def writing() -> Iterator[None]:
+def writing(what: str = "training") -> Iterator[None]:
     """In which only files are written. Raises RequestError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise RequestError(f"The training could not be written: {error}. Expected more room on the disk.") from error
+        raise RequestError(f"The {what} could not be written: {error}. Expected more room on the disk.") from error
 
 
 @contextmanager

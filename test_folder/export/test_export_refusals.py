@@ -1,5 +1,7 @@
 """What cannot be exported, and what no file can hold."""
 
+import resource
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,3 +83,18 @@ def test_what_no_file_can_hold_is_refused() -> None:
     assert rounded(reduced(many, 512), torch.float32)["x"].rank == 4
     most = LoRA({"x": LowRank(torch.ones(512, 4), torch.ones(4, 512))})
     assert rounded(most, torch.float32)["x"].rank == 512
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+def test_a_file_for_which_there_is_no_room_is_refused_and_leaves_nothing(
+    bases: Path, loras: Path, out: Path, form: str
+) -> None:
+    most, usual = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most[1]))
+        with pytest.raises(RequestError, match=r"^The LoRA could not be written: .* Expected more room on the disk"):
+            exported(wanted(format=form), pair_of(loras, "flux"), installed(bases), out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+        signal.signal(signal.SIGXFSZ, usual)
+    assert [*out.parent.iterdir()] == []
