@@ -103,7 +103,7 @@ def _facts(path: Path) -> tuple[tuple[int, ...], ...]:
     others. Raises LoRAError."""
     with in_words(path):
         found = [file.stat() for file in files_of(path).values()]
-    return tuple((file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns) for file in found)
+    return tuple((file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns) for file in found)
 
 
 def _stored(place: Path) -> _Scores:
