@@ -1,7 +1,7 @@
 """What a training run is told: the form's fields, their bounds, and what is left to the base or the LoRA's purpose."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,13 +154,17 @@ class TrainConfig:
         named = (line.strip().replace("[trigger]", self.trigger) for line in self.sample_prompts.splitlines())
         return tuple(filter(None, named)) or tuple(self._filled(scene) for scene in SCENES[self.lora_type])
 
-    def targets(self, names: Iterable[str]) -> list[str]:
-        """Those of a denoiser's linear layers that are to be adapted. Raises RequestError when none is."""
+    def targets(self, names: Collection[str], component: str = "transformer") -> list[str]:
+        """Those of a denoiser's linear layers that are to be adapted. component: what diffusers calls it, which an
+        expression may say first, as flux-fine-tuner's do. Raises RequestError when none is."""
         pattern = self.layers_to_optimize_regex or TARGETS[self.lora_targets]
-        chosen = [name for name in names if re.search(pattern, name)]
-        if not chosen:
-            raise RequestError(f"layers_to_optimize_regex {pattern!r} names no linear layer of the base. Expected one.")
-        return chosen
+        for before in ("", f"{component}."):
+            if chosen := [name for name in names if re.search(pattern, before + name)]:
+                return chosen
+        raise RequestError(
+            f"layers_to_optimize_regex {pattern!r} names no linear layer of the base. "
+            f"Expected one such as {next(iter(names))}."
+        )
 
     def _filled(self, template: str) -> str:
         return template.format(trigger=self.trigger, word=self.class_word or WORDS[self.lora_type])

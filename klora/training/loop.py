@@ -94,7 +94,7 @@ def train_lora(
     check_precision(config, accelerator.device)
     bare = load(device=accelerator.device, parts=())
     shapes = linear_shapes(bare.denoiser)
-    shapes = {name: shapes[name] for name in config.targets(shapes)}
+    shapes = {name: shapes[name] for name in config.targets(shapes, bare.component)}
     rank = config.lora_rank or bare.recipe.rank
     material = encode(load, pictures, class_pictures, config, accelerator.device)
     mode = mode_for(bare, shapes, rank, material, config, accelerator.device)

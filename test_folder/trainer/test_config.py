@@ -21,10 +21,21 @@ def test_presets_name_as_many_layers_as_published() -> None:
 def test_an_expression_takes_the_place_of_the_preset_and_must_name_a_layer() -> None:
     names = ["attn1.to_q", "ff.net.2"]
     assert TrainConfig(layers_to_optimize_regex="ff").targets(names) == ["ff.net.2"]
-    with pytest.raises(
-        RequestError, match=r"^layers_to_optimize_regex 'conv' names no linear layer of the base\. Expect"
-    ):
+    with pytest.raises(RequestError) as refusal:
         TrainConfig(layers_to_optimize_regex="conv").targets(names)
+    assert str(refusal.value) == (
+        "layers_to_optimize_regex 'conv' names no linear layer of the base. Expected one such as attn1.to_q."
+    )
+
+
+@pytest.mark.parametrize("component", ["unet", "transformer"])
+def test_an_expression_may_begin_with_the_denoisers_own_name(component: str) -> None:
+    names = [f"single_transformer_blocks.{number}.proj_out" for number in (1, 7, 12, 17)]
+    asked = TrainConfig(layers_to_optimize_regex=rf"{component}.single_transformer_blocks.(7|12|16|20).proj_out")
+    assert asked.targets(names, component) == [names[1], names[2]]
+    assert TrainConfig(layers_to_optimize_regex=r"^(?!single_transformer_blocks\.7)").targets(names) == [
+        names[0], names[2], names[3],
+    ]  # fmt: skip
 
 
 def test_what_is_given_comes_before_what_is_made_of_it() -> None:
