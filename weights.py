@@ -252,13 +252,22 @@ def own_tokens() -> dict[str, str]:
 
 def _authorities() -> Authorities:
     """At their own addresses, or where HF_ENDPOINT, CIVITAI_ENDPOINT and REPLICATE_ENDPOINT say. These, and every
-    "host:port" in KLORA_TRUSTED_HOSTS, separated by commas, may be http or private."""
-    named: dict[str, Any] = {
-        name: os.environ[key].rstrip("/") for name, key in AUTHORITIES.items() if os.environ.get(key)
-    }
+    "host:port" in KLORA_TRUSTED_HOSTS, separated by commas, may be http or private. Raises RequestError."""
+    named: dict[str, Any] = {name: _address(key) for name, key in AUTHORITIES.items() if os.environ.get(key)}
     hosts = {urlsplit(url).netloc for url in named.values()}
     hosts |= {host.strip() for host in os.environ.get("KLORA_TRUSTED_HOSTS", "").split(",") if host.strip()}
     return replace(Authorities(network=Network(frozenset(hosts))), **named)
+
+
+def _address(key: str) -> str:
+    """What a setting says of where an authority is. Raises RequestError, without it, for it may have a password."""
+    try:
+        address = urlsplit(os.environ[key])
+        if address.scheme in ("http", "https") and address.hostname and address.port != 0:
+            return os.environ[key].rstrip("/")
+    except ValueError:  # of brackets that do not match, and of a port that is no number
+        pass
+    raise RequestError(f"{key} is no web address. Expected one, as in https://hub.example.com.")
 
 
 def download_base(name: str, folder: Path | None = None, token: str | None = None) -> Path:

@@ -54,3 +54,14 @@ def test_another_way_to_compile_is_refused(monkeypatch: pytest.MonkeyPatch, text
     with pytest.raises(RequestError) as error:
         weights.compiled_blocks()
     assert str(error.value) == (f"KLORA_COMPILE is {text!r}. Expected 1 to compile the bases' blocks, or float8, or 0.")
+
+
+@pytest.mark.parametrize("address", ["hub.example.com", "ftp://h", "https://", "http://[h", "http://user:hunter2@h:x"])
+@pytest.mark.parametrize("name", weights.AUTHORITIES.values())
+def test_an_authority_that_is_at_no_web_address_is_refused_by_its_settings_name(
+    name: str, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, address)
+    with pytest.raises(RequestError) as refusal:
+        weights._authorities()
+    assert str(refusal.value) == f"{name} is no web address. Expected one, as in https://hub.example.com."
