@@ -74,7 +74,7 @@ LAYERS = {
     "klora/form/pair.py": {"klora.errors", "klora.form.fields", "klora.form.request"},
     "klora/models/": {
         *("klora.errors", "klora.device", "klora.lora", "klora.form.request", "klora.models.family"),
-        *("klora.models.linears", "klora.models.prompts", *FILES_OF_LORAS),
+        *("klora.models.linears", "klora.models.prompts", "klora.interruptible", *FILES_OF_LORAS),
     },
     "klora/report/numbers.py": {"klora.errors", "klora.fusion", "klora.lora"},
     "klora/report/advice.py": {"klora.fusion", "klora.report.numbers"},

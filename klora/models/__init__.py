@@ -1,6 +1,7 @@
 """The families of base models. Each is one file that answers six questions; one line here adds it."""
 
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -12,6 +13,7 @@ from klora.device import default_device, default_dtype
 from klora.errors import BaseModelError
 from klora.files.container import opened
 from klora.files.origin import Origin, stranger
+from klora.interruptible import interruptible
 from klora.models.family import EVERY_PART, Family, Part, Quantized, checkpoint_in, weightless_encoders
 from klora.models.flux import Flux
 from klora.models.sdxl import SDXL
@@ -38,7 +40,10 @@ def load_model(
     _refuse_incomplete(path)
     own = torch.get_default_dtype()
     try:
-        model = FAMILIES[family].load(path, device, dtype or default_dtype(device), parts, quantized)
+        # The libraries start threads: what Cog raises in this one can come up in a newborn one, which in CPython 3.11
+        # has its parent's number, and dies of it; Thread.start() then waits for it for ever.
+        load = partial(FAMILIES[family].load, path, device, dtype or default_dtype(device), parts, quantized)
+        model = interruptible(load)
     except Exception as error:  # for a damaged folder the libraries raise whatever they stumble on
         raise BaseModelError(f"The base in {path} cannot be loaded as {family}: {error}") from error
     finally:

@@ -4,6 +4,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,18 @@ def test_half_precision_makes_about_the_same_image(
     """Mean of 3 levels of 255: bfloat16 has 8 bits, and a few steps amplify its rounding; another seed is 30 away."""
     half = load_model(BASES[base], bases / base, CPU, torch.bfloat16)
     assert np.abs(paint(half, **option) - paint(models[base], **option)).mean() < 3
+
+
+def test_a_base_is_loaded_beside_the_thread_that_is_interrupted(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which starts none of the libraries' threads: one that is interrupted in its place never says that it runs."""
+
+    def load(*_: object) -> Family:
+        raise OSError(f"in {get_ident()}")
+
+    monkeypatch.setattr(FAMILIES["sdxl"], "load", load)
+    with pytest.raises(BaseModelError, match=r"cannot be loaded as sdxl: in \d+$") as refusal:
+        load_model("sdxl", bases / "sdxl")
+    assert str(get_ident()) not in str(refusal.value)
 
 
 @pytest.mark.parametrize("family", ["video", "flux-dev"])  # which is a base
