@@ -5,6 +5,7 @@ import json
 import shutil
 import tarfile
 from pathlib import Path
+from threading import get_ident
 from types import SimpleNamespace
 
 import numpy as np
@@ -179,6 +180,19 @@ def assert_refused(kind: Kind, folder: Path, complaint: str) -> None:
     said, _, advised = str(caught.value).partition(" Install a ")
     assert said.startswith(f"The {kind.__name__.lower()} ") and advised.endswith(f", {ADVICE[kind]}")
     assert complaint in said and str(folder) in said and said.find(". ") < 0 and said[-1] == "." and "\n" not in said
+
+
+@kinds
+def test_a_model_is_loaded_beside_the_thread_that_is_interrupted(
+    kind: Kind, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise OSError(f"in {'this' if get_ident() == here else 'another'} thread")
+
+    here = get_ident()
+    for model in (transformers.BlipForConditionalGeneration, transformers.CLIPSegForImageSegmentation):
+        monkeypatch.setattr(model, "from_pretrained", load)
+    assert_refused(kind, copy, "in another thread")
 
 
 @kinds

@@ -6,7 +6,7 @@ Knows nothing of Cog, of archives or of the training loop.
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ import transformers as hf
 from PIL import Image
 
 from klora.errors import BaseModelError
+from klora.interruptible import interruptible
 from klora.training.dataset import Picture
 
 MAX_NEW_TOKENS = 50
@@ -104,8 +105,11 @@ def _loaded(what: str, folder: Path, device: torch.device, kinds: tuple[Any, Any
     if not (folder / "config.json").is_file():
         raise BaseModelError(f"{what} is not installed: {folder} has no config.json. {advice}")
     options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+    options |= {"local_files_only": True, "ignore_mismatched_sizes": True}
     try:
-        model, info = kinds[0].from_pretrained(folder, local_files_only=True, ignore_mismatched_sizes=True, **options)
+        model, info = interruptible(
+            partial(kinds[0].from_pretrained, folder, **options)
+        )  # as load_model() does, for its reason
         tokenizer, processor = (kind.from_pretrained(folder, local_files_only=True) for kind in kinds[1:])
     except Exception as error:  # transformers has no kind of its own for damaged files
         reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
