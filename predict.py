@@ -47,7 +47,7 @@ class Predictor(BasePredictor):
         """Load the bases named by KLORA_BASES, or every installed one, as many as fit."""
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         silence_progress_bars()
-        self.outputs = LocalPath(tempfile.mkdtemp(prefix="klora-"))
+        self.outputs = LocalPath(tempfile.mkdtemp(prefix="klora-"), "outputs")  # in a folder that is its own alone
         compiled = weights.compiled_blocks()
         self.studio = Studio(weights.find_base, weights.safety_checker_path(), compiled=compiled)
         self.loras = weights.LoRAFiles(weights.lora_root())

@@ -167,6 +167,8 @@ def test_the_predictor_fetches_loads_and_then_goes_online_for_nothing(
     predictor = Predictor()
     predictor.setup()
     assert (predictor.studio.resident, compiled) == (["flux-schnell"], ["FLUX.1"])
+    kept = predictor.outputs.parent  # outlives the outputs, which each request replaces
+    assert (kept.parent, kept.stat().st_mode & 0o077, [*kept.iterdir()]) == (models, 0, [])
     assert "The safety checker is not installed: requests need disable_safety_checker=true." in caplog.messages
     hub.asked.clear()
     with pytest.raises(BaseModelError, match="offline mode is enabled"):
