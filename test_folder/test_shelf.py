@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,17 @@ def test_names_that_lead_to_one_file_share_it(file: Path, tmp_path: Path) -> Non
     shelf, link = Shelf(), tmp_path / "link.safetensors"
     link.symlink_to(file)
     assert shelf.take("sdxl", file, lambda path: lora()) is shelf.take("sdxl", link, lambda path: lora())
+
+
+def test_a_file_of_the_cache_is_read_once_however_often_it_is_lent(file: Path, tmp_path: Path) -> None:
+    shelf, loans = Shelf(), [tmp_path / name for name in ("one.safetensors", "two.safetensors")]
+    taken = []
+    for loan in loans:
+        time.sleep(0.02)  # the clock of files ticks every few milliseconds
+        loan.hardlink_to(file)
+        taken.append(shelf.take("sdxl", loan, lambda path: lora()))
+        loan.unlink()
+    assert taken[0] is taken[1]
 
 
 def test_the_least_recently_used_leaves(tmp_path: Path) -> None:

@@ -103,7 +103,9 @@ def _facts(path: Path) -> tuple[tuple[int, ...], ...]:
     others. Raises LoRAError."""
     with in_words(path):
         found = [file.stat() for file in files_of(path).values()]
-    return tuple((file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns) for file in found)
+    # The time of change tells of what keeps size and time when it overwrites. Of the cache's files, which nobody does
+    # that to, each loan's link changes it.
+    return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_nlink == 1 and s.st_ctime_ns) for s in found)
 
 
 def _stored(place: Path) -> _Scores:
