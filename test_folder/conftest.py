@@ -18,6 +18,8 @@ from xdist.scheduler import LoadFileScheduling
 
 from klora.sources.network import Network
 from test_folder import tiny
+from test_folder.conformance.client import Client
+from test_folder.conformance.local import Place, running
 from test_folder.fakes import Server, Storage, network
 from test_folder.lending import CONTENT, STYLE, Clock, Shop, hub, opened_shop
 
@@ -26,6 +28,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # models this small are fastest so, and tests of two processes do not fight over cores
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()
+gc.disable()  # until all is imported, of which nothing is garbage
 
 
 # What takes longest, longest first. A process that has nothing left takes the next file (--dist loadfile), so that a
@@ -46,6 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """What is imported by now stays, and the collector, which every training calls, need not look through it."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 
@@ -56,8 +60,8 @@ class Together(LoadFileScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         folder, _, file = nodeid.partition("::")[0].rpartition("/")
-        if folder.endswith("/conformance"):
-            return folder
+        if folder.endswith("/conformance") or file == "test_predict.py":
+            return "conformance"
         return "likeness" if file in ("test_toy.py", "test_likeness.py", "test_evaluate.py") else f"{folder}/{file}"
 
 
@@ -81,6 +85,19 @@ def loras(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             layers = tiny.random_lora(tiny.linear_shapes(model), rank, seed=seed)
             tiny.save_lora(folder / f"{family}_{role}.safetensors", layers, prefix=component)
     return folder
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Of the server that predicting is."""
+    return Place(tmp_path_factory.mktemp("predictor"))
+
+
+@pytest.fixture(scope="session")
+def predicting(bases: Path, loras: Path, place: Place) -> Iterator[Client]:
+    """script/serve in predict mode, on the tiny bases, with those LoRAs."""
+    with running(place.folder, {"KLORA_MODELS": str(bases), "KLORA_LORA_ROOT": str(loras)}) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import json
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from klora.studio.provenance import read_provenance
 from predict import Predictor
 from test_folder.conformance.client import PREDICT
 from test_folder.conformance.client import Client as Server
-from test_folder.conformance.local import running
 from test_folder.conformance.payloads import data_uri, encoded, gradient
 
 SDXL = {"content_lora": "sdxl_content.safetensors", "style_lora": "sdxl_style.safetensors"}
@@ -39,11 +37,9 @@ def png(image: Image.Image) -> str:
 PICTURE = png(gradient())
 
 
-@pytest.fixture(scope="module")
-def server(bases: Path, loras: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    environment = {"KLORA_MODELS": str(bases), "KLORA_LORA_ROOT": str(loras)}
-    with running(tmp_path_factory.mktemp("server"), environment) as server:
-        yield server
+@pytest.fixture
+def server(predicting: Server) -> Server:
+    return predicting
 
 
 @pytest.mark.parametrize("loras_of", [SDXL, FLUX], ids=["sdxl", "flux"])

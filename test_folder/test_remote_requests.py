@@ -22,11 +22,12 @@ from safetensors.torch import load, save
 from typer.testing import CliRunner, Result
 
 from klora import cli
+from test_folder.conformance.local import running
 from test_folder.fakes import SIGNATURE, Server, Storage, tarred
 from test_folder.fakes.civitai import Civitai, File
 from test_folder.fakes.hub import Hub
 from test_folder.fakes.replicate import Replicate
-from test_folder.test_predict import QUICK, SDXL, running, tar_of
+from test_folder.test_predict import QUICK, SDXL, tar_of
 from test_folder.test_predict import Server as Client
 
 ANN, MEMBER, OWNER = "hf_Canary+Ann/1=", "Canary+Member/2=", "r8_Canary+Owner/3="

@@ -43,24 +43,14 @@ def hooks() -> Iterator[Hooks]:
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """Of the server in predict mode."""
-    return Place(tmp_path_factory.mktemp("predictor"))
-
-
-@pytest.fixture(scope="session")
 def training_place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(tmp_path_factory.mktemp("trainer"))
 
 
 @pytest.fixture(scope="session")
-def predictor(request: pytest.FixtureRequest, place: Place) -> Iterator[Client]:
+def predictor(request: pytest.FixtureRequest) -> Client:
     """A server in predict mode."""
-    if NAMED:
-        yield _named(PREDICT, "BASE_URL")
-        return
-    with running(place.folder, _settings(request)) as client:
-        yield client
+    return _named(PREDICT, "BASE_URL") if NAMED else request.getfixturevalue("predicting")
 
 
 @pytest.fixture(scope="session")
