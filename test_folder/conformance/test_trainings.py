@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from test_folder.conformance.hooks import Hooks
 from test_folder.conformance.local import Place
 from test_folder.conformance.payloads import content_of, data_uri, encoded, noise, pictures, pixels_of, upload, zipped
 
+TOKEN = "hf_CanaryOfTheHub"
 LEFT = ROOT / "trained_model.tar"  # where `cog train` on a laptop finds it
 LEARNING = {"steps": 8, "learning_rate": 0.01, "lora_rank": 4, "sample_steps": 2, "gradient_checkpointing": "auto"}
 FILES = {
@@ -39,9 +41,14 @@ def opened(tar: bytes) -> tarfile.TarFile:
 
 
 @pytest.fixture(scope="module")
-def loss(trainer: Client) -> float:
-    """Of a quick training on a server that has not been asked for much."""
-    return trained(trainer)["metrics"]["fixed_loss"]
+def quick(trainer: Client) -> dict[str, Any]:
+    """The answer to a quick training on a server that has not been asked for much. It was given a token."""
+    return trained(trainer, hf_token=TOKEN)
+
+
+@pytest.fixture(scope="module")
+def loss(quick: dict[str, Any]) -> float:
+    return quick["metrics"]["fixed_loss"]
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -57,6 +64,7 @@ def test_a_zip_becomes_a_lora_that_the_predictor_fuses(trainer: Client, predicto
         assert len([name for name in names if name.startswith("samples/step_000008_")]) == 4
         assert json.load(files.extractfile("config.json"))["trigger"] == "sbu"
         assert len(files.extractfile("train.jsonl").readlines()) == 1 + LEARNING["steps"]
+        assert_lora_of(LEARNING["lora_rank"], load(files.extractfile("lora.safetensors").read()))
     lora, quick = data_uri(tar, "application/x-tar"), predictor.mode.quick
     bare = predictor.images(**quick, model=base)[0]
     alone = predictor.succeeded(**quick, content_lora=lora)
@@ -68,13 +76,11 @@ def test_a_zip_becomes_a_lora_that_the_predictor_fuses(trainer: Client, predicto
     assert "triggers_added" not in fused["metrics"]
 
 
-def test_the_weights_are_those_of_a_lora_of_the_rank_that_was_asked_for(trainer: Client) -> None:
-    with opened(weights_of(trained(trainer, lora_rank=3))) as files:
-        tensors = load(files.extractfile("lora.safetensors").read())
+def assert_lora_of(rank: int, tensors: Mapping[str, np.ndarray]) -> None:
     down = {key.removesuffix(".lora_A.weight"): tensor for key, tensor in tensors.items() if ".lora_A." in key}
     up = {key.removesuffix(".lora_B.weight"): tensor for key, tensor in tensors.items() if ".lora_B." in key}
     assert down.keys() == up.keys() != set()
-    assert {tensor.shape[0] for tensor in down.values()} == {tensor.shape[1] for tensor in up.values()} == {3}
+    assert {tensor.shape[0] for tensor in down.values()} == {tensor.shape[1] for tensor in up.values()} == {rank}
     assert all(np.isfinite(tensor).all() for tensor in tensors.values())
 
 
@@ -144,9 +150,13 @@ def test_bad_input_is_one_sentence(trainer: Client, loss: float, case: str) -> N
     assert "\n" not in said and "Traceback" not in said and said.endswith(".")
 
 
-def test_after_all_these_refusals_it_trains_as_before(trainer: Client, loss: float) -> None:
+def test_after_all_these_refusals_and_an_upload_that_cannot_be_had_it_trains_as_before(
+    trainer: Client, hooks: Hooks, loss: float
+) -> None:
     for inputs, _ in REFUSED.values():
         trainer.refusal(**trainer.mode.quick | inputs)
+    error = trainer.error(**trainer.mode.quick | {"input_images": f"{hooks.url}/nothing.zip"})
+    assert error.startswith("Input validation error: ") and "404" in error
     assert trained(trainer)["metrics"]["fixed_loss"] == loss
 
 
@@ -155,14 +165,6 @@ def test_mask_prompts_need_a_segmenter(trainer: Client) -> None:
     """Tiny bases have none."""
     said = trainer.refusal(**trainer.mode.quick, mask_mode="clipseg", mask_prompt="dog")
     assert "segmenter is not installed" in said
-
-
-def test_an_upload_that_cannot_be_had_fails_and_the_next_training_is_right(
-    trainer: Client, hooks: Hooks, loss: float
-) -> None:
-    error = trainer.error(**trainer.mode.quick | {"input_images": f"{hooks.url}/nothing.zip"})
-    assert error.startswith("Input validation error: ") and "404" in error
-    assert trained(trainer)["metrics"]["fixed_loss"] == loss
 
 
 # Cancellation.
@@ -206,10 +208,8 @@ def test_trainings_leave_no_files_however_they_end(trainer: Client, training_pla
     assert training_place.files() == before
 
 
-def test_a_training_holds_no_token(trainer: Client) -> None:
-    token = "hf_CanaryOfTheHub"
-    answer = trained(trainer, hf_token=token)
-    with opened(weights_of(answer)) as files:
+def test_a_training_holds_no_token(quick: dict[str, Any]) -> None:
+    with opened(weights_of(quick)) as files:
         inside = [files.extractfile(member).read() for member in files if member.isfile()]
-    assert token not in json.dumps({name: value for name, value in answer.items() if name != "output"})
-    assert not [content for content in inside if token.encode() in content]
+    assert TOKEN not in json.dumps({name: value for name, value in quick.items() if name != "output"})
+    assert not [content for content in inside if TOKEN.encode() in content]
