@@ -3,6 +3,7 @@
 Cog reads the form from this source text, so every string is one literal and every bound a number (script/schema).
 """
 
+import gc
 import logging
 import sys
 from dataclasses import fields
@@ -17,6 +18,9 @@ from klora.models import silence_progress_bars
 from klora.training.job import TrainingBase, run_training
 from klora.training.loop import Progress
 from klora.training.publishing import Publishing
+
+# What is imported stays, and the collector, which every training calls several times, need not look through it.
+gc.freeze()
 
 
 class TrainingOutput(BaseModel):
