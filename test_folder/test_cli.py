@@ -23,6 +23,7 @@ from klora.generation import generate
 from klora.models import load_model
 from klora.models.family import Family
 from test_folder.pairs import named_pair
+from test_folder.report.reporting import strictly
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a photo of a dog"
@@ -244,15 +245,38 @@ def test_a_real_process_that_lacks_a_lora_ends_at_once_with_one_line_and_status_
     assert "Traceback" not in result.stderr
 
 
-def test_without_bases_a_real_process_draws_with_the_toys_and_says_so(bases: Path, tmp_path: Path) -> None:
+def test_without_bases_a_real_process_draws_and_reports_with_the_toys_says_so_and_touches_nothing_else(
+    bases: Path, tmp_path: Path
+) -> None:
+    """matplotlib only once it draws a report, no pyplot, and nothing in the user's home."""
     shutil.copy(ROOT / "weights.py", tmp_path)  # it looks for the toys beside itself
     (tmp_path / "examples").mkdir()
     (tmp_path / "examples" / "toy").symlink_to(bases)
-    environment = {name: value for name, value in os.environ.items() if name != "KLORA_MODELS"}
-    environment |= {"PYTHONPATH": f"{tmp_path}:{ROOT}", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "from klora.cli import app; app()", "fuse", PROMPT, *named_pair("sdxl"), *QUICK]
-    result = subprocess.run([*command, "--seed", "1"], env=environment, capture_output=True, text=True)
+    (home := tmp_path / "home").mkdir()
+    unset = ("KLORA_MODELS", "KLORA_CACHE", "MPLCONFIGDIR")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    environment |= {"PYTHONPATH": f"{tmp_path}:{ROOT}", "HOME": str(home), "OMP_NUM_THREADS": "1"}
+    code = (
+        "import os, sys; from klora.cli import app\n"
+        "at = sys.argv.index('report')\n"
+        "app(sys.argv[1:at], standalone_mode=False)\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "app(sys.argv[at:], standalone_mode=False)\n"
+        "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
+        "assert 'MPLCONFIGDIR' not in os.environ\n"
+    )
+    command = [sys.executable, "-c", code, "fuse", PROMPT, *named_pair("sdxl"), *QUICK, "--seed", "1"]
+    command += ["report", *named_pair("sdxl")[1::2], "--pattern", "s", "--steps", "7", "--beta", "0.6"]
+    command += ["--style-bias", "1.5", "--out", "told"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    told = strictly(Path("told/report.json").read_text())
+    assert (told["pattern"], told["steps"], told["beta"], told["style_bias"]) == ("s", 7, 0.6, 1.5)
+    assert Image.open("told/report.png").width >= 1200
+    assert "\nklora s alpha 1.5 beta 0.6 style_bias 1.5 steps 7: " in result.stdout
+    assert all(f"warning: {text}" in result.stdout for text in told["warnings"]) and told["warnings"]
+    assert result.stdout.splitlines()[-2:] == ["told/report.png", "told/report.json"]
+    assert list(home.iterdir()) == [] and "font" not in result.stderr
     assert "No base models in ~/.cache/klora/models: using the toy ones in examples/toy" in result.stderr
     assert f"loaded sdxl from {tmp_path}/examples/toy/sdxl" in result.stderr
     assert result.stdout.startswith("out/klora_1_0.png\n")

@@ -1,12 +1,8 @@
-"""`klora report`: the two files that it writes, what it says, and what it leaves alone."""
+"""`klora report`: the two files that it writes. What it says, and what it leaves alone, is in test_cli.py."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from typer.testing import CliRunner
 
 from klora import cli
@@ -14,34 +10,6 @@ from klora.report import Report
 from klora.report.pair import save_report
 from test_folder.pairs import pair_of
 from test_folder.report.reporting import healthy, strictly
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def test_a_real_process_writes_both_files_and_touches_nothing_else(bases, loras, tmp_path):
-    """matplotlib only once it draws, no pyplot, and nothing in the user's home."""
-    home, out = tmp_path / "home", tmp_path / "out"
-    home.mkdir()
-    code = (
-        "import os, sys; from klora.cli import app\n"
-        "assert 'matplotlib' not in sys.modules\n"
-        "app(standalone_mode=False)\n"
-        "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
-        "assert 'MPLCONFIGDIR' not in os.environ\n"
-    )
-    command = [sys.executable, "-c", code, "report", *map(str, pair_of(loras).values())]
-    environment = {name: value for name, value in os.environ.items() if name != "MPLCONFIGDIR"}
-    environment |= {"PYTHONPATH": str(ROOT), "HOME": str(home), "KLORA_MODELS": str(bases), "OMP_NUM_THREADS": "1"}
-    command += ["--pattern", "s", "--steps", "7", "--beta", "0.6", "--style-bias", "1.5", "--out", str(out)]
-    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    told = strictly((out / "report.json").read_text())
-    assert (told["pattern"], told["steps"], told["beta"], told["style_bias"]) == ("s", 7, 0.6, 1.5)
-    assert Image.open(out / "report.png").width >= 1200
-    assert result.stdout.startswith("klora s alpha 1.5 beta 0.6 style_bias 1.5 steps 7: ")
-    assert all(f"warning: {text}" in result.stdout for text in told["warnings"]) and told["warnings"]
-    assert result.stdout.splitlines()[-2:] == [str(out / "report.png"), str(out / "report.json")]
-    assert list(home.iterdir()) == [] and "font" not in result.stderr
 
 
 @pytest.fixture
