@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
@@ -131,12 +132,19 @@ def _outline(scene: Scene, chance: random.Random) -> Image.Image:
     return _small(image)
 
 
+@lru_cache(maxsize=32)
+def _hatched(side: int, paper: Colour, ink: Colour, slant: int, every: int) -> Image.Image:
+    """A square of slanting lines, which many parts are covered with."""
+    hatched = Image.new("RGB", (side, side), paper)
+    lines = ImageDraw.Draw(hatched)
+    for offset in range(-side, 2 * side, every):
+        lines.line([(offset, 0), (offset + slant * side, side)], fill=ink, width=UNIT)
+    return hatched
+
+
 def _hatch(image: Image.Image, points: Sequence[Point], paper: Colour, ink: Colour, slant: int, every: int) -> None:
     """Cover a polygon with slanting lines on paper. slant: 1 or -1, their way to the right; every: pixels apart."""
-    hatched = Image.new("RGB", image.size, paper)
-    lines = ImageDraw.Draw(hatched)
-    for offset in range(-image.width, 2 * image.width, every):
-        lines.line([(offset, 0), (offset + slant * image.width, image.width)], fill=ink, width=UNIT)
+    hatched = _hatched(image.width, paper, ink, slant, every)
     mask = Image.new("L", image.size)
     ImageDraw.Draw(mask).polygon(points, fill=255)
     image.paste(hatched, mask=mask)
