@@ -217,9 +217,10 @@ def test_a_tensor_that_says_nothing_is_refused(kind: Kind, copy: Path, spoilt: l
 
 
 def test_a_training_learns_from_both(
-    blip: Path, clipseg: Path, bases: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    blip: Path, clipseg: Path, bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Captions and masks that models make give another LoRA than none, and than each other's prompts."""
+    monkeypatch.setattr("klora.training.draw.FIXED_POINTS", 1)  # which tell of the run, and take most of its time
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "captioner").symlink_to(blip)
     (tmp_path / "models" / "segmenter").symlink_to(clipseg)

@@ -53,9 +53,9 @@ def test_the_stages_leave_a_base_that_serves_every_way_to_make_an_image(task: Ca
     train_vae.train_decoder(own(3))
     train_vae.save_latents(own())
     train_denoiser.train_words(own(2))
-    train_denoiser.train_denoiser(own(10))
+    train_denoiser.train_denoiser(own(6))
     if base != "sdxl":
-        train_denoiser.train_guidance(own(10))
+        train_denoiser.train_guidance(own(6))
     toys = own().toys
     assert not any(str(toys) in path.read_text() for path in toys.rglob("*.json"))
     assert len((toys / f"{base}-denoiser.jsonl").read_text().splitlines()) == 1
@@ -128,7 +128,7 @@ def test_a_denoiser_begins_with_what_is_there(task: Callable[..., Task]) -> None
 @each_base
 def test_evening_out_changes_the_latents_and_no_picture(base: str) -> None:
     torch.manual_seed(0)
-    vae, pixels = toy_vae(base), levels(pixels_of(any_picture(random.Random(i)) for i in range(12)), 128)
+    vae, pixels = toy_vae(base), levels(pixels_of(any_picture(random.Random(i)) for i in range(6)), 128)
     with torch.no_grad():
         vae.encoder.conv_out.weight[0] *= 5
         before, uneven = encoded(vae, pixels)
@@ -169,7 +169,7 @@ def test_drawings_are_the_scenes_in_their_order_and_others_in_every_style(drawin
 def test_text_encoders_learn_what_captions_name_and_a_new_denoiser_finds_them(
     task: Callable[..., Task], base: str
 ) -> None:
-    own = task(base, 40, 8, 3e-3)
+    own = task(base, 24, 8, 3e-3)
     train_vae.train_vae(own._replace(steps=1))
     before = train_denoiser.pipeline(own)
     train_denoiser.train_words(own)

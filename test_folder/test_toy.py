@@ -39,9 +39,8 @@ def test_the_bases_take_at_most_40_mb_and_name_no_folder_of_a_machine() -> None:
 
 @every_base
 def test_a_toy_base_draws_what_held_out_captions_ask_for(base: str) -> None:
-    found = program("evaluate").accuracy(base, 16)
-    assert found["ground"] >= 0.9
-    assert found["all"] >= 0.9
+    found = program("evaluate").accuracy(base, 8)
+    assert found["ground"] == found["all"] == 1
 
 
 @every_base
@@ -61,7 +60,7 @@ def test_each_way_to_fuse_shows_what_it_should(base: str, fused: str) -> None:
     content, manner = (loaded(base).read_lora(LORAS / lora_file(base, name)) for name in (subject, style))
     found = {}
     for way in ("content only", "style only", fused):
-        request = Request(prompt(subject), seed=0, num_outputs=3, **BASES[base], **WAYS[way])
+        request = Request(prompt(subject), seed=0, num_outputs=2, **BASES[base], **WAYS[way])
         images = generate(loaded(base), request, content=content, style=manner)
         found[way] = {measure: mean(values) for measure, values in scores(images, subject, style).items()}
     assert found["content only"]["subject"] > 0.5 > found["content only"]["style"]

@@ -77,7 +77,7 @@ def euler(model, inputs, latents_name, steps, on_step):
 def test_whole_run_in_both_engines_equals_dense_weights_chosen_at_every_layer_call(
     build, inputs, latents, layers, count, pattern
 ):
-    model, steps = build(), 6
+    model, steps = build(), 4
     content, style = random_lora(model, 4, seed=1, pattern=layers), random_lora(model, 8, seed=2, pattern=layers)
 
     def denoise(on_step):
