@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 
 from examples.drawing import GROUNDS, SIDE, STYLES, random_scene
 from examples.figures import POSES, SUBJECTS, figure
-from examples.likeness import style_likeness, subject_likeness
+from examples.likeness import style_likeness, style_likenesses, subject_likeness
 
 BLENDS = (0.0, 0.25, 0.5, 0.75)
 
@@ -64,12 +64,13 @@ def style_table(count: int) -> Iterator[str]:
     yield from _head("style", "right, clean", "wrong, clean", "right, soft", "wrong, soft", "0, ¼, ½, ¾ of it blended")
     shown = {style: [image for subject in SUBJECTS for image in figures(subject, style, count)] for style in STYLES}
     shown = {style: [*images, *shapes(style, count)] for style, images in shown.items()}
+    clean = {style: [style_likenesses(image) for image in images] for style, images in shown.items()}
+    softened = {style: [style_likenesses(soft(image)) for image in images] for style, images in shown.items()}
     for style in STYLES:
-        right, wrong = shown[style], [image for other in STYLES if other != style for image in shown[other]]
-        cells = [_right(style_likeness(image, style) for image in right)]
-        cells += [_wrong(style_likeness(image, style) for image in wrong)]
-        cells += [_right(style_likeness(soft(image), style) for image in right)]
-        cells += [_wrong(style_likeness(soft(image), style) for image in wrong)]
+        cells = []
+        for seen in (clean, softened):
+            cells += [_right(found[style] for found in seen[style])]
+            cells += [_wrong(found[style] for other in STYLES if other != style for found in seen[other])]
         blended = (np.mean([style_likeness(image, style) for image in blends(style, share)]) for share in BLENDS)
         yield _row(style, *cells, "–" if style == "plain" else ", ".join(f"{value:.2f}" for value in blended))
 

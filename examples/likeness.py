@@ -84,9 +84,14 @@ def _edges(cells: np.ndarray) -> np.ndarray:
 
 def style_likeness(image: Image.Image, style: str) -> float:
     """Measure how much of a picture's looks is a style's, whatever is shown, in [0, 1]."""
+    return style_likenesses(image)[style]
+
+
+def style_likenesses(image: Image.Image) -> dict[str, float]:
+    """The same of every style at once."""
     centre, spread, examples, weights, mean = _fit()
     shares = _kernel((_traits(image) - centre) / spread, examples) @ weights + mean
-    return float(np.clip(shares[list(STYLES).index(style)], 0, 1))
+    return dict(zip(STYLES, np.clip(shares, 0, 1).tolist(), strict=True))
 
 
 @cache
