@@ -77,8 +77,7 @@ def exported(
     lent: what more is known of fetched files, by input. Raises KLoRAError, and writes nothing then."""
     if out.suffix != ".safetensors":
         raise RequestError(f"out is {out.name!r}. Expected a name that ends in .safetensors.")
-    schedule = Schedule.from_pattern(wanted.pattern, wanted.alpha, wanted.beta)
-    steps = wanted.span
+    schedule, steps = Schedule.from_pattern(wanted.pattern, wanted.alpha, wanted.beta), wanted.span
     scores = {name: loan.scores for name, loan in lent.items()}
     pair = read_pair(files, bases, scores)
     if pair.base is None:  # and the file's own names would be no tool's, nor its text encoders known
@@ -252,9 +251,7 @@ def _metadata(facts: Mapping[str, Any], family: str) -> dict[str, str]:
 
 def _save(lora: LoRA, component: str, form: str, out: Path) -> None:
     if form == "kohya" and lora.text_encoders:
-        raise RequestError(
-            "format is kohya, whose files hold no text encoder here. Expected diffusers for these LoRAs."
-        )
+        raise RequestError("format is kohya, whose files hold no text encoder here. Expected diffusers for these.")
     with writing("LoRA"):
         out.parent.mkdir(parents=True, exist_ok=True)
         if form == "kohya":
