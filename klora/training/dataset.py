@@ -262,7 +262,7 @@ def _text(data: bytes) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return data.decode("latin-1")
+        return data.decode("cp1252", "replace")  # Latin-1 with the quotation marks of Windows
 
 
 def _natural(name: str) -> tuple[object, ...]:
