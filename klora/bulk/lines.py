@@ -113,7 +113,7 @@ def read_prompts(
     """
     called = called or path.name
     _check_common(common, template)
-    if most is not None and path.stat().st_size > most * MAX_LINE_BYTES:
+    if most is not None and path.stat().st_size > most * (MAX_LINE_BYTES + len("\r\n")):
         raise RequestError(f"{called} is too large. Expected at most {most} lines of {MAX_LINE_BYTES} bytes.")
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):

@@ -110,7 +110,7 @@ def test_a_plain_line_in_another_encoding_is_a_bad_one(tmp_path: Path) -> None:
         (b"\n \n\t", "p.txt has no prompt. Expected one on each line."),
         ("a dog\n".encode("utf-16"), "p.txt is UTF-16. Expected UTF-8."),
         (b"a\nb\nc\nd", "p.txt has 4 lines. Expected at most 3."),
-        (b"a" * 3 * MAX_LINE_BYTES + b"\n", "p.txt is too large. Expected at most 3 lines of 8192 bytes."),
+        (b"a" * 3 * (MAX_LINE_BYTES + 2) + b"\n", "p.txt is too large. Expected at most 3 lines of 8192 bytes."),
     ],
 )
 def test_a_file_of_no_use_is_refused_in_a_sentence(tmp_path: Path, content: bytes, sentence: str) -> None:
@@ -118,6 +118,12 @@ def test_a_file_of_no_use_is_refused_in_a_sentence(tmp_path: Path, content: byte
     with pytest.raises(RequestError) as error:
         read_prompts(tmp_path / "p.txt", {}, most=3)
     assert str(error.value) == sentence
+
+
+def test_as_many_lines_as_may_be_and_as_long_ones_are_read(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes(b"".join(letter * MAX_LINE_BYTES + b"\r\n" for letter in (b"a", b"b", b"c")))
+    prompts = read_prompts(tmp_path / "p.txt", {}, most=3)
+    assert (len(prompts.requests), prompts.faults) == (3, ())
 
 
 def test_an_upload_is_called_what_its_sender_calls_it(tmp_path: Path) -> None:

@@ -101,6 +101,12 @@ def test_every_kind_of_pixel_becomes_rgb_or_grey(tmp_path: Path, kind: str) -> N
     assert grey.getpixel((1, 1)) == ImageOps.grayscale(rgb).getpixel((1, 1))
 
 
+def test_where_nothing_is_an_image_is_white_and_a_mask_keeps(tmp_path: Path) -> None:
+    path = save(tmp_path / "clear.png", Image.new("RGBA", (4, 4), (250, 0, 0, 0)))
+    assert open_image("image", path, "RGB").getcolors() == [(16, (255, 255, 255))]
+    assert open_image("mask", path, "L").getcolors() == [(16, 0)]
+
+
 def test_print_colours_become_rgb(tmp_path: Path) -> None:
     path = save(tmp_path / "image.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)), quality=100)
     assert np.abs(np.asarray(open_image("image", path, "RGB"), int) - RED).max() <= 2
