@@ -94,6 +94,10 @@ def test_an_upload_without_a_suffix_whose_first_line_is_a_bad_object_is_not_take
     assert [asked.prompt for asked in requests(prompts)] == ["a cat"]
 
 
+def test_a_prompt_of_brackets_is_a_prompt(tmp_path: Path) -> None:
+    assert [asked.prompt for asked in requests(read(written(tmp_path / "p.txt", "[" * 4000)))] == ["[" * 4000]
+
+
 def test_a_long_value_is_not_printed_whole() -> None:
     assert len(str(Fault(1, "x" * MAX_LINE_BYTES))) < 320
 
