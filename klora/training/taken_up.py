@@ -115,12 +115,13 @@ def _unpack(tar: Path, folder: Path) -> None:
         for member in archive:
             if member.issparse():
                 raise tarfile.ReadError(f"{member.name} has holes")  # and may be terabytes of them
-            if not member.isfile() or not (member.name in _NEEDED or _MADE.fullmatch(member.name)):
+            name = member.name.removeprefix("./")  # as `tar -cf made.tar -C folder .` has it
+            if not member.isfile() or not (name in _NEEDED or _MADE.fullmatch(name)):
                 continue
             room -= member.size
             if room < 0:
                 raise RequestError(f"resume_from holds more than {MAX_BYTES} bytes. {_OURS}.")
-            _write(cast(IO[bytes], archive.extractfile(member)), folder / member.name)
+            _write(cast(IO[bytes], archive.extractfile(member)), folder / name)
 
 
 def _write(source: IO[bytes], path: Path) -> None:

@@ -51,10 +51,16 @@ def require_place(out: Path) -> None:
 
 
 def tarred(folder: Path, out: Path) -> Path:
-    """The folder in a tar, which says nothing of whose it is. Raises RequestError."""
-    with whole(out) as part, tarfile.open(part, "w") as tar:
-        for file in sorted(folder.rglob("*")):
-            tar.add(file, file.relative_to(folder).as_posix(), recursive=False, filter=_nobodys)
+    """The folder in a tar, which says nothing of whose it is. Raises RequestError, which says where the folder is then:
+    beside its own, and so not gone with that."""
+    try:
+        with whole(out) as part, tarfile.open(part, "w") as tar:
+            for file in sorted(folder.rglob("*")):
+                tar.add(file, file.relative_to(folder).as_posix(), recursive=False, filter=_nobodys)
+    except RequestError as error:
+        folder.chmod(0o700)
+        kept = folder.rename(f"{folder.parent}-kept")  # which needs no room
+        raise RequestError(f"{error} What was learnt is in {kept}; resume_from takes it as a tar.") from error
     return out
 
 

@@ -3,6 +3,7 @@
 import locale
 import os
 import re
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from klora.form.request import Request
 from klora.training import job, loop, objective
 from klora.training.config import TrainConfig
 from klora.training.loop import Progress
-from klora.training.writing import whole
+from klora.training.writing import tarred, whole
 from test_folder.jobs.short import held, trained, weights_of
 from test_folder.test_card import FACTS
 
@@ -55,6 +56,21 @@ def test_a_file_that_is_broken_off_leaves_the_one_before_it_and_nothing_else() -
         part.write_text("half")
         raise KeyboardInterrupt
     assert Path("dog").read_text() == "old" and not part.exists()
+
+
+def test_what_was_learnt_is_kept_where_there_is_no_room_for_its_tar() -> None:
+    results = Path("scratch/results")
+    results.mkdir(parents=True)
+    (results / "run.safetensors").write_bytes(b"learnt" * 1000)
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, usual[1]))  # which fails as a full disk does
+    try:
+        with pytest.raises(RequestError, match=r"What was learnt is in scratch-kept; resume_from takes it as a tar\.$"):
+            tarred(results, Path("robot.tar"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert Path("scratch-kept/run.safetensors").read_bytes() == b"learnt" * 1000
+    assert [*Path("scratch").iterdir()] == [] and not Path("robot.tar").exists()
 
 
 def test_what_cannot_be_written_nor_taken_away_is_one_sentence() -> None:

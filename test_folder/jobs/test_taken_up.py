@@ -46,6 +46,14 @@ def test_a_tar_taken_up_again_is_the_same_training(quick: Path) -> None:
     assert [json.loads(line)["step"] for line in resumed["train.jsonl"].splitlines()] == list(range(9))
 
 
+def test_a_folder_that_was_kept_is_taken_up_as_the_tar_that_a_shell_makes_of_it(quick: Path, tmp_path: Path) -> None:
+    with tarfile.open(quick) as ours, tarfile.open(tmp_path / "by-hand.tar", "w") as made:
+        ours.extractall(tmp_path / "kept")
+        made.add(tmp_path / "kept", ".")
+    before, again = (taken_up.taken_up(tar, tmp_path / tar.stem) for tar in (quick, tmp_path / "by-hand.tar"))
+    assert replace(again, folder=before.folder) == before
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit], ids=["inside a step", "between two"])
 def test_an_interruption_leaves_a_tar_that_can_be_taken_up_in_its_place(
     stop: type[BaseException], quick: Path, monkeypatch: pytest.MonkeyPatch
