@@ -246,7 +246,7 @@ def test_quantised_weights_are_refused_in_a_sentence(folders: tuple[Path, Path],
     with pytest.raises(BaseModelError) as error:
         load_model("sdxl", folders[1], CPU, quantized=kind)
     assert str(error.value) == (
-        f"The base in {folders[1]} cannot be loaded as sdxl: {FILE} holds all parts, of which none can be {kind}. "
+        f"The base in {folders[1]} cannot be loaded as sdxl: {FILE} is one file, which cannot be {kind}. "
         "Expected bf16 or fp32."
     )
 

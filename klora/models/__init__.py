@@ -1,6 +1,6 @@
 """The families of base models. Each is one file that answers six questions; one line here adds it."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
@@ -36,14 +36,15 @@ def load_model(
     if family not in FAMILIES:
         raise BaseModelError(f"There is no family {family!r}. Expected one of {', '.join(FAMILIES)}.")
     device = device or default_device()
-    path = Path(path)
-    _refuse_incomplete(path)
+    if device == torch.device("cuda"):  # the current one, of which every thread has its own
+        device = torch.device("cuda", torch.cuda.current_device())
+    _refuse_incomplete(path := Path(path))
     own = torch.get_default_dtype()
     try:
         # The libraries start threads: what Cog raises in this one can come up in a newborn one, which in CPython 3.11
         # has its parent's number, and dies of it; Thread.start() then waits for it for ever.
         load = partial(FAMILIES[family].load, path, device, dtype or default_dtype(device), parts, quantized)
-        model = interruptible(load)
+        model = interruptible(partial(_current, device, load))
     except Exception as error:  # for a damaged folder the libraries raise whatever they stumble on
         raise BaseModelError(f"The base in {path} cannot be loaded as {family}: {error}") from error
     finally:
@@ -54,6 +55,12 @@ def load_model(
         if stored < len(list(module.parameters())) and not checkpoint_in(path):
             raise BaseModelError(f"The base in {path} lacks tensors of its {part}. Fetch the base again.")
     return model
+
+
+def _current(device: torch.device, load: Callable[[], Family]) -> Family:
+    """In a new thread, whose current GPU is the first, and quantisers ask for the current one."""
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        return load()
 
 
 def silence_progress_bars() -> None:

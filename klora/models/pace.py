@@ -44,7 +44,7 @@ def paced(model: Family, request: Request, engine: Engine | None = None) -> Iter
             # What turns out to lack compiled code runs without: no request waits for it.
             stance = "eager_on_recompile" if compiled else "force_eager"
             stack.enter_context(torch.compiler.set_stance(stance))
-        in_full: InFull = _ignore
+        in_full: InFull = lambda wanted: None  # noqa: E731  where every step is in full anyway
         means = ["compiled blocks"] if compiled else []
         # Only diffusers' text-to-image pipelines say whose pass it is, which the cache has to know.
         if request.go_fast and isinstance(model.denoiser, CacheMixin) and request.image is None:
@@ -93,7 +93,3 @@ def _first_block_cache(denoiser: Any) -> Iterator[InFull]:
             hook.threshold = -1.0 if wanted else THRESHOLD  # no change is less than none
 
         yield in_full
-
-
-def _ignore(wanted: bool) -> None:
-    """Where every step is in full anyway."""

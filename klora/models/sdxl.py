@@ -77,9 +77,7 @@ class SDXL:
     ) -> "SDXL":
         checkpoint = checkpoint_in(path)
         if checkpoint and quantized:
-            raise BaseModelError(
-                f"{checkpoint.name} holds all parts, of which none can be {quantized}. Expected bf16 or fp32."
-            )
+            raise BaseModelError(f"{checkpoint.name} is one file, which cannot be {quantized}. Expected bf16 or fp32.")
         options = quantization(cls.component, quantized, dtype)
         if any((path / "unet").glob("*.fp16.safetensors")):
             options["variant"] = "fp16"
@@ -104,8 +102,7 @@ class SDXL:
         encoded = []
         for turn in zip_longest(*read, fillvalue=""):
             wanted, unwanted = list(turn[: len(prompts)]), list(turn[len(prompts) :])
-            part = self.pipe.encode_prompt(wanted, device=device, negative_prompt=unwanted if steered else None)
-            encoded.append(part)
+            encoded += [self.pipe.encode_prompt(wanted, device=device, negative_prompt=unwanted if steered else None)]
         embeds, negative_embeds, pooled, negative_pooled = zip(*encoded, strict=True)
         return {
             "prompt_embeds": torch.cat(embeds, dim=1),

@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from threading import get_ident
 from typing import Any
@@ -68,6 +69,18 @@ def test_a_base_is_loaded_beside_the_thread_that_is_interrupted(bases: Path, mon
     with pytest.raises(BaseModelError, match=r"cannot be loaded as sdxl: in \d+$") as refusal:
         load_model("sdxl", bases / "sdxl")
     assert str(get_ident()) not in str(refusal.value)
+
+
+def test_a_base_is_loaded_with_its_gpu_as_the_current_one(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is the first in every new thread."""
+    entered: list[str] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda gpu: entered.append(str(gpu)) or nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(FAMILIES["sdxl"], "load", lambda *_: 1 / 0)
+    for device in ("cuda:1", "cuda", "cpu"):
+        with pytest.raises(BaseModelError):
+            load_model("sdxl", bases / "sdxl", torch.device(device))
+    assert entered == ["cuda:1", "cuda:2", "-1"]
 
 
 @pytest.mark.parametrize("family", ["video", "flux-dev"])  # which is a base
