@@ -29,6 +29,10 @@ def refusal(**given: Any) -> str:
     return str(error.value)
 
 
+def test_a_lora_acts_at_its_own_strength_unless_it_is_said_otherwise() -> None:
+    assert (request().content_scale, request().style_scale) == (1, 1)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [(name, value) for name, (low, high) in WHOLE.items() for value in (low - 1, high + 1)]

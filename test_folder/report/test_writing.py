@@ -22,8 +22,15 @@ def test_json_goes_there_and_back():
     for name in ("order", "steps", "style_bias", "gamma", "gammas", "style_share", "balance", "always"):
         assert told[name] == getattr(report, name)
     assert (told["pattern"], told["alpha"], told["beta"]) == ("s*", 1.5, 1.275)
+    assert list(told["ratio_quantiles"]) == ["0.05", "0.25", "0.5", "0.75", "0.95"]
     assert told["thresholds"] == report.thresholds.tolist()
     assert told["style_share_by_step"] == report.style_share_by_step
+
+
+def test_lines_say_where_the_slider_gives_each_a_half():
+    report, alike = reported(*partly_shared(), steps=9), reported(*partly_shared()[:1] * 2, steps=1)
+    assert f"; about a half at {report.balance:g}" in str(report)
+    assert "; a half at none up to 10" in str(alike)
 
 
 @pytest.mark.parametrize("roles", [(0, 0), (0, 1), (1, 0)])
