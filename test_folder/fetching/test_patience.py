@@ -2,12 +2,13 @@
 
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 
 from klora.sources.deadline import Cancelled, Deadline, Patience
 from klora.sources.download import Download, Unreachable
-from klora.sources.fetch import fetch
+from klora.sources.fetch import _Pace, fetch
 from test_folder.fakes import Memory, network
 from test_folder.fakes.hostile import Hostile, drips, head, in_turn, reply, says
 from test_folder.fetching.fetched import refusal
@@ -50,6 +51,14 @@ def test_a_server_that_sends_too_little_for_too_long_is_left() -> None:
     told = pytest.raises(Unreachable, match="sends less than 100000 bytes a second")
     with Hostile({"/x": slow}) as server, Deadline(5) as deadline, told:
         fetch(Download("k", "x", server.url("/x")), sink, network(server, patience=patience), deadline, 9999)
+
+
+@pytest.mark.parametrize(("count", "enough"), [(9_000, False), (11_000, True)])
+def test_as_much_must_come_as_the_time_is_long(count: int, enough: bool) -> None:
+    pace = _Pace(Patience(rate=1_000, window=5), "x")
+    pace.start -= 10
+    with nullcontext() if enough else pytest.raises(Unreachable, match="less than 1000 bytes a second"):
+        pace.add(count)
 
 
 def test_a_server_that_slows_down_is_left_whatever_it_sent_before() -> None:

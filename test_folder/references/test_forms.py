@@ -94,6 +94,7 @@ REPLICATE = {
     f"o/m:{VERSION}": ReplicateModel("o/m", VERSION),
     f"o/m/{VERSION}": ReplicateModel("o/m", VERSION),
     f"o/m/versions/{VERSION}": ReplicateModel("o/m", VERSION),
+    "o/m/_weights": ReplicateModel("o/m"),
     "https://replicate.com/o/m": ReplicateModel("o/m"),
     "https://replicate.com/o/m?input=json": ReplicateModel("o/m"),
     "replicate.com/o/m/": ReplicateModel("o/m"),
