@@ -11,7 +11,7 @@ import pytest
 from klora.cache import library
 from klora.cache.draft import DiskError, DiskFullError
 from klora.cache.refs import File
-from klora.cache.room import CacheFullError
+from klora.cache.room import CacheFullError, files
 from klora.sources.deadline import Deadline
 from klora.sources.kinds import Data
 from test_folder.lending import CONTENT, SIZE, Shop, hub, opened_shop, safetensors, sha256
@@ -28,6 +28,16 @@ def small(tmp_path: Path) -> Iterator[Shop]:
         shop.authority.has(hub("large"), ("large.safetensors", safetensors(3 * SIZE, 9)))
         shop.authority.has(hub("larger"), ("larger.safetensors", safetensors(3 * SIZE + 1, 9)))
         yield shop
+
+
+def test_a_file_promises_what_it_has_not_yet(tmp_path: Path) -> None:
+    """Of the disk's free bytes: what is written has left them already."""
+    for name, content in (("written", os.urandom(65_536)), ("begun", os.urandom(8192))):
+        with (tmp_path / name).open("wb") as file:
+            file.write(content)
+            file.truncate(65_536)
+            os.fsync(file.fileno())
+    assert {entry.path.name: entry.unwritten for entry in files(tmp_path)} == {"written": 0, "begun": 65_536 - 8192}
 
 
 def used_long_ago(shop: Shop, *names: str) -> None:
