@@ -28,11 +28,8 @@ GROUNDS: Mapping[str, tuple[int, int, int]] = {
 }  # fmt: skip
 SIZES = {"small": 0.36, "big": 0.66}  # of the picture's side
 PLACES = {
-    "on the left": (0.29, 0.5),
-    "on the right": (0.71, 0.5),
-    "at the top": (0.5, 0.29),
-    "at the bottom": (0.5, 0.71),
-}
+    "on the left": (0.29, 0.5), "on the right": (0.71, 0.5), "at the top": (0.5, 0.29), "at the bottom": (0.5, 0.71),
+}  # fmt: skip
 
 Point = tuple[float, float]
 Colour = tuple[int, int, int]

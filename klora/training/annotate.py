@@ -107,9 +107,8 @@ def _loaded(what: str, folder: Path, device: torch.device, kinds: tuple[Any, Any
     options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
     options |= {"local_files_only": True, "ignore_mismatched_sizes": True}
     try:
-        model, info = interruptible(
-            partial(kinds[0].from_pretrained, folder, **options)
-        )  # as load_model() does, for its reason
+        # As load_model() does, for its reason.
+        model, info = interruptible(partial(kinds[0].from_pretrained, folder, **options))
         tokenizer, processor = (kind.from_pretrained(folder, local_files_only=True) for kind in kinds[1:])
     except Exception as error:  # transformers has no kind of its own for damaged files
         reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")

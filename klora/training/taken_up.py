@@ -24,7 +24,8 @@ FREE = {"steps", "sample_prompts", "sample_interval", "sample_steps", "checkpoin
 _NEEDED = (RESUME_STATE, FACTS, LOG)
 _MADE = re.compile(r"samples/step_\d{6}_\d+\.png|checkpoints/lora_\d{6}\.safetensors")
 _DEFAULTS: Mapping[str, Any] = {item.name: item.default for item in dataclasses.fields(TrainConfig)}
-# What fields that were left blank came to, by their names in config.json.
+_BLANK = (None, "")
+# What fields that were left so came to, by their names in config.json.
 _CAME_TO = {"trigger_word": "trigger", "instance_prompt": "prompt", "lora_rank": "rank", "lora_alpha": "rank"}
 _OURS = "Expected the tar of a training"
 
@@ -55,14 +56,14 @@ class TakenUp:
             asked.setdefault("steps", _DEFAULTS["steps"])
         for name, value in asked.items():
             if name not in FREE and value != (before := self._setting(name)):
-                was = "it blank" if _blank(before) else repr(before)
+                was = "it blank" if before in _BLANK else repr(before)
                 raise RequestError(f"{name} is {value!r}, but resume_from was trained with {was}. Expected that.")
         return dataclasses.replace(self.was, **{name: value for name, value in asked.items() if name in FREE})
 
     def _setting(self, name: str) -> Any:
         """A field as it was, or what it came to where it was blank."""
         before = getattr(self.was, name)
-        return self.facts.get(_CAME_TO.get(name, ""), before) if _blank(before) else before
+        return self.facts.get(_CAME_TO.get(name, ""), before) if before in _BLANK else before
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
         """Refuse another base and other pictures. Raises RequestError."""
@@ -84,10 +85,6 @@ class TakenUp:
             for name in ("checkpoints", *same):
                 if (self.folder / name).is_dir():
                     (self.folder / name).rename(results / name)
-
-
-def _blank(setting: Any) -> bool:
-    return setting is None or setting == ""
 
 
 def taken_up(tar: Path, folder: Path) -> TakenUp:
