@@ -5,13 +5,13 @@ Knows nothing of torch, pipelines or the web form.
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 from klora.bases.hub import stay_offline as stay_offline
 from klora.bases.install import ensure_base, left_to_setup
@@ -20,6 +20,7 @@ from klora.bases.table import BASES as BASES
 from klora.bases.table import base_of
 from klora.cache import Borrowed, Library, Store
 from klora.errors import BaseModelError, RequestError
+from klora.sources.addresses import read_url
 from klora.sources.authorities import Authorities
 from klora.sources.deadline import Allowance as Allowance
 from klora.sources.formats import check_structure
@@ -33,6 +34,7 @@ FETCH_SECONDS = 300.0  # for all LoRAs of a request together
 CACHE_GB, FREE_GB = 20.0, 2.0  # of the LoRA cache unless KLORA_CACHE_GB says otherwise; that the disk keeps for others
 AUTHORITIES = {"hub": "HF_ENDPOINT", "civitai": "CIVITAI_ENDPOINT", "replicate": "REPLICATE_ENDPOINT"}
 TOKENS = {"hf": "HF_TOKEN", "civitai": "CIVITAI_API_TOKEN", "replicate": "REPLICATE_API_TOKEN"}
+PLACE = re.compile(r"(\[[\da-f:]+\]|[^\s:/@\[\]]+):[1-9]\d{0,4}")  # as Target.place
 TOYS = Path(__file__).resolve().parent / "examples" / "toy"  # not there where klora is installed as a package
 
 
@@ -168,17 +170,17 @@ class LoRAFiles:
     """The LoRA files that requests name: below one folder of the server's, or anywhere, and then lent by the cache.
 
     root: None, the default, where no local path is taken.  anywhere: take the path of any file, for programs whose user
-    owns the machine.
+    owns the machine.  Raises KLoRAError where a setting of the cache or of the authorities is wrong.
     """
 
     def __init__(self, root: Path | None = None, *, anywhere: bool = False) -> None:
         self._root, self._anywhere = root, anywhere
+        self._authorities, self._cache_bytes = _authorities(), cache_bytes()
 
     @cached_property
     def _library(self) -> Library:  # made when first needed: a server of local files does without a cache
-        authorities = _authorities()
-        store = Store(cache_folder(), cache_bytes(), int(FREE_GB * 1e9))
-        return Library(store, authorities.resolve, authorities.fetch, check_structure)
+        store = Store(cache_folder(), self._cache_bytes, int(FREE_GB * 1e9))
+        return Library(store, self._authorities.resolve, self._authorities.fetch, check_structure)
 
     @contextmanager
     def borrowed(
@@ -252,22 +254,18 @@ def own_tokens() -> dict[str, str]:
 
 def _authorities() -> Authorities:
     """At their own addresses, or where HF_ENDPOINT, CIVITAI_ENDPOINT and REPLICATE_ENDPOINT say. These, and every
-    "host:port" in KLORA_TRUSTED_HOSTS, separated by commas, may be http or private. Raises RequestError."""
-    named: dict[str, Any] = {name: _address(key) for name, key in AUTHORITIES.items() if os.environ.get(key)}
-    hosts = {urlsplit(url).netloc for url in named.values()}
-    hosts |= {host.strip() for host in os.environ.get("KLORA_TRUSTED_HOSTS", "").split(",") if host.strip()}
-    return replace(Authorities(network=Network(frozenset(hosts))), **named)
+    "host:port" in KLORA_TRUSTED_HOSTS, separated by commas, may be http or private. Raises KLoRAError, without any of
+    them, for they may be inside the operator's or have a password."""
+    named: dict[str, Any] = {name: url.rstrip("/") for name, key in AUTHORITIES.items() if (url := os.environ.get(key))}
+    hosts = {read_url(url, AUTHORITIES[name]).place for name, url in named.items()}
+    return replace(Authorities(network=Network(frozenset(hosts | _trusted_hosts()))), **named)
 
 
-def _address(key: str) -> str:
-    """What a setting says of where an authority is. Raises RequestError, without it, for it may have a password."""
-    try:
-        address = urlsplit(os.environ[key])
-        if address.scheme in ("http", "https") and address.hostname and address.port != 0:
-            return os.environ[key].rstrip("/")
-    except ValueError:  # of brackets that do not match, and of a port that is no number
-        pass
-    raise RequestError(f"{key} is no web address. Expected one, as in https://hub.example.com.")
+def _trusted_hosts() -> set[str]:
+    hosts = {host for text in os.environ.get("KLORA_TRUSTED_HOSTS", "").split(",") if (host := text.strip().lower())}
+    if not all(PLACE.fullmatch(host) for host in hosts):
+        raise RequestError("KLORA_TRUSTED_HOSTS has one that is not host:port. Expected its port, as in 10.0.0.1:80.")
+    return hosts
 
 
 def download_base(name: str, folder: Path | None = None, token: str | None = None) -> Path:

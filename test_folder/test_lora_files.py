@@ -178,7 +178,7 @@ def test_an_endpoint_that_is_left_blank_is_the_authoritys_own_and_one_may_end_in
     monkeypatch.setenv("CIVITAI_ENDPOINT", "https://c.example/")
     found = weights._authorities()
     assert (found.hub, found.replicate) == (Authorities.hub, Authorities.replicate)
-    assert (found.civitai, found.network.trusted) == ("https://c.example", {"c.example"})
+    assert (found.civitai, found.network.trusted) == ("https://c.example", {"c.example:443"})
 
 
 def test_what_is_not_named_as_trusted_is_not_gone_to(
@@ -233,15 +233,13 @@ def test_its_size_is_in_gigabytes(monkeypatch: pytest.MonkeyPatch, text: str | N
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "much", "20 GB", "nan", "inf", "1e-12"])
-def test_a_size_that_is_none_is_refused_by_whoever_needs_the_cache(
-    root: Path, monkeypatch: pytest.MonkeyPatch, text: str
-) -> None:
+def test_a_size_that_is_none_is_refused_before_any_request(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("KLORA_CACHE_GB", text)
-    files = weights.LoRAFiles(root)
-    assert refusal(files, "hf:o/m", RequestError) == (
+    with pytest.raises(RequestError) as error:
+        weights.LoRAFiles()
+    assert str(error.value) == (
         f"KLORA_CACHE_GB is {text!r}. Expected the size of the LoRA cache in gigabytes, as in 20."
     )
-    assert read(files, "dog.safetensors") == CONTENT
 
 
 def test_a_file_that_is_larger_than_the_cache_is_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ Pure: resolves nothing, connects to nothing. No message holds a path, a query or
 
 import re
 from collections.abc import Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -62,10 +62,14 @@ class Target:
         return self.scheme, self.host, self.port
 
     @property
+    def place(self) -> str:
+        """As the operator names what is trusted: "host:port"."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
     def authority(self) -> str:
         """As the Host header has it: the port only where it is not the scheme's."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == PORTS[self.scheme] else f"{host}:{self.port}"
+        return self.place.removesuffix(f":{PORTS[self.scheme]}")
 
     @property
     def url(self) -> str:
@@ -93,7 +97,16 @@ class Target:
 
 
 def parse_url(url: str, trusted: Set[str] = frozenset(), subject: str = "The link") -> Target:
-    """Where a URL leads. trusted: "host:port", as the operator names them. Raises SourceError, of subject."""
+    """Where a URL leads, if anybody may be sent there. trusted: as Target.place. Raises SourceError, of subject."""
+    target = read_url(url, subject)
+    target = replace(target, trusted=target.place in trusted)
+    if not target.trusted and (target.scheme, target.port) != ("https", 443):
+        raise SourceError(f"{subject} is {target.scheme} to port {target.port}. Expected https, to port 443.")
+    return target
+
+
+def read_url(url: str, subject: str) -> Target:
+    """Where a URL leads, trusted or not. Raises SourceError, of subject."""
     if _UNSAFE.search(url):
         raise SourceError(f"{subject} holds a space, a backslash or a control character. Expected them encoded.")
     try:
@@ -101,17 +114,13 @@ def parse_url(url: str, trusted: Set[str] = frozenset(), subject: str = "The lin
         scheme, netloc, port = parts.scheme, parts.netloc, parts.port
     except ValueError:  # quotes what it could not read
         scheme, netloc, port = "", "", None
-    if scheme not in PORTS or not netloc:
+    if scheme not in PORTS or not netloc or port == 0:
         raise SourceError(f"{subject} is no web address that can be read. Expected https://host/path.")
     if "@" in netloc:
         raise SourceError(f"{subject} holds a user name before its host. Expected https://host/path; tokens go apart.")
     host = _checked_host(parts.hostname or "", "[" in netloc, subject)
-    port = PORTS[scheme] if port is None else port
-    named = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    if named not in trusted and (scheme, port) != ("https", 443):
-        raise SourceError(f"{subject} is {scheme} to port {port}. Expected https, to port 443.")
     path = quote(parts.path or "/", safe=_KEPT) + (f"?{quote(parts.query, safe=_KEPT)}" if parts.query else "")
-    return Target(scheme, host, port, path, named in trusted)
+    return Target(scheme, host, PORTS[scheme] if port is None else port, path)
 
 
 def is_public(address: str) -> bool:
