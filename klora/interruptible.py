@@ -3,6 +3,8 @@
 What a signal's handler raises, or Cog for a cancelled prediction, comes between any two bytecodes of the main thread.
 Between two of Condition.__enter__, which is Python's own Python, it leaves the lock taken for good
 (python/cpython#74174); then a pool's thread that needs it waits for ever, and so does whoever waits for the pool.
+It can also come up in a thread that a library has just started, as transformers does to load: in CPython 3.11 a newborn
+one has its parent's number. That one dies of it, and Thread.start() waits for it for ever.
 """
 
 from _thread import start_new_thread

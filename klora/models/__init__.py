@@ -1,7 +1,6 @@
 """The families of base models. Each is one file that answers six questions; one line here adds it."""
 
-from collections.abc import Callable, Collection
-from functools import partial
+from collections.abc import Collection
 from pathlib import Path
 
 import diffusers
@@ -40,11 +39,13 @@ def load_model(
         device = torch.device("cuda", torch.cuda.current_device())
     _refuse_incomplete(path := Path(path))
     own = torch.get_default_dtype()
+
+    def load() -> Family:
+        with torch.cuda.device(device if device.type == "cuda" else -1):  # a thread's own; quantisers ask for it
+            return FAMILIES[family].load(path, device, dtype or default_dtype(device), parts, quantized)
+
     try:
-        # The libraries start threads: what Cog raises in this one can come up in a newborn one, which in CPython 3.11
-        # has its parent's number, and dies of it; Thread.start() then waits for it for ever.
-        load = partial(FAMILIES[family].load, path, device, dtype or default_dtype(device), parts, quantized)
-        model = interruptible(partial(_current, device, load))
+        model = interruptible(load)
     except Exception as error:  # for a damaged folder the libraries raise whatever they stumble on
         raise BaseModelError(f"The base in {path} cannot be loaded as {family}: {error}") from error
     finally:
@@ -55,12 +56,6 @@ def load_model(
         if stored < len(list(module.parameters())) and not checkpoint_in(path):
             raise BaseModelError(f"The base in {path} lacks tensors of its {part}. Fetch the base again.")
     return model
-
-
-def _current(device: torch.device, load: Callable[[], Family]) -> Family:
-    """In a new thread, whose current GPU is the first, and quantisers ask for the current one."""
-    with torch.cuda.device(device if device.type == "cuda" else -1):
-        return load()
 
 
 def silence_progress_bars() -> None:

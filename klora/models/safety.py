@@ -1,5 +1,6 @@
 """The CompVis safety checker, for every family. Fail-closed: what cannot be checked is not shown."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from klora.errors import SafetyError
+from klora.interruptible import interruptible
 
 _ADVICE = "Fetch it by script/download-weights safety-checker, or set disable_safety_checker=true."
 
@@ -25,9 +27,8 @@ class SafetyChecker:
         if not (path / "config.json").is_file():
             raise SafetyError(f"The safety checker is not installed. {_ADVICE}")
         try:
-            model, info = StableDiffusionSafetyChecker.from_pretrained(
-                path, local_files_only=True, use_safetensors=True, output_loading_info=True
-            )
+            read = partial(StableDiffusionSafetyChecker.from_pretrained, path, local_files_only=True)
+            model, info = interruptible(partial(read, use_safetensors=True, output_loading_info=True))
             processor = CLIPImageProcessorPil.from_pretrained(path, local_files_only=True)
         except Exception as error:  # for a damaged folder the libraries raise whatever they stumble on
             raise SafetyError(f"The safety checker cannot be loaded: {error} {_ADVICE}") from error

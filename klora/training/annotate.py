@@ -107,7 +107,6 @@ def _loaded(what: str, folder: Path, device: torch.device, kinds: tuple[Any, Any
     options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
     options |= {"local_files_only": True, "ignore_mismatched_sizes": True}
     try:
-        # As load_model() does, for its reason.
         model, info = interruptible(partial(kinds[0].from_pretrained, folder, **options))
         tokenizer, processor = (kind.from_pretrained(folder, local_files_only=True) for kind in kinds[1:])
     except Exception as error:  # transformers has no kind of its own for damaged files

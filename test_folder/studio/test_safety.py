@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -41,6 +43,20 @@ def test_a_missing_checker_refuses_before_denoising_until_it_is_installed(models
     )
     tiny.build_safety_checker(tmp_path / "checker")
     assert studio.make(checked(), {}).keys() == {0}
+
+
+def test_the_checker_is_loaded_beside_the_thread_that_is_interrupted(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be fetched after set-up, and is loaded by a request then, which may be cancelled."""
+
+    def load(*_: object, **__: object) -> None:
+        raise OSError(f"in {'this' if get_ident() == here else 'another'} thread")
+
+    here = get_ident()
+    monkeypatch.setattr(StableDiffusionSafetyChecker, "from_pretrained", load)
+    with pytest.raises(SafetyError, match=r"cannot be loaded: in another thread "):
+        SafetyChecker.load(models / "safety-checker", CPU)
 
 
 WEIGHTS = "model.safetensors"
