@@ -259,6 +259,8 @@ def _first(row: object, keys: Sequence[str]) -> str:
 def _text(data: bytes) -> str:
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return data.decode("utf-16")
+    if b"\0" in data:  # UTF-16 without its mark: the upper half of a Latin letter is 0
+        return data.decode("utf-16-be" if data[0::2].count(0) > data[1::2].count(0) else "utf-16-le")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:

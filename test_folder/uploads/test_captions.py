@@ -34,6 +34,7 @@ def test_case_tells_files_apart_where_both_exist(tmp_path: Path) -> None:
     [
         ("smörgås".encode(), "smörgås"), (b"\xef\xbb\xbf" + "smörgås".encode(), "smörgås"),
         ("smörgås".encode("latin-1"), "smörgås"), ("smörgås".encode("utf-16"), "smörgås"),
+        ("smörgås".encode("utf-16-le"), "smörgås"), ("smörgås".encode("utf-16-be"), "smörgås"),
         ("‘smörgås’".encode("cp1252"), "‘smörgås’"), (b"a\x81b", "a�b"),
         (b"BMW on a road", "BMW on a road"), (b" \n", None),
     ],
