@@ -11,14 +11,20 @@ NAMED = {
     "flux": ("Flux.1 D", "Flux.1 S", "Flux.1 Krea", "Flux.1 Kontext"),
     "": ("SD 1.4", "SD 1.5", "SD 1.5 LCM", "SD 2.1 768", "SD 3", "SD 3.5 Large", "Flux.2 D", "Wan Video 14B t2v",
          "Qwen", "Hunyuan Video", "HiDream", "SVD XT", "LTXV", "CogVideoX", "PixArt a", "AuraFlow", "Pony V7",
-         "Kolors", "Chroma"),
+         "Kolors", "Chroma", "Flux.2 Klein 9B-base", "LTXV2", "LTXV 2.3", "ZImageTurbo", "ZImageBase", "Krea 2",
+         "Anima", "Lumina", "Mochi", "Qwen 2", "lodestones/Chroma", "lodestones/Chroma1-HD",
+         "Qwen/Qwen-Image-Edit-2509", "Tongyi-MAI/Z-Image-Turbo", "black-forest-labs/FLUX.2-klein-4B", "briaai/FIBO",
+         "Kwai-Kolors/Kolors-diffusers", "meituan-longcat/LongCat-Image"),
     None: (None, "", "Other", "SDXL", "stabilityai/stable-diffusion-xl-base-1.0",
-           "black-forest-labs/FLUX.1-dev", "sd 1.5", "my SDXL 1.0", "SD 1.5\nPony"),
+           "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-Krea-dev", "me/Chroma", "Animagine", "sd 1.5",
+           "my SDXL 1.0", "SD 1.5\nPony"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "said"), [(family, said) for family, names in NAMED.items() for said in names])
-def test_a_family_is_known_by_civitais_words_alone(family: str | None, said: str | None) -> None:
+def test_a_family_is_known_by_civitais_words_and_by_models_own_repositories(
+    family: str | None, said: str | None
+) -> None:
     assert family_of(said) == family
     assert family in (None, "", *FAMILIES)
 

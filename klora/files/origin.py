@@ -9,22 +9,26 @@ from typing import NamedTuple
 from klora.files.container import Contents
 from klora.files.factors import outline
 
-_CROSS_ATTENTION = {768: "SD 1.5", 1024: "SD 2"}  # width of the text that a U-Net attends to; SDXL's is 2048
-_SD3_WIDTHS = (1536, 2432)
-_NAMES = {
-    r"(^|[._])joint_blocks[._]": "SD 3",
+_LAYERS: Mapping[str, str | Mapping[float, str]] = {  # where names do not tell, by its inputs, or outputs for each
+    r"attn2[._]to_[kv]$": {768: "SD 1.5", 1024: "SD 2"},  # texts' widths; SDXL's is 2048
+    r"transformer_blocks[._]\d+[._]attn[._](to|add)_[qkv]": {1536: "SD 3", 2432: "SD 3"},
+    r"(?<!single_)transformer_blocks[._][2-5]\d[._]attn[._]": {3072: "Qwen-Image"},  # FLUX.1 has nineteen blocks
+    r"(^|[._])layers[._]\d+[._](attention|feed_forward)[._]": {3840: "Z-Image"},
+    r"single_blocks[._]\d+[._]linear1$": {9: "FLUX.2"},  # whose feed-forward layers are gated
+    r"double_blocks[._]\d+[._](img|txt)_mlp[._]0$": {6: "FLUX.2"},
     r"to_qkv_mlp_proj|(double|single)_stream_modulation|ff(_context)?[._]linear_in": "FLUX.2",
+    r"(^|[._])joint_blocks[._]": "SD 3",
+    r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)[._]": "Qwen-Image",
+    r"(double|single)_stream_blocks[._]": "HiDream",
+    r"joint_transformer_blocks[._]": "AuraFlow",
+    r"(^|[._])blocks[._]\d+[._](self|cross)_attn[._]\w+_proj$": "Anima",
     r"(^|[._])blocks[._]\d+[._](self|cross)_attn[._]": "Wan",
 }
-# Rows for each input where FLUX.2 and FLUX.1 share names: the feed-forward layers of FLUX.2 are gated.
-_FLUX2_ROWS = {r"single_blocks[._]\d+[._]linear1$": 9, r"double_blocks[._]\d+[._](img|txt)_mlp[._]0$": 6}
-_SAID = {
-    r"sd_v1|stable-diffusion-v1": "SD 1.5",
-    r"sd_v2|stable-diffusion-v2": "SD 2",
-    r"sd3|stable-diffusion-3": "SD 3",
-    r"flux-?2": "FLUX.2",
-    r"wan": "Wan",
-}
+_SAID = {"SD 1.5": "sd_v1|stable-diffusion-v1", "SD 2": "sd_v2|stable-diffusion-v2", "SD 3": "sd3|stable-diffusion-3"}
+_OTHERS = ("FLUX.2", "Wan", "Qwen-Image", "Z-Image", "HiDream", "Anima", "Hunyuan", "Lumina", "Krea-2", "LTX",
+           "Chroma", "Zeta-Chroma", "FIBO", "LongCat")  # these four have FLUX.1's layers  # fmt: skip
+# As trainers write them: qwen_image_edit, zimage, flux2_klein_9b.
+_SAID |= {model: "[-_. ]?".join(re.split("[-.]", model.lower())) + "(?![a-z])" for model in _OTHERS}
 
 
 class Origin(NamedTuple):
@@ -46,18 +50,14 @@ def stranger(contents: Contents) -> Origin | None:
 
 
 def _seen(name: str, outputs: int, inputs: int) -> Iterator[tuple[str, str]]:
-    if re.search(r"attn2[._]to_[kv]$", name) and inputs in _CROSS_ATTENTION:
-        yield _CROSS_ATTENTION[inputs], f"cross-attention width {inputs}"
-    if re.search(r"transformer_blocks[._]\d+[._]attn[._](to|add)_[qkv]", name) and inputs in _SD3_WIDTHS:
-        yield "SD 3", f"width {inputs}"
-    yield from ((model, f"a layer named {name!r}") for pattern, model in _NAMES.items() if re.search(pattern, name))
-    for pattern, rows in _FLUX2_ROWS.items():
-        if re.search(pattern, name) and outputs == rows * inputs:
-            yield "FLUX.2", f"{rows} rows for each input in {name!r}"
+    for pattern, told in _LAYERS.items():
+        model = told if isinstance(told, str) else told.get(inputs) or told.get(outputs / max(inputs, 1))
+        if model and re.search(pattern, name):
+            yield model, f"a layer {name!r} of {outputs} x {inputs}"
 
 
 def _said(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     for key in ("ss_base_model_version", "modelspec.architecture"):
-        for pattern, model in _SAID.items():
-            if re.match(pattern, metadata.get(key, "")):
+        for model, pattern in _SAID.items():
+            if re.match(pattern, metadata.get(key, "").lower()):
                 yield model, f"{key} is {metadata[key][:40]!r}"

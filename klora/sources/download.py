@@ -6,13 +6,16 @@ from dataclasses import dataclass, field
 
 from klora.errors import SourceError
 
-# CivitAI's words for base models, a list to choose from, by the key of klora.models.FAMILIES; "": none of ours.
+# By the key of klora.models.FAMILIES, "" for none of ours: CivitAI's words for base models, a list to choose from, and
+# the repositories on Hugging Face of models that are none of ours. Whoever names one of ours may mean a finetune of it.
 _FAMILIES = {
     "sdxl": re.compile(r"SDXL .*|Pony|Illustrious|NoobAI"),
     "flux": re.compile(r"Flux\.1 .*"),
     "": re.compile(
-        r"(SD [123]|Flux\.2|Wan|Hunyuan|Qwen|HiDream|SVD|LTXV|CogVideoX|PixArt|AuraFlow|Pony V7"
-        r"|Kolors|Chroma)\b.*"  # which have our layers' names and shapes, and other weights
+        r"(SD [123]|Flux\.2|Wan|Hunyuan|Qwen|HiDream|SVD|LTXV\d?|CogVideoX|PixArt|AuraFlow|Pony V7|ZImage(Turbo|Base)"
+        r"|Krea 2|Anima|Lumina|Mochi|Kolors|Chroma"  # the last two have our layers' names and shapes
+        r"|black-forest-labs/FLUX\.2|Qwen/Qwen-Image|Tongyi-MAI/Z-Image|Kwai-Kolors/Kolors|lodestones/Chroma\d?"
+        r"|briaai/FIBO|meituan-longcat/LongCat-Image)\b.*"
     ),
 }
 
