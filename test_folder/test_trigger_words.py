@@ -1,5 +1,6 @@
 """Words that call a LoRA: what its file states, else what its authority says, added where the prompt lacks them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,25 @@ def test_what_the_file_states_goes_before_what_others_say_and_is_what_inspect_sh
     assert added == "a photo of own" == triggers(safe_open(lora, "pt").metadata())[0]
     assert np.array_equal(image, drawn(studio, lora, "a photo of own, a dog", add_triggers=False)[0])
     assert drawn(studio, lora, "A photo of own by the sea")[1] is None
+
+
+@pytest.mark.parametrize(
+    ("tags", "word"),
+    [
+        ({"1_ohwx man": {"ohwx man": 1}}, "ohwx man"),
+        ({"1_ohwx": {"ohwx": 3}, "2_ohwx": {"ohwx": 3}}, "zork style"),
+        ({"1_ohwx": {"ohwx": 1, "a hat": 1}}, "zork style"),
+        ({"1_ohwx": {"ohwx man": 1}}, "zork style"),
+        ({"ohwx": {"ohwx": 1}}, "zork style"),
+        ({'1_o"x': {'o"x': 1}}, "zork style"),
+    ],
+)
+def test_the_only_tag_of_pictures_that_are_called_by_it_is_the_trigger(
+    studio: Studio, lora: Path, tags: dict[str, dict[str, int]], word: str
+) -> None:
+    """As ai-toolkit writes it."""
+    save_file(load_file(lora), lora, {"ss_tag_frequency": json.dumps(tags)})
+    assert drawn(studio, lora, "a dog", SAID)[1] == word
 
 
 def test_tags_of_captions_are_no_trigger(studio: Studio, lora: Path) -> None:

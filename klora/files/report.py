@@ -21,6 +21,7 @@ _FORMATS = {  # the first that some key has
 ENCODERS = ("text_encoder", "text_encoder_2")
 MAX_TRIGGER = 200  # characters
 _STATED = ("trigger", "modelspec.trigger_phrase", "ss_trigger", "instance_prompt")  # as trainers write it
+_ONLY = re.compile(r'\{"\d+_([^"\\]+)": \{"\1": \d+\}\}')  # as ai-toolkit writes it: pictures called by their only tag
 _TAGS = 5  # of the most frequent ones in a file's training captions
 
 
@@ -74,7 +75,9 @@ def triggers(metadata: Mapping[str, str]) -> tuple[str, ...]:
 
 def stated(metadata: Mapping[str, str]) -> list[str]:
     """Words or phrases that a file's metadata states as what calls it, the surest first: the first is the trigger."""
-    return [word for key in _STATED if _is_trigger(word := metadata.get(key, "").strip(" ,"))]
+    only = _ONLY.findall(metadata.get("ss_tag_frequency", ""))
+    words = (word.strip(" ,") for word in (*(metadata.get(key, "") for key in _STATED), *only))
+    return list(filter(_is_trigger, words))
 
 
 def _is_trigger(word: str) -> bool:
