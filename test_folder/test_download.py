@@ -14,7 +14,7 @@ NAMED = {
          "Kolors", "Chroma", "Flux.2 Klein 9B-base", "LTXV2", "LTXV 2.3", "ZImageTurbo", "ZImageBase", "Krea 2",
          "Anima", "Lumina", "Mochi", "Qwen 2", "lodestones/Chroma", "lodestones/Chroma1-HD",
          "Qwen/Qwen-Image-Edit-2509", "Tongyi-MAI/Z-Image-Turbo", "black-forest-labs/FLUX.2-klein-4B", "briaai/FIBO",
-         "Kwai-Kolors/Kolors-diffusers", "meituan-longcat/LongCat-Image"),
+         "ostris/Flex.1-alpha", "Kwai-Kolors/Kolors-diffusers", "meituan-longcat/LongCat-Image"),
     None: (None, "", "Other", "SDXL", "stabilityai/stable-diffusion-xl-base-1.0",
            "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-Krea-dev", "me/Chroma", "Animagine", "sd 1.5",
            "my SDXL 1.0", "SD 1.5\nPony"),

@@ -15,7 +15,7 @@ _FAMILIES = {
         r"(SD [123]|Flux\.2|Wan|Hunyuan|Qwen|HiDream|SVD|LTXV\d?|CogVideoX|PixArt|AuraFlow|Pony V7|ZImage(Turbo|Base)"
         r"|Krea 2|Anima|Lumina|Mochi|Kolors|Chroma"  # the last two have our layers' names and shapes
         r"|black-forest-labs/FLUX\.2|Qwen/Qwen-Image|Tongyi-MAI/Z-Image|Kwai-Kolors/Kolors|lodestones/Chroma\d?"
-        r"|briaai/FIBO|meituan-longcat/LongCat-Image)\b.*"
+        r"|briaai/FIBO|meituan-longcat/LongCat-Image|ostris/Flex)\b.*"
     ),
 }
 
