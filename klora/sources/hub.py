@@ -23,6 +23,8 @@ AUTHORITY = "Hugging Face"
 MAX_LISTED = 20  # names, in a message
 
 _PREFERRED = ("pytorch_lora_weights.safetensors", "lora.safetensors", "adapter_model.safetensors")
+# As ai-toolkit and kohya name what they save on the way to a file: dog_000000250, dog-000010, dog-step00000500.
+_EARLIER = re.compile(r"(.+)[-_](?:step)?\d{6,}\.safetensors")
 _PEFT, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -139,12 +141,20 @@ def _chosen(reference: HubFile, paths: list[str]) -> str:
             f"{reference} has no .safetensors file; in its repository there is {_listed(weights)}. "
             "Expected one, in safetensors: pickles are never read."
         )
+    if finished := _finished(list(inside)):
+        return inside[finished]
     if len(inside) > 1:
         raise SourceError(
             f"{reference} has {len(inside)} files: {_listed(inside.values())}. "
             "Expected the path of one after it, as in hf:owner/name/file.safetensors."
         )
     return next(iter(inside.values()))
+
+
+def _finished(names: list[str]) -> str | None:
+    """The one of which all others are earlier states, by their names; None where that is not so."""
+    finals = {f"{match[1]}.safetensors" if (match := _EARLIER.fullmatch(name)) else name for name in names}
+    return finals.pop() if len(finals) == 1 and finals <= set(names) else None
 
 
 def _listed(paths: Iterable[str]) -> str:

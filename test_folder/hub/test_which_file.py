@@ -22,6 +22,10 @@ from test_folder.hub.readers import Resolve
         (["a.safetensors", "adapter_model.safetensors"], "hf:o/m", "adapter_model.safetensors"),
         (["in/a.safetensors", "in/lora.safetensors", "a.safetensors"], "hf:o/m/in", "in/lora.safetensors"),
         (["a.safetensors.index.json", "b.safetensors"], "hf:o/m", "b.safetensors"),
+        (["d_000000250.safetensors", "d.safetensors", "d_000000500.safetensors"], "hf:o/m", "d.safetensors"),
+        (["in/d-000010.safetensors", "in/d.safetensors", "in/d-step00000500.safetensors"], "hf:o/m/in", "in/d.safe"),
+        (["d_000000250.safetensors", "d.safetensors"], "hf:o/m/d_000000250.safetensors", "d_000000250."),
+        (["d_000000250.safetensors"], "hf:o/m", "d_000000250."),
     ],
 )
 def test_the_file_is_the_only_one_or_the_one_that_is_called_so(
@@ -61,6 +65,25 @@ def test_a_repository_without_the_file_says_what_it_has(
     with pytest.raises(NotFound) as error:
         resolve(asked)
     assert refusal in str(error.value) and " Expected " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("d_000000250", "d_000000500"),  # the last is gone
+        ("d", "d_000000250", "cat"),
+        ("d", "cat_000000250"),
+        ("d", "d_2"),
+        ("d", "d-v2000000"),
+        ("d", "d000000250"),
+    ],
+)
+def test_files_of_which_none_is_what_the_others_became_are_named(
+    authority: Hub, resolve: Resolve, names: tuple[str, ...]
+) -> None:
+    authority.publish("o/m", {f"{name}.safetensors": CONTENT for name in names})
+    with pytest.raises(SourceError, match=f"^hf:o/m has {len(names)} files: "):
+        resolve("hf:o/m")
 
 
 def test_of_several_files_at_most_twenty_are_listed(authority: Hub, resolve: Resolve) -> None:
