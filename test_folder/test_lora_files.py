@@ -10,6 +10,7 @@ import torch
 import weights
 from klora.errors import BaseModelError, KLoRAError, LoRAError, RequestError, SourceError
 from klora.files.container import files_of
+from klora.files.shelf import Shelf
 from klora.models import load_shapes
 from klora.sources.authorities import Authorities
 from klora.sources.download import Denied, NotFound
@@ -322,6 +323,19 @@ def test_a_peft_repository_is_fetched_with_its_alphas(hub: Hub, bases: Path, tmp
         assert lora.keys() == meant.keys()
         for name, pair in lora.items():
             torch.testing.assert_close(pair.B.double() @ pair.A.double(), meant[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_words_beside_a_lora_are_fetched_with_it(hub: Hub, bases: Path, tmp_path: Path) -> None:
+    """Through the real fetch and the real reader; and both say which LoRA it is."""
+    [variant] = [v for v in VARIANTS if "advanced" in v.name and v.family == "sdxl"]
+    model = load_shapes("sdxl", bases / "sdxl")
+    folder, _ = variant.write(model, tmp_path)
+    hub.publish("o/m", {path.name: path.read_bytes() for path in folder.iterdir()})
+    for _ in range(2):  # fetched, and from the cache
+        with weights.LoRAFiles().borrowed({"lora": "hf:o/m"}, {}) as (paths, lent):
+            taught = model.read_lora(paths["lora"]).words
+            assert Shelf().sha256(paths["lora"]) == Shelf().sha256(paths["lora"], lent["lora"].scores)
+        assert taught.keys() == model.read_lora(folder).words.keys() == {"TOK", "<s0><s1>", "<s0>", "<s1>"}
 
 
 def test_a_peft_repository_that_lost_its_config_is_no_longer_lent(hub: Hub, bases: Path) -> None:

@@ -211,6 +211,15 @@ def cog_sdxl(model: Family, folder: Path) -> tuple[Path, Meant]:
     return tar(folder, made, "lora.safetensors", beside)
 
 
+def advanced(model: Family, folder: Path, second: str) -> tuple[Path, Meant]:
+    folder = folder / "advanced"
+    folder.mkdir()
+    made = plain(f"{model.component}.{{name}}", PEFT, model, alphas=False)
+    (folder / "pytorch_lora_weights.safetensors").write_bytes(save(made[0]))
+    (folder / "zork_emb.safetensors").write_bytes(save(embeddings(model, "clip_l", second)))
+    return folder, made[1]
+
+
 def flux_fine_tuner(model: Family, folder: Path) -> tuple[Path, Meant]:
     made = plain("transformer.{name}", PEFT, model, alphas=False)
     return tar(folder, made, "output/flux_train_replicate/lora.safetensors", {"output/config.yaml": b"job: train"})
@@ -244,6 +253,8 @@ VARIANTS = [
         ("OneTrainer, Stability's names", "unet.output_blocks.5.1.….lora_down.weight",
          file(plain, "unet.{sgm}", KOHYA)),
         ("cog-sdxl's tar", "lora.safetensors, embeddings.pti, special_params.json", cog_sdxl),
+        ("diffusers' advanced trainer", "pytorch_lora_weights.safetensors, NAME_emb.safetensors",
+         partial(advanced, second="clip_g")),
         ("LoHa", "lora_unet_….hada_w1_a", file(lycoris, "LoHa", "lora_unet_{flat}")),
         ("LoKr", "lycoris_….lokr_w1", file(lycoris, "LoKr", "lycoris_{flat}")),
         ("weight differences of low rank", "lora_unet_….diff", file(lycoris, "diff", "lora_unet_{flat}")),
@@ -269,6 +280,8 @@ VARIANTS = [
         ("OneTrainer with a bundled embedding", "bundle_emb.WORD.t5",
          file(bundled, "t5", "lora_transformer_{flat}", KOHYA)),
         ("XLabs", "double_blocks.0.processor.qkv_lora1.down.weight", file(xlabs)),
+        ("diffusers' advanced trainer", "pytorch_lora_weights.safetensors, NAME_emb.safetensors",
+         partial(advanced, second="t5")),
         ("flux-fine-tuner's tar", "output/flux_train_replicate/lora.safetensors", flux_fine_tuner),
         ("LoKr", "lycoris_….lokr_w1", file(lycoris, "LoKr", "lycoris_{flat}")),
     )

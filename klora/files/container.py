@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, cast
 
@@ -32,6 +34,8 @@ _REPOSITORY = ("pytorch_lora_weights.safetensors", "lora.safetensors", "adapter_
 _ADAPTER = "adapter_config.json"
 _STATED = "adapter_model.safetensors"  # as PEFT writes it, beside whose alphas
 _BESIDE = {"embeddings.pti": "embeddings", "special_params.json": "words"}  # as cog-sdxl writes them
+_EMB = "_emb.safetensors"  # after a name, as diffusers' advanced trainers write it
+_TAUGHT = {"clip_l", "clip_g", "t5"}  # all that is in it
 
 
 class Spec(NamedTuple):
@@ -45,8 +49,8 @@ class Spec(NamedTuple):
 class Contents:
     """An open LoRA file: its header, and its tensors on demand.
 
-    adapter: a PEFT repository's adapter_config.json. embeddings: a cog-sdxl tar's, by their own keys; words: which
-    words of a prompt they stand for.
+    adapter: a PEFT repository's adapter_config.json. embeddings: a cog-sdxl tar's, or those beside the file, by their
+    own keys; words: which words of a prompt they stand for, where that is said.
     """
 
     specs: Mapping[str, Spec]
@@ -111,16 +115,31 @@ def _is_tar(path: Path) -> bool:
 
 
 def files_of(path: Path) -> dict[str, Path]:
-    """What a file, a tar or a repository is read from, by part: "lora", and a PEFT repository's "adapter". Raises
-    LoRAError where a folder does not tell which."""
+    """What a file, a tar or a repository is read from, by part: "lora", and what lies beside it: a PEFT repository's
+    "adapter", "embeddings" of words. Raises LoRAError where a folder does not tell which."""
     file = path / _chosen("folder", [each.name for each in path.glob("*.safetensors")]) if path.is_dir() else path
-    config = file.with_name(_ADAPTER)
-    stated = file.name == _STATED and config.is_file()
-    return {"lora": file} | ({"adapter": config} if stated else {})
+    config, taught = file.with_name(_ADAPTER), [each for each in file.parent.glob(_emb(file.name)) if _teaches(each)]
+    if len(taught) > 1:
+        raise LoRAError(f"lies beside {taught[0].name!r} and {taught[1].name!r}. Expected the words of one LoRA.")
+    stated = {"adapter": config} if file.name == _STATED and config.is_file() else {}
+    return {"lora": file} | stated | ({"embeddings": taught[0]} if taught else {})
+
+
+def _emb(lora: str) -> str:
+    """The pattern of what files are called that hold the words of one of this name."""
+    return ("*" if lora == _REPOSITORY[0] else escape(lora.removesuffix(".safetensors"))) + _EMB
+
+
+def _teaches(path: Path) -> bool:
+    """Whether these are vectors of words; else it is a LoRA that is called so."""
+    with _reader(path) as (specs, _, _):
+        return specs.keys() <= _TAUGHT
 
 
 def _chosen(kind: str, names: Sequence[str]) -> str:
     """Which of the files in a folder, or in a tar's, is the LoRA. Raises LoRAError."""
+    beside = {name.removesuffix(".safetensors") + _EMB for name in names}
+    names = [name for name in names if name not in beside]
     chosen = next((name for name in _REPOSITORY if name in names), names[0] if len(names) == 1 else None)
     if chosen is None:
         raise LoRAError(
@@ -136,6 +155,7 @@ def _unpacked(path: Path, folder: Path) -> dict[str, Path]:
         beside = _together([*_files(tar)])
         lora = _chosen("tar", [name for name in beside if name.endswith(".safetensors")])
         parts = {lora: "lora"} | _BESIDE | ({_ADAPTER: "adapter"} if lora == _STATED else {})
+        parts |= {name: "embeddings" for name in beside if fnmatchcase(name, _emb(lora))}
         for name, member in ((name, member) for name, member in beside.items() if name in parts):
             found[parts[name]] = folder / ("lora.safetensors" if name == lora else name)
             with found[parts[name]].open("wb") as copy:

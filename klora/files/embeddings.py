@@ -1,4 +1,5 @@
-"""Words that a LoRA file teaches the text encoders: a cog-sdxl tar's embeddings.pti and OneTrainer's bundle_emb.
+"""Words that a LoRA teaches the text encoders: OneTrainer's bundle_emb in its file, a cog-sdxl tar's embeddings.pti,
+NAME_emb.safetensors beside it, as diffusers' advanced trainers write it.
 
 Knows nothing of how they are lent (klora.generation.words).
 """
@@ -14,6 +15,10 @@ from klora.files.factors import EMBEDDING
 from klora.lora import Words
 
 MAX_VECTORS = 64  # for a word
+_FIRST = (
+    "clip_l",
+    "text_encoders_0",
+)  # the first text encoder's vectors, as trainers call them; others are the second's
 
 
 def taught(contents: Contents, widths: Mapping[str, int]) -> Words:
@@ -21,24 +26,29 @@ def taught(contents: Contents, widths: Mapping[str, int]) -> Words:
     found: dict[str, dict[str, Tensor]] = {}
     for key in filter(EMBEDDING.match, contents.specs):
         _, word, encoder = key.split(".")
-        component = "text_encoder" if encoder == "clip_l" else "text_encoder_2"
-        found.setdefault(word, {})[component] = _checked(key, contents.tensor(key), component, widths)
-    return found | _of_cog_sdxl(contents, widths)
+        found.setdefault(word, {})[_part(encoder)] = _checked(key, contents.tensor(key), _part(encoder), widths)
+    return found | _beside(contents, widths)
 
 
-def _of_cog_sdxl(contents: Contents, widths: Mapping[str, int]) -> dict[str, dict[str, Tensor]]:
-    """special_params.json says {"TOK": "<s0><s1>"}; a prompt may use either."""
+def _beside(contents: Contents, widths: Mapping[str, int]) -> dict[str, dict[str, Tensor]]:
+    """special_params.json says {"TOK": "<s0><s1>"}; a prompt may use either. Without one TOK is all of them, and
+    each is a word as well: a training of several words named them so."""
     if not contents.embeddings:
         return {}
-    keys = {"text_encoder": "text_encoders_0", "text_encoder_2": "text_encoders_1"}
-    held = {part: (key, contents.embeddings[key]) for part, key in keys.items() if key in contents.embeddings}
-    vectors = {part: _checked(key, tensor, part, widths) for part, (key, tensor) in held.items()}
-    words = {str(word): str(tokens) for word, tokens in contents.words.items()} or {"TOK": "<s0><s1>"}
-    count = {len(part) for part in vectors.values()}
-    for word, tokens in words.items():
-        if not vectors or count != {len(re.findall(r"<[^<>]+>", tokens))} or not word.strip():
-            raise LoRAError(f"has special_params.json say {word!r} is {tokens!r}. Expected a token for each embedding.")
-    return {spelled: vectors for word, tokens in words.items() for spelled in (word, tokens)}
+    vectors = {_part(key): _checked(key, own, _part(key), widths) for key, own in contents.embeddings.items()}
+    count = {len(own) for own in vectors.values()}
+    tokens = [f"<s{i}>" for i in range(max(count))]
+    words = {str(word): str(said) for word, said in contents.words.items()} or {"TOK": "".join(tokens)}
+    for word, said in words.items():
+        if count != {len(re.findall(r"<[^<>]+>", said))} or not word.strip():
+            raise LoRAError(f"has {word!r} stand for {said!r}. Expected a token for each embedding.")
+    whole = {spelled: vectors for word, said in words.items() for spelled in (word, said)}
+    single = {token: {part: own[i : i + 1] for part, own in vectors.items()} for i, token in enumerate(tokens)}
+    return whole if contents.words else single | whole
+
+
+def _part(encoder: str) -> str:
+    return "text_encoder" if encoder in _FIRST else "text_encoder_2"
 
 
 def _checked(key: str, tensor: Tensor, component: str, widths: Mapping[str, int]) -> Tensor:

@@ -23,8 +23,9 @@ AUTHORITY = "Hugging Face"
 MAX_LISTED = 20  # names, in a message
 
 _PREFERRED = ("pytorch_lora_weights.safetensors", "lora.safetensors", "adapter_model.safetensors")
-# As ai-toolkit and kohya name what they save on the way to a file: dog_000000250, dog-000010, dog-step00000500.
-_EARLIER = re.compile(r"(.+)[-_](?:step)?\d{6,}\.safetensors")
+_WORDS = "_emb.safetensors"  # after a LoRA's name, as diffusers' advanced trainers write what it teaches
+# Beside that, what ai-toolkit and kohya save on the way to a file: dog_000000250, dog-000010, dog-step00000500.
+_BESIDE = re.compile(r"(.+)(?:[-_](?:step)?\d{6,}|_emb)\.safetensors")
 _PEFT, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -49,7 +50,8 @@ class _Repository:
 def resolve(
     reference: HubFile, token: str | None, endpoint: str, net: Network, deadline: Deadline
 ) -> tuple[Download, ...]:
-    """The LoRA of a repository at its present commit; after it its adapter_config.json, where it is PEFT's.
+    """The LoRA of a repository at its present commit; after it its adapter_config.json, where it is PEFT's, or what
+    it teaches of words.
 
     token: the user's; without one nobody's is used. Raises NotFound, Denied, Unreachable, and SourceError where the
     repository does not tell which file it is.
@@ -57,9 +59,24 @@ def resolve(
     headers = bearer(token, AUTHORITY)
     found = _repository(reference, headers, endpoint, net, deadline)
     path = _chosen(reference, list(found.files))
+    names = {path: file_name(path)}
     beside = str(PurePosixPath(path).with_name(_CONFIG))
-    paths = (path, beside) if PurePosixPath(path).name == _PEFT and beside in found.files else (path,)
-    return tuple(_download(reference.repository, found, path, endpoint, headers) for path in paths)
+    if PurePosixPath(path).name == _PEFT and beside in found.files:
+        names[beside] = _CONFIG
+    if words := _words(reference.repository, PurePosixPath(path), found.files):
+        # Cut as its words' is, which are known as its own by it.
+        names = {path: names[path][-76:].lstrip("._-"), words: file_name(words)}
+    return tuple(_download(reference.repository, found, path, name, endpoint, headers) for path, name in names.items())
+
+
+def _words(repository: str, lora: PurePosixPath, paths: Iterable[str]) -> str | None:
+    """The path of what holds a LoRA's words, if anything does: called as the LoRA is, or, where that has no name of its
+    own, as the repository, or as it likes where nothing else is."""
+    beside = [path for path in map(PurePosixPath, paths) if path.parent == lora.parent and path.name.endswith(_WORDS)]
+    names = {f"{lora.stem}{_WORDS}"}
+    if lora.name == _PREFERRED[0]:
+        names |= {beside[0].name} if len(beside) == 1 else {f"{repository.partition('/')[2]}{_WORDS}"}
+    return next((str(path) for path in beside if path.name in names), None)
 
 
 def _repository(
@@ -152,8 +169,8 @@ def _chosen(reference: HubFile, paths: list[str]) -> str:
 
 
 def _finished(names: list[str]) -> str | None:
-    """The one of which all others are earlier states, by their names; None where that is not so."""
-    finals = {f"{match[1]}.safetensors" if (match := _EARLIER.fullmatch(name)) else name for name in names}
+    """The one to which all others belong, by their names; None where that is not so."""
+    finals = {f"{match[1]}.safetensors" if (match := _BESIDE.fullmatch(name)) else name for name in names}
     return finals.pop() if len(finals) == 1 and finals <= set(names) else None
 
 
@@ -163,11 +180,13 @@ def _listed(paths: Iterable[str]) -> str:
     return ", ".join(repr(name[:100]) for name in names[:MAX_LISTED]) + more or "none"
 
 
-def _download(repository: str, found: _Repository, path: str, endpoint: str, headers: dict[str, str]) -> Download:
+def _download(
+    repository: str, found: _Repository, path: str, name: str, endpoint: str, headers: dict[str, str]
+) -> Download:
     file = found.files[path]
     return Download(
         key=str(HubFile(repository, found.commit, path)),
-        name=file_name(path),
+        name=name,
         url=f"{endpoint}/{repository}/resolve/{found.commit}/{quote(path)}",
         headers=headers,
         size=file.size,

@@ -1,13 +1,15 @@
 """Words that LoRA files teach: prompts read as with diffusers' textual inversion, and the base forgets them again."""
 
+import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from klora.errors import RequestError
+from klora.errors import LoRAError, RequestError
 from klora.form.request import Request
 from klora.generation import generate
 from klora.generation.words import _replaced, taught
@@ -89,6 +91,80 @@ def test_a_cog_sdxl_tars_words_act_in_a_request(models: dict[str, Family], tmp_p
         for words, file in ((prompt, lora), ("a photo of content:TOK", lora), (prompt, LoRA(lora.layers)))
     ]
     assert images[0] == images[1] != images[2]
+
+
+def beside(model: Family, folder: Path, name: str = "pytorch_lora_weights", words: str = "zork_emb") -> Path:
+    """A LoRA with words beside it, as diffusers' advanced trainers leave them."""
+    second = {"unet": "clip_g", "transformer": "t5"}[model.component]
+    save_file(GOOD if model.component == "unet" else GOOD_FLUX, folder / f"{name}.safetensors")
+    save_file(embeddings(model, "clip_l", second), folder / f"{words}.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "asked"),
+    [
+        ("pytorch_lora_weights", "zork_emb", ""),
+        ("pytorch_lora_weights", "zork_emb", "pytorch_lora_weights.safetensors"),
+        ("d[1]", "d[1]_emb", ""),
+        ("d[1]", "d[1]_emb", "d[1].safetensors"),
+    ],
+)
+def test_words_that_lie_beside_a_file_are_its_own(
+    model: Family, tmp_path: Path, name: str, words: str, asked: str
+) -> None:
+    taught = model.read_lora(beside(model, tmp_path, name, words) / asked).words
+    meant = of(model)
+    assert taught.keys() == {"TOK", "<s0><s1>", "<s0>", "<s1>"}
+    for word, rows in {"TOK": slice(2), "<s0><s1>": slice(2), "<s0>": slice(1), "<s1>": slice(1, 2)}.items():
+        assert taught[word].keys() == meant.keys()
+        assert all(torch.equal(taught[word][part], vectors[rows]) for part, vectors in meant.items())
+
+
+def test_words_in_a_tar_are_its_loras(model: Family, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    beside(model, tmp_path / "in")
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(tmp_path / "in", "in")
+    assert model.read_lora(tmp_path / "x.tar").words.keys() == {"TOK", "<s0><s1>", "<s0>", "<s1>"}
+
+
+@pytest.mark.parametrize("prompt", ["a photo of TOK", "a photo of <s0><s1>", "a photo of <s0> <s1>"])
+def test_words_that_lie_beside_a_file_act_as_a_cog_sdxl_tars(
+    models: dict[str, Family], tmp_path: Path, prompt: str
+) -> None:
+    sdxl = models["sdxl"]
+    lora, tar = sdxl.read_lora(beside(sdxl, tmp_path)), sdxl.read_lora(cog_sdxl(sdxl, tmp_path)[0])
+    images = [
+        generate(sdxl, Request(words, num_inference_steps=1, seed=0), content=LoRA(tar.layers, words=taught))[
+            0
+        ].tobytes()
+        for words, taught in ((prompt, lora.words), ("a photo of TOK", tar.words), (prompt, {}))
+    ]
+    assert images[0] == images[1] != images[2]
+
+
+def test_a_lora_that_is_only_called_as_if_it_held_words_is_left_alone(model: Family, tmp_path: Path) -> None:
+    for name in ("dog", "dog_emb"):
+        save_file(GOOD if model.component == "unet" else GOOD_FLUX, tmp_path / f"{name}.safetensors")
+        assert not model.read_lora(tmp_path / f"{name}.safetensors").words
+    beside(model, tmp_path, "cat", "cat_emb")
+    assert not model.read_lora(tmp_path / "dog.safetensors").words
+
+
+def test_the_words_of_two_beside_one_file_are_refused(model: Family, tmp_path: Path) -> None:
+    for words in ("a_emb", "b_emb"):
+        beside(model, tmp_path, words=words)
+    with pytest.raises(LoRAError, match=r"pytorch_lora_weights.safetensors lies beside '._emb.safetensors' and '"):
+        model.read_lora(tmp_path / "pytorch_lora_weights.safetensors")
+
+
+@pytest.mark.parametrize("key", ["clip_l", "clip_g", "t5"])
+def test_words_of_another_bases_width_are_refused(models: dict[str, Family], tmp_path: Path, key: str) -> None:
+    sdxl = models["sdxl"]
+    save_file({key: torch.ones(2, 7)}, beside(sdxl, tmp_path) / "zork_emb.safetensors")
+    with pytest.raises(LoRAError, match=rf"holds '{key}' of \[2, 7\]. Expected up to 64 vectors of "):
+        sdxl.read_lora(tmp_path)
 
 
 def test_a_word_that_both_teach_must_say_whose_it_is(models: dict[str, Family], tmp_path: Path) -> None:

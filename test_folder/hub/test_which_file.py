@@ -48,6 +48,38 @@ def test_pefts_file_comes_with_what_says_its_alpha(authority: Hub, resolve: Reso
     assert beside.url.endswith("/in/adapter_config.json")
 
 
+LORA = "pytorch_lora_weights.safetensors"
+LONG = "x" * 90
+
+
+@pytest.mark.parametrize(
+    ("files", "asked", "names"),
+    [
+        ([LORA, "dog_emb.safetensors"], "hf:o/m", [LORA, "dog_emb.safetensors"]),
+        ([f"in/{LORA}", "dog_emb.safetensors", "in/a b_emb.safetensors"], "hf:o/m/in", [LORA, "a_b_emb.safetensors"]),
+        ([LORA, "dog_emb.safetensors", "m_emb.safetensors"], "hf:o/m", [LORA, "m_emb.safetensors"]),
+        ([LORA, "dog_emb.safetensors", "cat_emb.safetensors"], "hf:o/m", [LORA]),
+        (["dog.safetensors", "dog_emb.safetensors"], "hf:o/m", ["dog.safetensors", "dog_emb.safetensors"]),
+        (
+            [LORA, "dog.safetensors", "dog_emb.safetensors"],
+            "hf:o/m/dog.safetensors",
+            ["dog.safetensors", "dog_emb.saf"],
+        ),
+        ([LORA, "dog.safetensors", "dog_emb.safetensors"], "hf:o/m", [LORA, "dog_emb.safetensors"]),
+        (["dog.safetensors", "cat_emb.safetensors"], "hf:o/m/dog.safetensors", ["dog.safetensors"]),
+        (["dog_emb.safetensors"], "hf:o/m", ["dog_emb.safetensors"]),
+        ([f"{LONG}.safetensors", f"{LONG}_emb.safetensors"], "hf:o/m", [f"{'x' * 64}.safe", f"{'x' * 64}_emb.safe"]),
+    ],
+)
+def test_the_words_that_lie_beside_a_lora_come_with_it(
+    authority: Hub, resolve: Resolve, files: list[str], asked: str, names: list[str]
+) -> None:
+    """As diffusers' advanced trainers leave them, and call them on the disk as the LoRA is called there."""
+    authority.publish("o/m", dict.fromkeys(files, CONTENT))
+    found = resolve(asked)
+    assert all(download.name.startswith(name) for download, name in zip(found, names, strict=True))
+
+
 @pytest.mark.parametrize(
     ("files", "asked", "refusal"),
     [
