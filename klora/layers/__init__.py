@@ -63,6 +63,7 @@ def attached(
     headroom_bytes() of them are left free by the choice of an engine. On leaving, by whatever exception, every
     module and parameter is back. Raises LoRAError when a layer is not a linear of the module, or has another shape.
     """
+    denoiser = getattr(denoiser, "_orig_mod", denoiser)  # of what torch.compile() made
     asked = lora if isinstance(lora, Plan) else lora.plan(schedule, **options)
     alike, float8 = tuple(alike), dict.fromkeys(float8)
     plan = covering(asked, float8) if float8 else asked

@@ -24,8 +24,8 @@ Apply = Callable[[int, list[int]], None]
 class LoRALinear(InPlaceOf):
     """base(x) + B A x, for inference, in three kernels; one LoRA, a weighted sum and a switching pair.
 
-    lora_A [R, I], lora_B [O, R]; their values may change between calls. Cast to the activations' dtype, which they have
-    but beside quantised weights.
+    lora_A [R, I], lora_B [O, R]; their values may change between calls. Brought to the activations' dtype, which they
+    have but beside quantised weights, and to their device, which is another when the base has been moved since.
     """
 
     def __init__(self, base: nn.Linear, lora_A: Tensor, lora_B: Tensor) -> None:
@@ -34,8 +34,8 @@ class LoRALinear(InPlaceOf):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)  # of this call alone, and so added to where it lies
-        hidden = F.linear(x, self.lora_A.to(x.dtype)).reshape(-1, self.lora_A.shape[0])
-        return y.reshape(-1, self.out_features).addmm_(hidden, self.lora_B.to(x.dtype).t()).view(y.shape)
+        hidden = F.linear(x, self.lora_A.to(x)).reshape(-1, self.lora_A.shape[0])
+        return y.reshape(-1, self.out_features).addmm_(hidden, self.lora_B.to(x).t()).view(y.shape)
 
 
 class Gate:
@@ -76,10 +76,14 @@ def lent_merged(
     scales = scales_of({index: (pristine[index], pairs[index]) for index in rounded}, gates.abs().amax(0))
     active = WhenAsked(lambda index: torch.empty_like(pristine[index], dtype=FLOAT8 if index in scales else None))
     write = _merges(pristine, active, scales)
+    lent = dict[int, nn.Parameter]()
 
     def apply(step: int, changed: list[int]) -> None:
         rows = zip(changed, gates[step, changed].tolist(), strict=True)
         write((index, _acting(pairs[index], own)) for index, own in rows)
+        for index in changed:  # a module that is moved, as offloading does, is given other tensors
+            if index in lent and lent[index].data_ptr() != active[index].data_ptr():
+                lent[index].data.copy_(active[index])
 
     gate = Gate(plan, "merged", apply, len(scales))  # a GPU writes while the host lends
     for index, (name, linear) in enumerate(zip(plan.layers, linears, strict=True)):
@@ -87,7 +91,8 @@ def lent_merged(
             lend_linear(loans, denoiser, name, partial(Float8Linear, quantized=active[index], scale=scales[index]))
         else:  # as the base's own in all that compiled code has been told of it, or it would be compiled again
             requires_grad = pristine[index].requires_grad
-            lend(loans, linear._parameters, "weight", nn.Parameter(active[index], requires_grad))
+            lent[index] = nn.Parameter(active[index], requires_grad)
+            lend(loans, linear._parameters, "weight", lent[index])
     return gate
 
 

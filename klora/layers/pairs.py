@@ -18,14 +18,18 @@ ALIGNED = 16  # ranks of which GPUs' products need no remainder
 
 def linear_in(denoiser: nn.Module, name: str) -> nn.Linear:
     """The layer of this name. Raises LoRAError where there is none."""
+    parent: nn.Module | None = None
     module: nn.Module | None = denoiser
     # get_submodule() is slow: each model on the way looks for more than a module.
     for part in name.split("."):
-        module = module._modules.get(part) if module is not None else None
+        parent, module = module, module._modules.get(part) if module is not None else None
     if not isinstance(module, nn.Linear):
         raise LoRAError(
-            f"{name!r} is no linear layer of {type(denoiser).__name__}. Expected a LoRA read for this base."
+            f"{name!r} is no linear layer of {type(denoiser).__name__}. "
+            "Expected a LoRA read for this base, and no adapters on the base, as load_lora_weights() puts there."
         )
+    if parent is not None and parent.__dict__.get("fused_projections"):
+        raise LoRAError(f"{name!r} is not run where projections are fused. Expected unfuse_qkv_projections() before.")
     return module
 
 
@@ -67,6 +71,8 @@ def dtype_of(weight: Tensor) -> torch.dtype:
 def pairs_of(loras: list[Mapping[str, LowRank]], name: str, linear: nn.Linear) -> Pairs:
     """The layer's pair of each LoRA, None where it has none, on the base weight's device and in its dtype."""
     weight = linear.weight
+    if weight.is_meta:
+        raise LoRAError(f"{name!r} has no weight where it is. Expected a base that is not offloaded layer by layer.")
     place, expected = (weight.device, dtype_of(weight)), (linear.out_features, linear.in_features)
     found: Pairs = [lora.get(name) for lora in loras]
     for which, pair in enumerate(found):

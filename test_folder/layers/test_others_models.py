@@ -1,0 +1,59 @@
+"""Models as others have them: moved while LoRAs are lent to them, compiled, offloaded, fused, adapted."""
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from peft import LoraConfig, inject_adapter_in_model
+
+from klora.errors import LoRAError
+from klora.layers import attached
+from klora.lora import Plan
+from test_folder.layers.network import ENGINES, dense, random_lora, switching_plan
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_model_that_is_moved_meanwhile_still_follows_the_steps(engine, network, x):
+    """Offloading moves a denoiser to its GPU when it is first called: its parameters' tensors are others then."""
+    plan = switching_plan(network)
+    expected = [dense(network, plan, step)(x) for step in range(len(plan.gates))]
+    with attached(network, plan, engine=engine) as gate:
+        network.double().float()
+        for step, right in enumerate(expected):
+            gate.set_step(step)
+            torch.testing.assert_close(network(x), right)
+
+
+def test_beside_activations_elsewhere_the_gated_engine_computes_where_they_are(network):
+    with attached(network, switching_plan(network), engine="gated"):
+        network.to_q.base.to("meta")
+        assert network.to_q(torch.empty(5, 6, device="meta")).is_meta
+
+
+def test_what_torch_compile_made_has_the_layers_of_what_it_was_made_of(network, x):
+    plan = switching_plan(network)
+    expected, compiled = dense(network, plan, 0)(x), torch.compile(network, backend="eager")
+    with attached(compiled, plan):
+        torch.testing.assert_close(compiled(x), expected)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_base_whose_weights_come_layer_by_layer_is_refused(engine, network):
+    plan = switching_plan(network)
+    with pytest.raises(LoRAError, match="offloaded layer by layer"), attached(network.to("meta"), plan, engine=engine):
+        pass
+
+
+def test_projections_that_run_fused_are_refused():
+    """What stands in the place of one of them is never called."""
+    attention = Attention(query_dim=8, heads=1, dim_head=8)
+    plan = Plan.constant((random_lora(attention, ["to_q"], 2, seed=1),), (1.0,))
+    attention.fuse_projections()
+    with pytest.raises(LoRAError, match="unfuse_qkv_projections"), attached(attention, plan):
+        pass
+
+
+def test_a_base_with_adapters_of_peft_is_told_of_them(network):
+    plan = switching_plan(network)
+    inject_adapter_in_model(LoraConfig(target_modules=["to_q"]), network)
+    with pytest.raises(LoRAError, match="no adapters on the base"), attached(network, plan):
+        pass
