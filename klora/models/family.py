@@ -205,8 +205,7 @@ def weightless_encoders(pipeline: Any, path: Path) -> dict[str, nn.Module]:
 
 def encoders(pipe: Any) -> dict[str, nn.Module]:
     """The text encoders that a pipeline has, by component."""
-    found = {name: getattr(pipe, name) for name in ("text_encoder", "text_encoder_2")}
-    return {name: encoder for name, encoder in found.items() if encoder is not None}
+    return {name: part for name in ("text_encoder", "text_encoder_2") if (part := getattr(pipe, name)) is not None}
 
 
 def quantization(component: str, kind: Quantized | None, dtype: torch.dtype) -> dict[str, Any]:
@@ -216,8 +215,7 @@ def quantization(component: str, kind: Quantized | None, dtype: torch.dtype) -> 
     importlib.import_module("bitsandbytes")
     four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
     backends = {"int8": ("bitsandbytes_8bit", {"load_in_8bit": True}), "nf4": ("bitsandbytes_4bit", four_bits)}
-    backend, options = backends[kind]
-    return {"quantization_config": diffusers.PipelineQuantizationConfig(backend, options, [component])}
+    return {"quantization_config": diffusers.PipelineQuantizationConfig(*backends[kind], [component])}
 
 
 @contextmanager
@@ -225,14 +223,15 @@ def following(pipe: Any, on_step: Callable[[int], Any]) -> Iterator[Callable[...
     """Call on_step(i) before the denoiser of a diffusers pipeline runs step i of the full schedule, i in [0, steps).
 
     i is the place of the timestep in the scheduler's list, not a count of calls: image-to-image starts part-way,
-    second-order schedulers call twice a step. Yields the pipeline's `callback_on_step_end`.
+    second-order schedulers call twice a step, denoising_end cuts it. Yields the pipeline's `callback_on_step_end`.
     """
     done = 0
 
     def before_forward(*_: Any) -> None:
-        total = len(pipe.scheduler.timesteps)
-        position = total - pipe.num_timesteps + done
-        on_step(position * pipe.scheduler.num_inference_steps // total)
+        times, end = pipe.scheduler.timesteps, getattr(pipe, "denoising_end", None)  # SDXL's alone have one
+        total = len(times)
+        last = int((times >= round((1 - end) * pipe.scheduler.config.num_train_timesteps)).sum()) if end else total
+        on_step((last - pipe.num_timesteps + done) * pipe.scheduler.num_inference_steps // total)
 
     def on_step_end(_: Any, index: int, __: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         nonlocal done
@@ -290,8 +289,8 @@ def framed(request: Request, width: int, height: int) -> dict[str, Image.Image]:
 
 def inventory_of(model: Family, inputs: Callable[[Any], Mapping[str, Any]]) -> Inventory:
     """What a LoRA may adapt: the linear layers of the denoiser, in execution order, and of the text encoders."""
-    encoders = {name: linear_shapes(encoder) for name, encoder in model.text_encoders.items()}
-    return {model.component: execution_order(model.denoiser, inputs), **encoders}
+    order = execution_order(model.denoiser, inputs)
+    return {model.component: order} | {name: linear_shapes(part) for name, part in model.text_encoders.items()}
 
 
 def word_widths(model: Family) -> dict[str, int]:

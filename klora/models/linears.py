@@ -24,7 +24,8 @@ def execution_order(denoiser: Any, inputs: Callable[[Any], Mapping[str, Any]]) -
     """
     # Without what says where it came from, and how its weights are quantised.
     config = {name: value for name, value in denoiser.config.items() if not re.match("_|quantization_config$", name)}
-    return _execution_order(denoiser.__class__, json.dumps(config, sort_keys=True), inputs)
+    kind = getattr(denoiser, "_orig_mod", denoiser).__class__  # of what torch.compile() made, what it was made of
+    return _execution_order(kind, json.dumps(config, sort_keys=True), inputs)
 
 
 @lru_cache

@@ -11,6 +11,7 @@ from klora.lora import LowRank, Plan
 from klora.models import load_shapes
 from klora.models.family import Family
 from klora.models.linears import execution_order
+from klora.models.sdxl import _smallest_call
 from test_folder import tiny
 from test_folder.families.painting import paint
 
@@ -76,3 +77,8 @@ def test_flux_lora_may_adapt_the_layers_that_the_published_code_forgets(models: 
     shapes = tiny.linear_shapes(models["flux-dev"].denoiser)
     forgotten = ("attn.to_out.0", "ff.net.2", "ff_context.net.2", "norm1_context.linear")
     assert {f"transformer_blocks.{block}.{name}" for block in (0, 1) for name in forgotten} <= shapes.keys()
+
+
+def test_a_compiled_denoisers_layers_are_those_of_what_was_compiled(sdxl: Family) -> None:
+    compiled = torch.compile(sdxl.denoiser, backend="eager")
+    assert execution_order(compiled, _smallest_call) == sdxl.inventory["unet"]

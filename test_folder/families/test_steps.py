@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 
 from klora.form.request import SCHEDULERS
 from klora.models.family import Family, following
@@ -37,6 +38,25 @@ def test_step_told_is_the_schedules_though_a_scheduler_calls_twice(
     paint(sdxl, told[0].append, scheduler=scheduler)
     paint(sdxl, told[1].append, scheduler=scheduler, image=photo(), prompt_strength=0.5)
     assert told == [[*from_noise, 4], [*from_image, 4]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "steps"),
+    [
+        (StableDiffusionXLPipeline, {"denoising_end": 0.5}, [0, 1]),
+        (StableDiffusionXLImg2ImgPipeline, {"denoising_start": 0.2, "denoising_end": 0.7}, [1, 2, 3]),
+        (StableDiffusionXLImg2ImgPipeline, {"denoising_start": 0.5}, [2, 3, 4, 5]),
+    ],
+)
+def test_steps_of_a_pipeline_that_leaves_the_last_ones_to_a_refiner_are_the_schedules(
+    sdxl: Family, kind: Any, options: dict[str, float], steps: list[int]
+) -> None:
+    told: list[int] = []
+    image = {} if kind is StableDiffusionXLPipeline else {"image": torch.zeros(1, 4, 8, 8)}
+    pipe = kind(**sdxl.pipe.components)
+    with following(pipe, told.append) as on_step_end:
+        pipe("a dog", num_inference_steps=6, callback_on_step_end=on_step_end, output_type="latent", **image, **options)
+    assert told == steps
 
 
 def test_step_is_the_schedules_not_the_count_of_forwards() -> None:
