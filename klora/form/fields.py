@@ -53,11 +53,11 @@ def _typed(name: str, value: Any, accepted: tuple[Any, ...]) -> Any:
             return float(value)
         if kind is int and value == value // 1:  # neither 1.5 nor nan
             return int(value)
-    elif kind not in _KINDS or type(value) is kind:
+    elif isinstance(value, kind) if kind not in _KINDS else type(value) is kind:
         if kind is str and HALF_CHARACTER.search(value):
             raise RequestError(f"{name} has half a character in it. Expected text.")
         return value
-    raise RequestError(f"{name} is {value!r}. Expected {_KINDS[kind]}.")
+    raise RequestError(f"{name} is {value!r}. Expected {_KINDS.get(kind, 'an image that Pillow has opened')}.")
 
 
 def _check_bounds(name: str, value: Any, bounds: Mapping[str, Any]) -> None:

@@ -28,6 +28,9 @@ ASPECT_RATIOS = {
 CHOICE = ("pattern", "style_bias", "alpha", "beta")
 """Inputs of K-LoRA's choice, which mean nothing where it makes none."""
 
+MODES = {"image": "RGB", "mask": "L"}
+"""Of pictures that a request works with, by input."""
+
 MAX_PIXELS = 64 << 20  # of an uploaded image, once decoded
 
 
@@ -83,6 +86,7 @@ class Request:
 
     def __post_init__(self) -> None:
         check(self)
+        self._convert_pictures()
         if not self.prompt.strip():
             raise RequestError("prompt is empty. Expected what the image shows.")
         sized = self.width is not None or self.height is not None
@@ -97,6 +101,12 @@ class Request:
         if self.fusion != "klora":
             self.refuse_choice()
         self._check_views()
+
+    def _convert_pictures(self) -> None:
+        """To what pipelines take: they come in any mode that Pillow has. Those of open_image() stay as they are."""
+        for name, mode in MODES.items():
+            if (picture := getattr(self, name)) is not None and picture.mode != mode:
+                object.__setattr__(self, name, flat(picture, mode))
 
     def check_roles(self, roles: Collection[str]) -> None:
         """Raise RequestError for what LoRAs of these roles alone, "content" and "style", cannot do."""
@@ -171,8 +181,7 @@ class Request:
 
 def open_images(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """A request's inputs, its image and mask opened: they come as paths. Raises RequestError."""
-    modes = {"image": "RGB", "mask": "L"}
-    return {**inputs, **{name: open_image(name, inputs[name], mode) for name, mode in modes.items() if name in inputs}}
+    return {**inputs, **{name: open_image(name, inputs[name], mode) for name, mode in MODES.items() if name in inputs}}
 
 
 def open_image(name: str, path: Path, mode: str) -> Image.Image:
@@ -181,8 +190,7 @@ def open_image(name: str, path: Path, mode: str) -> Image.Image:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise RequestError(f"{name} has {file.width}x{file.height} pixels. Expected at most {MAX_PIXELS}.")
-            # Over white; what is transparent in a mask is not repainted.
-            return opaque(upright(file), "white" if mode == "RGB" else "black").convert(mode)
+            return flat(upright(file), mode)
     except RequestError:
         raise
     except Image.DecompressionBombError as error:
@@ -198,6 +206,11 @@ def upright(file: Image.Image) -> Image.Image:
     for name in ("exif", "Raw profile type exif"):
         file.info.pop(name, None)
     return ImageOps.exif_transpose(file)
+
+
+def flat(picture: Image.Image, mode: str) -> Image.Image:
+    """In this one of MODES, over white; what is transparent in a mask is not repainted."""
+    return opaque(picture, "white" if mode == "RGB" else "black").convert(mode)
 
 
 def opaque(image: Image.Image, backdrop: str) -> Image.Image:

@@ -50,9 +50,13 @@ def generate(
     """Make request.num_outputs images in one batch; image i uses seed + i. draws: these instead, of which each has a
     prompt and a seed of its own, in one batch for each length of prompts.
 
-    K-LoRA needs both LoRAs; one alone acts everywhere, none leaves the base as it is. encode: plain_encoder(model), or
+    K-LoRA needs both LoRAs; one alone acts everywhere, none leaves the base as it is. The request's references are not
+    fetched: a LoRA that it names has to be given. encode: plain_encoder(model), or
     what remembers its results. Raises RequestError for what this base cannot do, or the device has no memory for.
     """
+    for name, lora in {"content": content, "style": style}.items():
+        if lora is None and f"{name}_lora" in request.loras:
+            raise RequestError(f"{name}_lora is named, but {name} is not given. Expected what model.read_lora() reads.")
     steps = _checked_steps(model, request)
     device = next(model.denoiser.parameters()).device
     forget_peak(device)

@@ -23,7 +23,7 @@ FAMILIES: dict[str, type[Family]] = {"sdxl": SDXL, "flux": Flux}
 def load_model(
     family: str,
     path: Path | str,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     parts: Collection[Part] = EVERY_PART,
     quantized: Quantized | None = None,
@@ -34,7 +34,7 @@ def load_model(
     """
     if family not in FAMILIES:
         raise BaseModelError(f"There is no family {family!r}. Expected one of {', '.join(FAMILIES)}.")
-    device = device or default_device()
+    device = torch.device(device or default_device())
     if device == torch.device("cuda"):  # the current one, of which every thread has its own
         device = torch.device("cuda", torch.cuda.current_device())
     _refuse_incomplete(path := Path(path))

@@ -83,6 +83,10 @@ def test_a_base_is_loaded_with_its_gpu_as_the_current_one(bases: Path, monkeypat
     assert entered == ["cuda:1", "cuda:2", "-1"]
 
 
+def test_a_device_may_come_by_its_name_as_torch_has_it(bases: Path) -> None:
+    assert load_model("sdxl", bases / "sdxl", "cpu", parts=()).pipe.unet.dtype == torch.float32
+
+
 @pytest.mark.parametrize("family", ["video", "flux-dev"])  # which is a base
 def test_a_family_that_is_none_is_refused_in_a_sentence(bases: Path, family: str) -> None:
     with pytest.raises(BaseModelError, match=rf"^There is no family '{family}'\. Expected one of sdxl, flux\.$"):

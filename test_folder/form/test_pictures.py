@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from klora.errors import RequestError
-from klora.form.request import open_image
+from klora.form.request import Request, open_image
 from test_folder.photographs import ODD_EXIF
 
 
@@ -164,3 +164,17 @@ def test_a_size_that_is_only_declared_is_enough_to_be_refused(tmp_path: Path) ->
     assert upload_refusal(path) == "mask cannot be read as an image. Expected a PNG, JPEG or WebP file."
     path.write_bytes(png(65535, 65535))
     assert upload_refusal(path) == "mask has more than 67108864 pixels. Expected at most so many."
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "CMYK", "I;16", "RGB"])
+def test_pictures_of_any_mode_that_a_program_gives_are_taken_as_uploads_are(mode: str) -> None:
+    picture = Image.new(mode, (8, 8))
+    request = Request("a dog", image=picture, mask=picture)
+    assert (request.image.mode, request.mask.mode) == ("RGB", "L")
+    assert request.image.getpixel((0, 0)) == ((255,) * 3 if mode in ("RGBA", "LA", "CMYK") else (0,) * 3)
+
+
+@pytest.mark.parametrize("name", ["image", "mask"])
+def test_what_is_no_picture_is_refused_in_a_sentence(name: str) -> None:
+    with pytest.raises(RequestError, match=rf"^{name} is 'a.png'\. Expected an image that Pillow has opened\.$"):
+        Request("a dog", **{name: "a.png"})

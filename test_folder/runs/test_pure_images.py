@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 from torch import nn
 
+from klora.errors import RequestError
 from klora.form.request import SCHEDULERS
 from klora.generation import generate
 from test_folder.runs.drawing import asked, pixels
@@ -100,3 +101,8 @@ def test_steps_are_told_in_order_to_the_last_and_from_where_the_image_enters(mod
     assert len(steps) - 1 == {"HeunDiscrete": 2 * redrawn - 1, "PNDM": redrawn + 1}.get(scheduler, redrawn)
     entry = round(5 * (1 - strength))
     assert steps[0] == entry - (scheduler == "PNDM" and entry > 0)  # PNDM repeats its second timestep
+
+
+def test_a_lora_that_a_request_names_and_nobody_gives_is_not_left_out_unsaid(model, both):
+    with pytest.raises(RequestError, match=r"^style_lora is named, but style is not given\. Expected what .*\.$"):
+        generate(model, asked(content_lora="dog", style_lora="oil"), content=both["content"])
