@@ -118,9 +118,7 @@ def read_prompts(
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise RequestError(f"{called} is UTF-16. Expected UTF-8.")
-    lines = [(number, line.strip()) for number, line in enumerate(content.split(b"\n"), 1)]
-    if not lines[-1][1]:  # what follows the last line's end
-        lines.pop()
+    lines = [(number, line.strip()) for number, line in enumerate(content.splitlines(), 1)]
     filled = [(number, line) for number, line in lines if line]
     if not filled:
         raise RequestError(f"{called} has no prompt. Expected one on each line.")

@@ -35,6 +35,11 @@ def test_each_line_is_a_prompt_and_its_seed_is_counted_without_empty_ones(tmp_pa
     assert (prompts.faults, prompts.empty) == ((), (2, 4))
 
 
+def test_lines_may_end_as_on_an_old_macintosh(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(b"a dog\ra cat\r")
+    assert [request.prompt for request in requests(read(tmp_path / "prompts.txt"))] == ["a dog", "a cat"]
+
+
 @pytest.mark.parametrize("name", ["prompts.jsonl", "an upload without a suffix"])
 def test_a_line_of_json_says_what_differs_from_the_others(tmp_path: Path, name: str) -> None:
     file = written(
