@@ -6,7 +6,7 @@ The .json is written last, and says that the image is done. With .txt beside .pn
 import json
 import tarfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -132,8 +132,9 @@ def _canonical(reference: str) -> str:
 
 
 def _difference(asked: Any, wanted: dict[str, Any], line: int) -> str:
-    """The first input in which they differ."""
+    """The first input in which they differ; one that is not told has its default."""
     then = asked if isinstance(asked, dict) else {}
     name = next(name for name in (*wanted, *then) if then.get(name) != wanted.get(name))
-    seen, now = (f"{told.get(name)!r:.{_LONGEST}}" for told in (then, wanted))
+    default = {item.name: item.default for item in fields(Request)}.get(name)
+    seen, now = (f"{told.get(name, default)!r:.{_LONGEST}}" for told in (then, wanted))
     return f"its {name} is {seen}, and that of line {line} is {now}. Expected the same, or another folder."

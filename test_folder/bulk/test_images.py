@@ -149,7 +149,8 @@ def test_an_interruption_loses_nothing(
         ({"seed": 6}, "its seed is 5, and that of line 1 is 6."),
         ({"content_lora": "hf:some/one"}, "its content_lora is None, and that of line 1 is 'hf:some/one'."),
         ({"output_format": "jpg"}, "its output_format is 'png', and that of line 1 is 'jpg'."),
-        ({"negative_prompt": "x" * 500}, "its negative_prompt is None, and that of line 1 is 'xxx"),
+        ({"output_format": "webp"}, "its output_format is 'png', and that of line 1 is 'webp'."),
+        ({"negative_prompt": "x" * 500}, "its negative_prompt is '', and that of line 1 is 'xxx"),
     ],
 )
 def test_images_of_another_request_are_not_mixed_in(
