@@ -129,20 +129,21 @@ class Plan:
         return cls(layers, loras, torch.tensor(scales, dtype=torch.float32).expand(1, len(layers), len(scales)))
 
 
-def save_lora(path: Path, lora: LoRA, component: str, dtype: torch.dtype | None = None) -> Path:
+def save_lora(path: Path | str, lora: LoRA, component: str, dtype: torch.dtype | None = None) -> Path:
     """Write a diffusers-format file that needs no alpha. component: what diffusers calls the denoiser, "unet" or
-    "transformer"; dtype: None keeps each tensor's own."""
+    "transformer"; dtype: None keeps each tensor's own. The words that the LoRA teaches are not in it."""
     tensors = {}
     for prefix, layers in {component: lora.layers, **lora.text_encoders}.items():
         for name, pair in layers.items():
-            tensors[f"{prefix}.{name}.lora_A.weight"] = pair.A.to("cpu", dtype).contiguous()
-            tensors[f"{prefix}.{name}.lora_B.weight"] = pair.B.to("cpu", dtype).contiguous()
+            # Copies: layers that a file holds as one share a factor, which the library refuses to write twice.
+            tensors[f"{prefix}.{name}.lora_A.weight"] = pair.A.to("cpu", dtype, copy=True).contiguous()
+            tensors[f"{prefix}.{name}.lora_B.weight"] = pair.B.to("cpu", dtype, copy=True).contiguous()
     save_tensors(path, tensors, lora.metadata)
-    return path
+    return Path(path)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a .safetensors file, as open to others as any new file: the library makes its own its owner's alone."""
     save_file(dict(tensors), path, dict(metadata))
     os.umask(umask := os.umask(0o077))  # there is no other way to read it; what a thread makes meanwhile is closed
-    path.chmod(0o666 & ~umask)
+    Path(path).chmod(0o666 & ~umask)

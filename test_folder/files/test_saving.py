@@ -59,3 +59,12 @@ def test_stock_diffusers_reads_what_klora_saves(model: Family, bases: Path, path
         for name, factors in part.items():
             seen = getattr(pipeline, component).get_submodule(name).get_delta_weight("x")
             torch.testing.assert_close(seen.double(), delta(factors), rtol=1e-5, atol=1e-6)
+
+
+def test_layers_that_share_a_factor_are_saved_and_a_path_may_be_text(tmp_path: Path) -> None:
+    """As q, k and v do, which kohya's files for FLUX hold as one."""
+    A = torch.randn(2, 5)
+    layers = {name: LowRank(A, torch.randn(4, 2)) for name in ("to_q", "to_k")}
+    path = save_lora(str(tmp_path / "saved.safetensors"), LoRA(layers), "unet")
+    assert torch.equal(load_file(path)["unet.to_q.lora_A.weight"], A)
+    assert torch.equal(load_file(path)["unet.to_k.lora_A.weight"], A)
