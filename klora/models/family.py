@@ -235,7 +235,7 @@ def following(pipe: Any, on_step: Callable[[int], Any]) -> Iterator[Callable[...
 
     def on_step_end(_: Any, index: int, __: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         nonlocal done
-        done = index + 1
+        done = (index + 1) % pipe.num_timesteps  # the next call begins anew
         return kwargs
 
     denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer

@@ -59,6 +59,15 @@ def test_steps_of_a_pipeline_that_leaves_the_last_ones_to_a_refiner_are_the_sche
     assert told == steps
 
 
+def test_calls_that_share_a_block_begin_at_their_own_first_steps(sdxl: Family) -> None:
+    told: list[int] = []
+    pipe = StableDiffusionXLPipeline(**sdxl.pipe.components)
+    with following(pipe, told.append) as on_step_end:
+        for steps in (2, 3):
+            pipe("a dog", num_inference_steps=steps, callback_on_step_end=on_step_end, output_type="latent")
+    assert told == [0, 1, 0, 1, 2]
+
+
 def test_step_is_the_schedules_not_the_count_of_forwards() -> None:
     """A pipeline may call its denoiser twice a step, once for the prompt and once for what to steer away from."""
     denoiser, steps = torch.nn.Identity(), []
