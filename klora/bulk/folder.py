@@ -46,8 +46,11 @@ class Folder:
             asked, withheld, loras = told["asked"], told.get("withheld", False), told.get("loras", {})
             used = {name: list(loras[name]["sha256"]) for name in job.request.loras if name in loras}
         except FileNotFoundError:
+            captioned = (caption := self._place(job, "txt")).exists()  # asked first, as it is written after the image
             if (image := self._place(job, job.request.output_format)).exists():
                 read_provenance(image)  # one of ours that was interrupted before its record; another's is refused
+            elif captioned:
+                raise RequestError(f"{caption} is no caption of klora generate's. Expected an empty folder.") from None
             return False
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RequestError(f"{record} is no record of klora generate. Expected an empty folder.") from error

@@ -188,3 +188,16 @@ def test_a_record_that_is_none_is_not_written_over(
     (tmp_path / "out" / "00002.json").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(RequestError, match=r"00002\.json is no record of klora generate\. Expected an empty folder\.$"):
         runs(prompts)
+
+
+def test_a_caption_of_somebody_elses_picture_is_not_written_over(
+    runs: Runs, prompts: PromptFile, tmp_path: Path
+) -> None:
+    """A folder of a training set has such names, and its pictures may be of another format than ours."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "00002.txt").write_text("my dog")
+    with pytest.raises(
+        RequestError, match=r"00002\.txt is no caption of klora generate's\. Expected an empty folder\.$"
+    ):
+        runs(prompts)
+    assert contents(tmp_path / "out").keys() == {"00002.txt"}
