@@ -134,13 +134,13 @@ def test_the_downloads_of_all_lines_have_the_seconds_of_one_request(
     """Or a thousand lines that name a trickling host would keep the server's only slot for a thousand times as long."""
     late = "All downloads of this request took longer than 0.4 seconds. Expected faster sources."
     paths = [f"/{number}.safetensors" for number in range(20)]
-    server = Predictor()
-    server.outputs, server.studio, server.loras = shell / "outputs", studio, weights.LoRAFiles(shell)
     asked: dict[str, Any] = {**QUICK, "prompt": "{}", "seed": 5}
     with Hostile(dict.fromkeys(paths, drips(head(200, "Content-Length: 99999"), b"x", 0.05))) as host:
         monkeypatch.setattr(weights, "FETCH_SECONDS", 0.4)
         monkeypatch.setenv("KLORA_TRUSTED_HOSTS", host.host)
         monkeypatch.setenv("KLORA_CACHE", str(shell / "cache"))
+        server = Predictor()
+        server.outputs, server.studio, server.loras = shell / "outputs", studio, weights.LoRAFiles(shell)
         loras = [*map(host.url, paths), "style.safetensors"]
         lines = written(shell / "p.jsonl", *({"prompt": "a dog", "style_lora": lora} for lora in loras))
         with timed(0.3, 6):
