@@ -8,7 +8,7 @@ from torch import nn
 from klora import layers as subject
 from klora.layers import HEADROOM_BYTES, attached
 from klora.layers.pairs import dtype_of
-from klora.lora import Plan
+from klora.lora import LoRA, Plan
 from test_folder.layers.network import LAYERS, random_lora, switching_plan
 
 
@@ -34,6 +34,7 @@ def weight_bytes(model):
 
 @pytest.mark.parametrize(("spare", "engine"), [(0, "merged"), (-1, "gated")])
 def test_engine_is_merged_where_a_copy_of_the_touched_weights_fits(monkeypatch, network, spare, engine):
+    network.bfloat16()  # as bases are: the narrowest that can be written
     free = weight_bytes(network) + HEADROOM_BYTES + spare
     monkeypatch.setattr(subject, "free_bytes", lambda device: free)
     with attached(network, switching_plan(network)) as gate:
@@ -74,3 +75,12 @@ def test_lora_acts_on_int8_weights(monkeypatch, network, x):
     with attached(network, Plan.constant((lora,), (1.0,))):
         # 2 in 100: the factors are bfloat16 there, 2**-9 each
         torch.testing.assert_close(network.to_q(x), expected, rtol=0.02, atol=0.02)
+
+
+def test_lora_that_has_been_placed_is_lent_as_it_lies(network, x):
+    lora = LoRA(random_lora(network, ["to_q"], 2, seed=1))
+    network.double()
+    expected = network.to_q(x.double())
+    lora.placed(x.device, torch.float64)["to_q"].B.zero_()  # which shows that nothing is placed anew
+    with attached(network, Plan.constant((lora,), (1.0,))):
+        torch.testing.assert_close(network.to_q(x.double()), expected)

@@ -31,6 +31,14 @@ def test_block_begins_at_step_0(network, x, engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_two_loras_that_act_at_once_equal_dense_weights(network, x, engine):
+    plan = Plan.constant(two_loras(network), (0.7, 1.3))
+    expected = dense(network, plan, 0)(x)
+    with attached(network, plan, engine=engine):
+        torch.testing.assert_close(network(x), expected, rtol=0, atol=1e-5)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_step_beyond_the_last_keeps_the_last(network, x, engine):
     with attached(network, switching_plan(network), engine=engine) as gate:
         gate.set_step(7)
