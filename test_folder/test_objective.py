@@ -104,9 +104,11 @@ LAWS = {  # from a quantile's share to the quantile
 
 
 @pytest.mark.parametrize("law", LAWS)
-def test_times_follow_their_law(law: str) -> None:
+def test_times_follow_their_law_and_the_generator_alone(law: str) -> None:
     """At 512 px. 0.015: four standard deviations."""
-    times, shares = draw_times(law, torch.zeros(1).expand(20_000, 4, 64, 64), seeded()), torch.arange(0.05, 1, 0.05)
+    times, again = (draw_times(law, torch.zeros(1).expand(20_000, 4, 64, 64), seeded()) for _ in range(2))
+    assert torch.equal(times, again)
+    shares = torch.arange(0.05, 1, 0.05)
     below = (times[:, None] <= LAWS[law](shares)).float().mean(0)
     torch.testing.assert_close(below, shares, rtol=0, atol=0.015)
     assert times.shape == (20_000,) and times.min() >= 0 and times.max() <= 1
@@ -126,7 +128,8 @@ def test_shift_is_the_published_one_and_the_schedulers(side: int, published: flo
 @pytest.mark.parametrize("offset", [0.0, 0.3])
 def test_noise_has_unit_variance_about_a_channels_mean_and_the_means_have_the_offsets(offset: float) -> None:
     """The mean of 16 unit cells has variance 1/16 by itself."""
-    noise = draw_noise(torch.zeros(4000, 8, 4, 4), offset, seeded())
+    noise, again = (draw_noise(torch.zeros(4000, 8, 4, 4), offset, seeded()) for _ in range(2))
+    assert torch.equal(noise, again)
     assert float(noise.var(dim=(2, 3)).mean()) == pytest.approx(1, rel=0.02)
     for axis in (0, 1):  # neither an example's channels nor a channel's examples share theirs
         assert float(noise.mean(dim=(2, 3)).var(axis).mean()) == pytest.approx(offset**2 + 1 / 16, rel=0.04)
