@@ -107,11 +107,30 @@ def test_a_random_size_is_never_stretched_by_more_than_a_pixel() -> None:
         assert abs(2 * top + bottom - height * scale) <= 1.5  # 1 of rounding the middle, 0.5 of rounding the size
 
 
-@pytest.mark.parametrize("mode", ["bucket", "center"])
+@pytest.mark.parametrize("mode", ["bucket", "center", "salience"])
 def test_the_middle_is_cut_out_by_hand(mode: str) -> None:
     crop = fit(ramp(400, 200), (64, 64), mode=mode, flip=False)
     assert crop.time_ids == (200, 400, 0, 32, 64, 64)
     assert fit(ramp(200, 400), (64, 64), mode=mode, flip=False).time_ids == (400, 200, 32, 0, 64, 64)
+
+
+SHOWN = [  # columns of a mask of 400 and how white they are, and where a crop of 64 out of 128 begins
+    ([(0, 200, 85), (200, 400, 255)], 48),  # the centre of mass is at 250
+    ([(0, 20, 255)], 0), ([(380, 400, 1)], 64), ([], 32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("columns", "place"), SHOWN)
+def test_salience_is_around_the_masks_centre_of_mass(columns: list[tuple[int, int, int]], place: int) -> None:
+    mask = Image.new("L", (400, 200))
+    for start, stop, level in columns:
+        mask.paste(level, (start, 0, stop, 200))
+    upright = mask.transpose(Image.Transpose.TRANSPOSE)
+    for mode, begins in (("salience", place), ("bucket", 32)):
+        crop = fit(ramp(400, 200), (64, 64), mode=mode, flip=False, mask=mask)
+        assert crop.time_ids == (200, 400, 0, begins, 64, 64)
+        crop = fit(ramp(200, 400), (64, 64), mode=mode, flip=False, mask=upright)
+        assert crop.time_ids == (400, 200, begins, 0, 64, 64)
 
 
 def test_pixels_are_float32_from_minus_one_to_one_and_red_comes_first() -> None:

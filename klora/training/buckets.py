@@ -42,10 +42,10 @@ def buckets(resolution: int) -> list[Size]:
     """
     multiple = min(64, max(16, resolution // 256 * 16))
     area = resolution**2
-    square = max(1, round(resolution / multiple)) * multiple
+    square = round(resolution / multiple) * multiple
     sizes = {(square, square)}
-    for width in range(square + multiple, math.ceil(resolution * math.sqrt(MAX_RATIO * 1.1)) + 1, multiple):
-        height = max(1, round(area / width / multiple)) * multiple
+    for width in range(square + multiple, MAX_RATIO * resolution, multiple):
+        height = round(area / width / multiple) * multiple
         if width <= MAX_RATIO * height and abs(width * height / area - 1) <= MAX_AREA_ERROR:
             sizes |= {(width, height), (height, width)}
     return sorted(sizes, key=lambda size: (size[0] / size[1], size))
@@ -123,7 +123,7 @@ def _corner(mode: str, spare: Size, bucket: Size, generator: torch.Generator | N
         left, top = (int(torch.randint(room + 1, (), generator=generator)) for room in spare)
         return left, top
     if mode == "salience" and mask is not None and mask.getbbox():
-        weights = np.asarray(mask, dtype=np.float64)
+        weights = np.asarray(mask)
         centres = (np.average(np.arange(n) + 0.5, weights=weights.sum(axis)) / n for axis, n in enumerate(mask.size))
         places = (c * (s + b) - b / 2 for c, s, b in zip(centres, spare, bucket, strict=True))
         left, top = (round(min(max(0, place), room)) for place, room in zip(places, spare, strict=True))
