@@ -37,9 +37,11 @@ def test_a_pin_keeps_others_from_seizing_a_file_and_they_from_pinning_it(root: P
     with seized(path) as unused:
         assert unused
         assert pin(path) is None
-    third = pin(path)
-    assert third
+    third, fourth = pin(path), pin(path)
+    assert third and fourth
     del third
+    with fourth, seized(path) as unused:
+        assert not unused
     with seized(path) as unused:
         assert unused
 
