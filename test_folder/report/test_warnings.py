@@ -25,9 +25,9 @@ WARNINGS = {
     "style far larger": (ONE, made(names(), seed=2, scale=85.0), {}, "Magnitudes differ 8", "lower style_scale."),
     "content far larger": (made(names(), seed=1, scale=40.0), OTHER, {}, "Magnitudes differ ", "lower content_scale."),
     "few content ranks": (ONE, made(names(), rank=128, seed=2), {}, "Ranks 4 (content) and 128 (style) favour content",
-                          "style_bias 1.5 allows for it."),
+                          "up to 1.5x here. style_bias 1.5 allows for it."),
     "few style ranks": (made(names(), rank=128, seed=1), OTHER, {}, "Ranks 128 (content) and 4 (style) favour style",
-                        "style_bias 0.68 allows for it."),
+                        "up to 1.5x here. style_bias 0.68 allows for it."),
     "few shared": (made(names()[:22], seed=1), made(names()[18:], seed=2), {}, "Only 4 of 40 layers are in both LoRAs",
                    "content always acts in its own 18, style in its own 18."),
     "none shared": (made(names()[:20]), made(names()[20:]), {}, "No layer is in both LoRAs (20 content's, 20 style's)",
@@ -67,6 +67,11 @@ def test_two_layers_that_switch_together_may_be_an_accident(count, warned):
 def test_the_step_of_an_alike_pair_is_the_one_that_differs():
     wins = reported(ONE, ONE).content_wins
     assert wins[6].all() and not wins[7].any()  # 0-based
+
+
+def test_an_alike_pair_that_one_lora_always_wins_is_told_to_move_the_style_bias():
+    (warning,) = reported(ONE, ONE, style_bias=10.0).warnings
+    assert warning.startswith("40 of 40 shared layers (100%) never switch: 0 are always content's, 40 always style's.")
 
 
 @pytest.mark.parametrize(("low", "high"), [(4, 64), (2, 16)])
