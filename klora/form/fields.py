@@ -47,7 +47,7 @@ def check(values: Any) -> None:  # Any: a dataclass instance
 
 
 def _typed(name: str, value: Any, accepted: tuple[Any, ...]) -> Any:
-    kind = next(kind for kind in accepted if kind is not type(None))
+    kind = accepted[0]  # before None, where that is accepted
     if isinstance(value, int | float) and not isinstance(value, bool):
         if kind is float:
             return float(value)
