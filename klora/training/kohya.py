@@ -104,8 +104,6 @@ def _stacked(parts: list[LowRank | None]) -> LowRank:
     """One pair for all parts, exactly: A's one above the other, B's along the diagonal. What is not adapted has rows of
     zeros and no rank. That many rows: query, key and value are alike, and as wide as their input where none is here."""
     adapted = [part for part in parts if part is not None]
-    if len(parts) == 1:
-        return adapted[0]
     rows = next((part.B.shape[0] for part in parts[:3] if part), adapted[0].A.shape[1])
     heights = [rows, rows, rows, _MLP_ROWS * rows]
     blocks = [
