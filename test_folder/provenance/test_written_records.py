@@ -85,16 +85,17 @@ def test_the_parameters_are_those_that_viewers_read() -> None:
     """Stored: the prompts, and a last line of pairs, in which what has a separator in it is quoted."""
     loras = {
         "content_lora": UsedLoRA("hf:someone/dog", (SHA256,)),
-        "style_lora": UsedLoRA("my, oil.safetensors", ("b" * 64,)),
+        "style_lora": UsedLoRA("my, öl.safetensors", ("b" * 64,)),
     }
     told = replace(made(loras=loras, negative_prompt="blurry", scheduler="DDIM", num_outputs=4), place=2)
     version = told.versions["klora"]
     assert told.parameters((1344, 768)) == (
         "a dog\nNegative prompt: blurry\n"
         "Steps: 3, Sampler: DDIM, CFG scale: 7.5, Seed: 9, Size: 1344x768, Model: sdxl, "
-        'Content LoRA: "hf:someone/dog", Style LoRA: "my, oil.safetensors", '
-        f'Version: klora {version}, Hashes: {{"lora:dog": "0123456789", "lora:my, oil": "bbbbbbbbbb"}}'
+        'Content LoRA: "hf:someone/dog", Style LoRA: "my, öl.safetensors", '
+        f'Version: klora {version}, Hashes: {{"lora:dog": "0123456789", "lora:my, \\u00f6l": "bbbbbbbbbb"}}'
     )
+    assert "Seed: 7," in replace(told, place="compare").parameters((1344, 768))  # all of a sheet have one
 
 
 def test_the_parameters_of_a_lora_whose_name_has_two_lines_are_one_line() -> None:
