@@ -9,6 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from klora.errors import LoRAError
+from klora.files.container import Spec
+from klora.files.factors import modules
+from klora.files.lycoris import MAX_DENSE
 from klora.models import origin_of
 from klora.models.family import Family
 from test_folder.files.reading import (
@@ -151,6 +154,34 @@ def test_what_cannot_be_applied_exactly_is_refused_in_a_sentence(
     with at_most(seconds=5), pytest.raises(LoRAError) as refusal:
         read(models[family], path, tensors)
     assert_is_a_sentence(str(refusal.value), path, seen)
+
+
+def loha(rank: int) -> dict[str, tuple[int, int]]:
+    """Shapes of one that stands for MAX_DENSE weights."""
+    factors = {"a": (MAX_DENSE >> 13, rank), "b": (rank, 1 << 13)}
+    return {f"hada_{name}_{part}": shape for name in ("w1", "w2") for part, shape in factors.items()}
+
+
+DENSE = {
+    "diff": ({"diff": (MAX_DENSE >> 13, 1 << 13)}, True),
+    "LoKr": ({"lokr_w1": (MAX_DENSE >> 13, 1 << 13), "lokr_w2_a": (1, 1), "lokr_w2_b": (1, 1)}, True),
+    "LoHa of many ranks": (loha(23), True),
+    "LoHa of few, of which nothing is factorised": (loha(22), False),
+}
+
+
+@pytest.mark.parametrize(("shapes", "counts"), DENSE.values(), ids=DENSE)
+def test_what_takes_minutes_to_factorise_is_refused_by_its_header(
+    shapes: dict[str, tuple[int, int]], counts: bool
+) -> None:
+    specs = {f"one.{part}": Spec("F16", shape) for part, shape in shapes.items()}
+    assert len(modules(specs)) == 1
+    more = specs | {"other.diff": Spec("F16", (1, 2))}
+    if counts:
+        with pytest.raises(LoRAError, match=f"would have {MAX_DENSE + 2} weights factorised"):
+            modules(more)
+    else:
+        assert len(modules(more)) == 2
 
 
 @pytest.mark.parametrize("alpha", [-1.0, -float("inf")])
