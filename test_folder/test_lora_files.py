@@ -335,7 +335,7 @@ def test_the_words_beside_a_lora_are_fetched_with_it(hub: Hub, bases: Path, tmp_
         with weights.LoRAFiles().borrowed({"lora": "hf:o/m"}, {}) as (paths, lent):
             taught = model.read_lora(paths["lora"]).words
             assert Shelf().sha256(paths["lora"]) == Shelf().sha256(paths["lora"], lent["lora"].scores)
-        assert taught.keys() == model.read_lora(folder).words.keys() == {"TOK", "<s0><s1>", "<s0>", "<s1>"}
+        assert taught.keys() == model.read_lora(folder).words.keys() == {"<s0><s1>", "<s0>", "<s1>"}
 
 
 def test_a_peft_repository_that_lost_its_config_is_no_longer_lent(hub: Hub, bases: Path) -> None:

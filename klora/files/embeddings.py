@@ -31,14 +31,14 @@ def taught(contents: Contents, widths: Mapping[str, int]) -> Words:
 
 
 def _beside(contents: Contents, widths: Mapping[str, int]) -> dict[str, dict[str, Tensor]]:
-    """special_params.json says {"TOK": "<s0><s1>"}; a prompt may use either. Without one TOK is all of them, and
-    each is a word as well: a training of several words named them so."""
+    """special_params.json says {"TOK": "<s0><s1>"}; a prompt may use either. Without one each token is a word, as all
+    of them together are: a training of several words named them so."""
     if not contents.embeddings:
         return {}
     vectors = {_part(key): _checked(key, own, _part(key), widths) for key, own in contents.embeddings.items()}
     count = {len(own) for own in vectors.values()}
     tokens = [f"<s{i}>" for i in range(max(count))]
-    words = {str(word): str(said) for word, said in contents.words.items()} or {"TOK": "".join(tokens)}
+    words = {str(word): str(said) for word, said in contents.words.items()} or {"".join(tokens): "".join(tokens)}
     for word, said in words.items():
         if count != {len(re.findall(r"<[^<>]+>", said))} or not word.strip():
             raise LoRAError(f"has {word!r} stand for {said!r}. Expected a token for each embedding.")

@@ -1,6 +1,7 @@
 """Lend words to a base for the length of a `with` block: tokens that its tokenizers lack, and their vectors.
 
-The base's own tokenizers and embeddings are not changed: copies stand in for them.
+The base's own tokenizers and embeddings are not changed: copies stand in for them. A text encoder without vectors for a
+word reads it as the text that it is, as it did when the word was learnt.
 """
 
 import copy
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from tokenizers.normalizers import Replace, Sequence
 from torch import Tensor, nn
 
 from klora.layers import lend, lending
@@ -24,15 +26,19 @@ def taught(pipe: Any, words: Words) -> Iterator[Callable[[str], str]]:
     tokens = {word: _tokens(number, parts) for number, (word, parts) in enumerate(words.items())}
     with lending() as loans:
         for component, tokenizer in _TOKENIZERS.items() if words else ():
-            encoder = getattr(pipe, component)
             more = copy.deepcopy(getattr(pipe, tokenizer))
-            more.add_tokens([token for own in tokens.values() for token in own])
+            lend(loans, pipe.__dict__, tokenizer, more)
+            own = {word: parts[component] for word, parts in words.items() if component in parts}
+            _read_as_text(more, {" ".join(tokens[word]): word for word in words.keys() - own.keys()})
+            if not own:
+                continue
+            more.add_tokens([token for word in own for token in tokens[word]])
             rows = {
                 more.convert_tokens_to_ids(token): vector
-                for word, parts in words.items()
-                for token, vector in zip(tokens[word], parts.get(component, ()), strict=False)
+                for word, vectors in own.items()
+                for token, vector in zip(tokens[word], vectors, strict=False)
             }
-            lend(loans, pipe.__dict__, tokenizer, more)
+            encoder = getattr(pipe, component)
             table = encoder.get_input_embeddings()
             extended = _extended(table, rows, len(more))
             for slots, name in _places(encoder, table):
@@ -44,6 +50,13 @@ def _tokens(number: int, parts: Mapping[str, Tensor]) -> list[str]:
     return [f"<klora{number}-{i}>" for i in range(max(len(vectors) for vectors in parts.values()))]
 
 
+def _read_as_text(tokenizer: Any, words: Mapping[str, str]) -> None:
+    """Have a tokenizer read {what stands for a word in a prompt: the word}, whosever it is."""
+    texts = [Replace(tokens, re.sub("^(content|style):", "", word)) for tokens, word in words.items()]
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = Sequence([*texts, *filter(None, [backend.normalizer])])
+
+
 def _places(encoder: nn.Module, table: nn.Embedding) -> Iterator[tuple[dict[str, Any], str]]:
     """(its parent's table of parts, key) of each embedding with these weights: T5 has two."""
     for name, module in list(encoder.named_modules(remove_duplicate=False)):  # they may be one
@@ -53,7 +66,7 @@ def _places(encoder: nn.Module, table: nn.Embedding) -> Iterator[tuple[dict[str,
 
 
 def _extended(table: nn.Embedding, rows: Mapping[int, Tensor], size: int) -> nn.Embedding:
-    """A copy of an embedding with these rows, and zeros for the tokens that only another encoder was taught."""
+    """A copy of an embedding with these rows, and zeros for tokens that another encoder alone has of a word."""
     weight = table.weight.new_zeros(max(size, len(table.weight)), table.weight.shape[1])
     weight[: len(table.weight)] = table.weight
     for index, vector in rows.items():

@@ -71,7 +71,7 @@ def dtype_of(weight: Tensor) -> torch.dtype:
 def pairs_of(loras: list[Mapping[str, LowRank]], name: str, linear: nn.Linear) -> Pairs:
     """The layer's pair of each LoRA, None where it has none, on the base weight's device and in its dtype."""
     weight = linear.weight
-    if weight.is_meta:
+    if weight.is_meta and hasattr(linear, "_hf_hook"):  # as accelerate leaves it, which brings it for each call
         raise LoRAError(f"{name!r} has no weight where it is. Expected a base that is not offloaded layer by layer.")
     place, expected = (weight.device, dtype_of(weight)), (linear.out_features, linear.in_features)
     found: Pairs = [lora.get(name) for lora in loras]

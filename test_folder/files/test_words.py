@@ -65,6 +65,31 @@ def test_a_word_is_as_many_tokens_as_the_encoder_has_vectors_that_has_most(model
         assert torch.equal(model.text_encoders["text_encoder_2"].get_input_embeddings().weight[-2:], second)
 
 
+def made_of(model: Family, prompt: str) -> dict[str, Tensor]:
+    """What each text encoder makes of a prompt."""
+    read = model.encode_prompt([prompt])
+    if model.component == "transformer":
+        return {"text_encoder": read["pooled_prompt_embeds"], "text_encoder_2": read["prompt_embeds"]}
+    width = model.pipe.text_encoder.config.hidden_size
+    return {"text_encoder": read["prompt_embeds"][..., :width], "text_encoder_2": read["prompt_embeds"][..., width:]}
+
+
+@pytest.mark.parametrize("lacking", ["text_encoder", "text_encoder_2"])
+def test_an_encoder_without_vectors_for_a_word_reads_it_as_text(model: Family, lacking: str) -> None:
+    """As T5 did where CLIP alone was taught, which is the advanced trainer's default on FLUX.1."""
+    vectors = {part: own for part, own in of(model).items() if part != lacking}
+    table = model.text_encoders[lacking].get_input_embeddings()
+    with torch.no_grad():
+        plain = made_of(model, "a photo of <s0>, red")
+        with taught(model.pipe, {"<s0>": vectors, "content:<s0>": vectors}) as spoken:
+            read = [made_of(model, spoken(f"a photo of {word}, red")) for word in ("<s0>", "content:<s0>")]
+            assert model.text_encoders[lacking].get_input_embeddings() is table
+        after = made_of(model, "a photo of <s0>, red")
+    for part, meant in plain.items():
+        assert torch.equal(after[part], meant)
+        assert [torch.equal(seen[part], meant) for seen in read] == [part == lacking] * 2
+
+
 def test_without_words_nothing_is_copied(model: Family) -> None:
     before = model.pipe.tokenizer, model.pipe.tokenizer_2
     with taught(model.pipe, {}) as spoken:
@@ -115,8 +140,8 @@ def test_words_that_lie_beside_a_file_are_its_own(
 ) -> None:
     taught = model.read_lora(beside(model, tmp_path, name, words) / asked).words
     meant = of(model)
-    assert taught.keys() == {"TOK", "<s0><s1>", "<s0>", "<s1>"}
-    for word, rows in {"TOK": slice(2), "<s0><s1>": slice(2), "<s0>": slice(1), "<s1>": slice(1, 2)}.items():
+    assert taught.keys() == {"<s0><s1>", "<s0>", "<s1>"}
+    for word, rows in {"<s0><s1>": slice(2), "<s0>": slice(1), "<s1>": slice(1, 2)}.items():
         assert taught[word].keys() == meant.keys()
         assert all(torch.equal(taught[word][part], vectors[rows]) for part, vectors in meant.items())
 
@@ -126,10 +151,10 @@ def test_words_in_a_tar_are_its_loras(model: Family, tmp_path: Path) -> None:
     beside(model, tmp_path / "in")
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.add(tmp_path / "in", "in")
-    assert model.read_lora(tmp_path / "x.tar").words.keys() == {"TOK", "<s0><s1>", "<s0>", "<s1>"}
+    assert model.read_lora(tmp_path / "x.tar").words.keys() == {"<s0><s1>", "<s0>", "<s1>"}
 
 
-@pytest.mark.parametrize("prompt", ["a photo of TOK", "a photo of <s0><s1>", "a photo of <s0> <s1>"])
+@pytest.mark.parametrize("prompt", ["a photo of <s0><s1>", "a photo of <s0> <s1>"])
 def test_words_that_lie_beside_a_file_act_as_a_cog_sdxl_tars(
     models: dict[str, Family], tmp_path: Path, prompt: str
 ) -> None:
