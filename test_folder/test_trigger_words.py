@@ -16,6 +16,7 @@ from klora.form.request import Request
 from klora.studio import Studio
 
 SAID = ("zork style", "sks")
+CLIPS = ("clip_l", "clip_g")
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +106,23 @@ def test_tags_of_captions_are_no_trigger(studio: Studio, lora: Path) -> None:
 def test_a_word_that_the_lora_teaches_is_there_as_it_is_spelled_or_not_at_all(
     studio: Studio, lora: Path, prompt: str, added: str | None
 ) -> None:
-    words = {f"bundle_emb.TOK.{encoder}": torch.ones(2, 32) for encoder in ("clip_l", "clip_g")}
+    words = {f"bundle_emb.TOK.{encoder}": torch.ones(2, 32) for encoder in CLIPS}
     save_file(load_file(lora) | words, lora, {"trigger": "TOK"})
     image, seen = drawn(studio, lora, prompt)
     assert seen == added
     assert not np.array_equal(image, drawn(studio, lora, prompt.replace("TOK", "tok"), add_triggers=False)[0])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "added"), [("a <s0><s1> icon", None), ("an icon, <s1>", None), ("an icon", "an icon of <s0><s1>")]
+)
+def test_a_phrase_is_not_added_where_the_prompt_has_a_word_that_the_lora_teaches(
+    studio: Studio, lora: Path, prompt: str, added: str | None
+) -> None:
+    """As a card of the advanced trainer's says it, with the words in it."""
+    words = {f"bundle_emb.{word}.{encoder}": torch.ones(1, 32) for word in ("<s0>", "<s1>") for encoder in CLIPS}
+    save_file(load_file(lora) | words, lora)
+    assert drawn(studio, lora, prompt, ("an icon of <s0><s1>",))[1] == added
 
 
 def test_what_one_page_says_is_not_said_of_the_same_file_elsewhere(studio: Studio, lora: Path) -> None:

@@ -51,7 +51,7 @@ def generate(
     prompt and a seed of its own, in one batch for each length of prompts.
 
     K-LoRA needs both LoRAs; one alone acts everywhere, none leaves the base as it is. The request's references are not
-    fetched: a LoRA that it names has to be given. encode: plain_encoder(model), or
+    fetched: a LoRA that it names has to be given. Sheets and reports are a Studio's. encode: plain_encoder(model), or
     what remembers its results. Raises RequestError for what this base cannot do, or the device has no memory for.
     """
     for name, lora in {"content": content, "style": style}.items():

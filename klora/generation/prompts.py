@@ -33,11 +33,11 @@ class Draw(NamedTuple):
 
 def draws_of(request: Request, content: LoRA | None, style: LoRA | None, record: Record) -> list[Draw]:
     """As many seeds as there are outputs, and the prompt with the trigger words that the LoRAs' files name where it
-    lacks them: the subject's in front, the style's behind."""
+    lacks them, and whatever word they teach: the subject's in front, the style's behind."""
     prompt, added = request.prompt, []
     for _, lora, _ in acting(request, content, style) if request.add_triggers else ():
         trigger = lora.metadata.get("trigger", "")
-        if trigger and not has_word(prompt, trigger, lora):
+        if trigger and not any(has_word(prompt, word, lora) for word in (trigger, *lora.words)):
             added.append(trigger)
             styled = lora.metadata.get("lora_type") == "style"
             prompt = f"{prompt}, {trigger} style" if styled else f"{trigger}, {prompt}"
