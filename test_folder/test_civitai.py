@@ -86,6 +86,25 @@ def test_a_models_number_is_no_versions_number(
     assert fetched(found, net).endswith(b"%d" % version)
 
 
+@pytest.mark.parametrize(
+    ("newest_first", "chosen"),
+    [
+        (("ZImageTurbo", "Qwen", "Flux.1 D", "SDXL 1.0"), 2),
+        (("Other", "Flux.1 D"), 0),
+        ((None, "Flux.1 D"), 0),
+        (("ZImageTurbo", "SD 1.5"), 0),
+    ],
+)
+def test_of_a_models_versions_the_newest_counts_that_may_be_for_a_family_of_ours(
+    authority: Civitai, resolve: Resolve, newest_first: tuple[str | None, ...], chosen: int
+) -> None:
+    numbers = range(100, 100 - len(newest_first), -1)
+    for number, said in zip(reversed(numbers), reversed(newest_first), strict=True):
+        authority.publish(7, number, File(number, content=CONTENT), baseModel=said)
+    assert resolve("civitai:models/7").key.startswith(f"civitai:{numbers[chosen]}+")
+    assert resolve("civitai:models/7").base_model == newest_first[chosen]
+
+
 def test_a_rounded_size_is_no_size(authority: Civitai, resolve: Resolve) -> None:
     for number, kilobytes, size in ((1, 1.5, 1536), (2, 0.3, None), (3, None, None), (4, 0, None)):
         authority.publish(1, number, File(number, content=CONTENT, claims={"sizeKB": kilobytes}))

@@ -288,6 +288,9 @@ def test_what_is_for_no_base_of_the_request_is_refused_before_it_is_fetched(
         assert str(error.value) == (
             "a: civitai:9 was made for 'Flux.1 D', as its page says. Expected a LoRA for sdxl or illustrious-xl."
         )
+        with pytest.raises(SourceError) as error, files.borrowed({"a": "civitai.com/models/1"}, {}, ("sdxl",)):
+            pass
+        assert str(error.value).endswith("Expected a LoRA for sdxl, or the number of a version that is.")
         assert not storage.requests
         for bases in (("sdxl", "flux-schnell"), ()):
             with files.borrowed({"a": "civitai:9"}, {}, bases) as (paths, _):

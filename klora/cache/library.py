@@ -24,7 +24,7 @@ from klora.errors import KLoRAError, SourceError
 from klora.interruptible import interruptible
 from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, Download, NotFound, Unreachable, family_of
-from klora.sources.kinds import Data, Local, Reference
+from klora.sources.kinds import CivitaiFile, Data, Local, Reference
 
 logger = logging.getLogger(__name__)
 
@@ -251,9 +251,10 @@ def _check_pin(reference: Reference, sha256: str | None) -> None:
 def _check_base(asked: _Asked, base_model: str | None) -> None:
     family = family_of(base_model)
     if asked.bases and family is not None and family not in asked.bases.values():
+        newest = isinstance(asked.plain, CivitaiFile) and asked.plain.version is None
         raise SourceError(
             f"{asked.plain} was made for {base_model!r:.60}, as its page says. "
-            f"Expected a LoRA for {' or '.join(asked.bases)}."
+            f"Expected a LoRA for {' or '.join(asked.bases)}{', or the number of a version that is' if newest else ''}."
         )
 
 

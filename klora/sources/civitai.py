@@ -11,7 +11,7 @@ from urllib.parse import urlencode, urlsplit
 from klora.errors import SourceError
 from klora.sources.authority import bearer, file_name, plain_words, redirection, understood
 from klora.sources.deadline import Deadline
-from klora.sources.download import Denied, Download, NotFound
+from klora.sources.download import Denied, Download, NotFound, family_of
 from klora.sources.kinds import CivitaiFile
 from klora.sources.network import Network
 
@@ -90,9 +90,15 @@ def _version(
 
 
 def _newest(model: Any) -> int:
-    if not model["modelVersions"]:
+    """The newest that may be for a family of ours, where there is one: a page's versions are for many models."""
+    if not (versions := model["modelVersions"]):
         raise NotFound("a model without versions")
-    return int(model["modelVersions"][0]["id"])
+    ours = [version for version in versions if family_of(_base_model(version)) != ""]
+    return int((ours or versions)[0]["id"])
+
+
+def _base_model(version: Any) -> str | None:
+    return next(iter(plain_words([version.get("baseModel")])), None)
 
 
 def _read(answer: Any) -> _Version:
@@ -100,7 +106,7 @@ def _read(answer: Any) -> _Version:
         number=int(answer["id"]),
         kind=str(answer["model"]["type"]),
         usage=str(answer.get("usageControl") or "Download"),
-        base_model=next(iter(plain_words([answer.get("baseModel")])), None),
+        base_model=_base_model(answer),
         triggers=plain_words(answer.get("trainedWords") or ()),
         files=tuple(_file(file) for file in answer["files"]),
     )
