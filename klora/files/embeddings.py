@@ -15,10 +15,7 @@ from klora.files.factors import EMBEDDING
 from klora.lora import Words
 
 MAX_VECTORS = 64  # for a word
-_FIRST = (
-    "clip_l",
-    "text_encoders_0",
-)  # the first text encoder's vectors, as trainers call them; others are the second's
+_FIRST = ("clip_l", "text_encoders_0")  # what trainers call the first text encoder's vectors, and only those
 
 
 def taught(contents: Contents, widths: Mapping[str, int]) -> Words:

@@ -92,14 +92,15 @@ def _rows(parts: Sequence[Conditioning]) -> Conditioning:
 def _words(request: Request, draws: Sequence[Draw], content: LoRA | None, style: LoRA | None) -> Words:
     """The words that the acting LoRAs teach the text encoders, also as content:WORD and style:WORD. Raises RequestError
     where a prompt has a word that both teach."""
+    able = [(role, word, own) for role, lora, _ in acting(request, content, style) for word, own in lora.words.items()]
+    qualified = {f"{role}:{word}": own for role, word, own in able}
+    prompts = (request.negative_prompt, *(draw.prompt for draw in draws))
+    rest = [spoken(qualified).sub("", prompt) for prompt in prompts if qualified]  # "content:<s0><s1>" says no "<s1>"
     bare: dict[str, Mapping[str, Tensor]] = {}
-    qualified: dict[str, Mapping[str, Tensor]] = {}
-    for role, lora, _ in acting(request, content, style):
-        for word, parts in lora.words.items():
-            said = (request.negative_prompt, *(draw.prompt for draw in draws))
-            if word in bare and any(map(spoken([word]).search, said)):
-                raise RequestError(
-                    f"Both LoRAs teach the word {word!r}. Write content:{word} or style:{word} in the prompt."
-                )
-            bare[word] = qualified[f"{role}:{word}"] = parts
+    for _, word, own in able:
+        if word in bare and any(map(spoken([word]).search, rest)):
+            raise RequestError(
+                f"Both LoRAs teach the word {word!r}. Write content:{word} or style:{word} in the prompt."
+            )
+        bare[word] = own
     return bare | qualified

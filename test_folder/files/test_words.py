@@ -192,6 +192,20 @@ def test_words_of_another_bases_width_are_refused(models: dict[str, Family], tmp
         sdxl.read_lora(tmp_path)
 
 
+def test_tokens_that_both_teach_may_follow_one_another_after_whose_they_are(
+    models: dict[str, Family], tmp_path: Path
+) -> None:
+    sdxl = models["sdxl"]
+    lora = sdxl.read_lora(beside(sdxl, tmp_path))
+    made = [
+        generate(sdxl, Request(words, num_inference_steps=1, seed=0), content=lora, style=lora)[0].tobytes()
+        for words in ("a content:<s0><s1> in style:<s0><s1>", "a content:<s0> content:<s1> in style:<s0> style:<s1>")
+    ]
+    assert made[0] == made[1]
+    with pytest.raises(RequestError, match="content:<s1> or style:<s1>"):
+        generate(sdxl, Request("a content:<s0> <s1>", num_inference_steps=1), content=lora, style=lora)
+
+
 def test_a_word_that_both_teach_must_say_whose_it_is(models: dict[str, Family], tmp_path: Path) -> None:
     sdxl = models["sdxl"]
     lora = sdxl.read_lora(cog_sdxl(sdxl, tmp_path)[0])
