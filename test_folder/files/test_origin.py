@@ -40,6 +40,10 @@ STRANGERS: dict[str, tuple[dict[str, Tensor], dict[str, str], str, str]] = {
     "FLUX.2 of diffusers": (
         layer("transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj", 64, 32, PEFT), {}, "FLUX.2", "qkv_mlp",
     ),
+    "SD 3.5": (layer("transformer.transformer_blocks.0.attn.to_q", 2432, 2432, PEFT), {}, "SD 3", "2432"),
+    "FLUX.2 of BFL's other blocks": (
+        layer("lora_unet_double_blocks_0_img_mlp_0", 6 * 64, 64), {}, "FLUX.2", "of 384 x 64",
+    ),
     "FLUX.2 of BFL": (layer("lora_unet_single_blocks_0_linear1", 9 * 64, 64), {}, "FLUX.2", "of 576 x 64"),
     "Wan": (layer("diffusion_model.blocks.0.self_attn.q", 64, 64, PEFT), {}, "Wan", "self_attn"),
     "Anima": (layer("lora_unet_blocks_0_cross_attn_output_proj", 64, 64), {}, "Anima", "output_proj"),

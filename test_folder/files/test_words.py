@@ -192,6 +192,34 @@ def test_words_of_another_bases_width_are_refused(models: dict[str, Family], tmp
         sdxl.read_lora(tmp_path)
 
 
+def test_a_word_may_have_as_many_vectors_as_is_said(models: dict[str, Family], tmp_path: Path) -> None:
+    width = models["sdxl"].pipe.text_encoder.config.hidden_size
+    words = beside(models["sdxl"], tmp_path) / "zork_emb.safetensors"
+    for count in (1, 64):
+        save_file({"clip_l": torch.ones(count, width)}, words)
+        assert len(models["sdxl"].read_lora(tmp_path).words) == (count + 1 if count > 1 else 1)
+    odd = {
+        "Expected up to 64 vectors": (torch.ones(65, width), torch.ones(0, width), torch.ones(1, 1, width)),
+        "not finite": (torch.full((1, width), torch.inf), torch.ones(1, width, dtype=torch.int32)),
+    }
+    for complaint, vectors in odd.items():
+        for tensor in vectors:
+            save_file({"clip_l": tensor}, words)
+            with pytest.raises(LoRAError, match=complaint):
+                models["sdxl"].read_lora(tmp_path)
+
+
+def test_encoders_that_were_taught_different_numbers_of_tokens_are_refused(
+    models: dict[str, Family], tmp_path: Path
+) -> None:
+    vectors = embeddings(models["sdxl"], "clip_l", "clip_g")
+    save_file(
+        vectors | {"clip_l": vectors["clip_l"][:1].clone()}, beside(models["sdxl"], tmp_path) / "zork_emb.safetensors"
+    )
+    with pytest.raises(LoRAError, match="Expected a token for each embedding"):
+        models["sdxl"].read_lora(tmp_path)
+
+
 def test_tokens_that_both_teach_may_follow_one_another_after_whose_they_are(
     models: dict[str, Family], tmp_path: Path
 ) -> None:
