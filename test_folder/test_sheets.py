@@ -138,6 +138,13 @@ def test_an_image_that_is_withheld_leaves_a_blank() -> None:
     assert told[: len(told) // 2].any() and not told[len(told) // 2 :].any()
 
 
+def test_a_label_stands_above_each_image_and_below_it_what_there_is_to_say() -> None:
+    silent, told = (np.asarray(contact_sheet([Way("Il", asked(), share, "a")], {"a": GREY})) for share in (None, 0.25))
+    label, caption = slice(0, 22), slice(24, 40)  # of letters 13 high
+    assert (silent[label] < 128).any() and np.array_equal(silent[label], told[label])
+    assert (silent[caption] == 255).all() and (told[caption] < 200).any()
+
+
 class Checker:
     """Withholds these images of what it is shown."""
 
