@@ -112,7 +112,7 @@ def batches(sizes: Sequence[Size], batch_size: int, *, seed: int, epoch: int) ->
 def _covering(size: Size, bucket: Size) -> Size:
     """The smallest size of this shape that covers the bucket; rounding stretches it by less than a pixel."""
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
-    return max(bucket[0], round(size[0] * scale)), max(bucket[1], round(size[1] * scale))
+    return round(size[0] * scale), round(size[1] * scale)
 
 
 def _corner(mode: str, spare: Size, bucket: Size, generator: torch.Generator | None, mask: Image.Image | None) -> Size:
