@@ -98,6 +98,28 @@ def test_models_that_are_no_family_are_told_apart(tmp_path):
         read_pair(pair_of(tmp_path), {})
 
 
+@pytest.mark.parametrize("dotted", ["content", "style"])
+def test_dots_and_underscores_spell_one_layer_which_has_content_s_name(tmp_path, dotted):
+    stems = {role: "blocks.0.to_q" if role == dotted else "blocks_0_to_q" for role in ("content", "style")}
+    for role, stem in stems.items():
+        save_file({f"{stem}.lora_{f}.weight": torch.randn(4, 4) for f in "AB"}, tmp_path / f"sdxl_{role}.safetensors")
+    pair = read_pair(pair_of(tmp_path), {})
+    assert list(pair.content) == list(pair.style) == [stems["content"]]
+
+
+@pytest.mark.parametrize("silent", ["content", "style"])
+def test_a_file_that_tells_of_no_model_goes_with_any(loras, tmp_path, silent):
+    stem = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    save_file({f"{stem}.lora_{f}.weight": torch.randn(4, 4) for f in "AB"}, tmp_path / "silent.safetensors")
+    pair = read_pair(pair_of(loras) | {f"{silent}_lora": tmp_path / "silent.safetensors"}, {})
+    assert [len(getattr(pair, role)) > 0 for role in ("content", "style")] == [silent == "style", silent == "content"]
+
+
+def test_a_base_of_another_family_is_not_tried(bases, loras):
+    pair = read_pair(pair_of(loras), base(bases, "flux-dev"))
+    assert "layers by name (none of their family is installed)" in str(pair)
+
+
 def test_without_a_base_the_denoiser_s_layers_alone_count_and_each_once(tmp_path):
     layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     stems = [f"unet.{layer}", "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"]
