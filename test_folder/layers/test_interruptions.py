@@ -86,6 +86,8 @@ def interrupted_at(n, modules, work, *inputs):
         work(*inputs)
     except Interruption:
         pass
+    else:
+        assert interrupter.place is None, f"what interrupted {interrupter.place} is lost, and the work goes on"
     finally:
         sys.settrace(tracer)
     return interrupter.place
