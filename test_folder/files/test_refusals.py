@@ -30,6 +30,7 @@ from test_folder.files.spelling import KOHYA, keyed
 
 BLOCK_7 = "lora_unet_down_blocks_7_attentions_0_proj_in"
 SGM = "lora_unet_input_blocks_3_1"  # down_blocks.1.attentions.0 of the tiny U-Net
+XLABS = (".down.weight", ".up.weight")
 BFL_PROJ = "lora_unet_double_blocks_0_img_attn_proj"
 POSITIONS = "lora_te1_text_model_embeddings_position_embedding"
 
@@ -113,8 +114,14 @@ REFUSED = {  # what the file holds: (family of the base, tensors, what the sente
     "SDXL to FLUX": ("flux", GOOD, f"'unet.{Q}', which is no linear layer of this base"),
     "some unknown to FLUX": ("flux", GOOD_FLUX | keyed("mystery", pair(32, 32)), "'mystery', which is no linear layer"),
     "XLabs' block that FLUX lacks": (
-        *("flux", keyed("double_blocks.30.processor.qkv_lora1", pair(192, 64), (".down.weight", ".up.weight"))),
+        *("flux", keyed("double_blocks.30.processor.qkv_lora1", pair(192, 64), XLABS)),
         "double_blocks.30",
+    ),
+    "XLabs' block twice, of which diffusers' converter drops one": (
+        "flux",
+        keyed("single_blocks.0.processor.qkv_lora", pair(192, 64), XLABS)
+        | keyed("single_blocks.0.processor.qkv_lora1", pair(192, 64), XLABS),
+        "'single_blocks.0.processor.qkv",
     ),
     "position embedding": ("flux", kohya_layer(BFL_PROJ, 64, 64) | kohya_layer(POSITIONS, 77, 32), f"'{POSITIONS}'"),
     "nothing for SDXL": ("sdxl", {}, "no tensors"),
