@@ -76,6 +76,23 @@ def test_the_nearest_pair_of_a_kronecker_product_is_the_one_of_its_largest_singu
     assert_near(seen.B, seen.A, torch.kron(w1.double(), w2.double()), error)
 
 
+UNMOVED = {  # the last of the factors begins as zeros
+    "LoHa": {"hada_w1_a": (32, 2), "hada_w1_b": (2, 40), "hada_w2_b": (2, 40), "hada_w2_a": (32, 2)},
+    "LoHa of many ranks": {"hada_w1_a": (32, 30), "hada_w1_b": (30, 40), "hada_w2_b": (30, 40), "hada_w2_a": (32, 30)},
+    "LoKr": {"lokr_w1": (4, 4), "lokr_w2_a": (8, 2), "lokr_w2_b": (2, 10)},
+    "diff": {"diff": (32, 40)},
+}
+
+
+@pytest.mark.parametrize("kind", UNMOVED)
+def test_a_layer_that_training_did_not_move_is_a_pair_that_moves_nothing(kind: str) -> None:
+    parts = {name: torch.ones(shape) for name, shape in UNMOVED[kind].items()}
+    list(parts.values())[-1].zero_()
+    seen, error = low_rank(kind.split()[0], parts, 2.0)
+    assert seen.shape == (32, 40) and seen.rank > 0 and error == 0
+    assert torch.equal(seen.B @ seen.A, torch.zeros(32, 40))
+
+
 def test_a_difference_is_taken_when_a_low_rank_comes_near_it_and_says_so(sdxl: Family, tmp_path: Path) -> None:
     A, B = pair(32, 32, rank=4)
     lora = read(sdxl, tmp_path / "lora.safetensors", {f"{KOHYA_Q}.diff": B @ A})
@@ -91,6 +108,22 @@ def test_what_no_pair_comes_near_is_refused(sdxl: Family, tmp_path: Path, monkey
             tmp_path / "lora.safetensors",
             {f"{KOHYA_Q}.diff": torch.randn(32, 32, generator=torch.Generator().manual_seed(0))},
         )
+
+
+@pytest.mark.parametrize(("lost", "taken"), [(0.009, True), (0.011, False)])
+def test_one_percent_may_be_lost_to_rank(
+    sdxl: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: float, taken: bool
+) -> None:
+    monkeypatch.setattr("klora.files.lycoris.MAX_RANK", 8)
+    values = torch.zeros(32).index_fill(0, torch.arange(8), 1.0)
+    values[8] = lost * 8**0.5  # of the norm of all
+    U, V = (torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(i))).Q for i in (0, 1))
+    difference = {f"{KOHYA_Q}.diff": U * values @ V}
+    if taken:
+        assert read(sdxl, tmp_path / "lora.safetensors", difference)[Q].rank == 8
+    else:
+        with pytest.raises(LoRAError, match=r"is 1\.1% away\. Expected at most 1%\.$"):
+            read(sdxl, tmp_path / "lora.safetensors", difference)
 
 
 def assert_near(B: Tensor, A: Tensor, meant: Tensor, error: float) -> None:
