@@ -1,5 +1,6 @@
 """What is told of a run is about the steps that ran; a run that comes to no numbers is no image."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from klora import Request, generate, load_model
 from klora.errors import KLoRAError, LoRAError, RequestError
 from klora.fusion import Schedule, fuse
+from klora.generation import Draw
 from klora.lora import LoRA, LowRank
 from klora.models.family import Family
 
@@ -45,6 +47,19 @@ def test_of_an_image_that_is_redrawn_only_the_steps_that_run_count(
     assert facts["style_share"] == pytest.approx(1 - wins.double().mean().item())
     assert facts["flips"] == int((wins[1:] != wins[:-1]).sum())
     assert facts["flips_per_step"] == round(facts["flips"] / len(wins), 2)
+
+
+def test_the_seconds_of_each_phase_are_told_and_none_counts_twice(sdxl: Family, pair: Mapping[str, LoRA]) -> None:
+    told: list[tuple[str, float]] = []
+    draws = [Draw("a dog", 0), Draw("a dog " * 50, 1)]  # whose lengths make two batches
+    start = time.perf_counter()
+    generate(sdxl, Request("a", num_inference_steps=2), record=lambda *fact: told.append(fact), draws=draws, **pair)
+    whole = time.perf_counter() - start
+    laps = [(name.removesuffix("_seconds"), spent) for name, spent in told if name.endswith("_seconds")]
+    assert [name for name, _ in laps] == ["fuse", "encode", *2 * ["denoise", "decode"]]
+    spent = dict(laps)
+    assert min(spent.values()) > 0 and sum(spent.values()) <= whole
+    assert min(spent["denoise"] - laps[2][1], spent["decode"] - laps[3][1]) > 0  # both batches' together
 
 
 def louder(lora: LoRA, a: float, b: float) -> LoRA:
