@@ -4,6 +4,8 @@ import locale
 import os
 import re
 import resource
+import stat
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from klora.form.request import Request
 from klora.training import job, loop, objective
 from klora.training.config import TrainConfig
 from klora.training.loop import Progress
-from klora.training.writing import tarred, whole
+from klora.training.writing import require_place, tarred, whole
 from test_folder.jobs.short import held, trained, weights_of
 from test_folder.test_card import FACTS
 
@@ -29,8 +31,27 @@ LEFT = "What was learnt is in left.tar, which resume_from takes up."
 
 
 def test_the_tars_folder_is_made_and_no_name_is_in_its_way() -> None:
-    trained("nowhere/robot.part", steps=1)
-    assert [path.name for path in Path("nowhere").iterdir()] == ["robot.part"]
+    trained("no/where/robot.part", steps=1)
+    assert [path.name for path in Path("no/where").iterdir()] == ["robot.part"]
+
+
+def test_a_place_is_tried_before_the_training_and_nothing_is_left_there() -> None:
+    require_place(Path("no/where/robot.tar"))
+    require_place(Path("no/where/robot.tar"))
+    assert list(Path("no/where").iterdir()) == []
+
+
+def test_a_tar_has_its_files_once_each_in_the_order_of_their_names() -> None:
+    names = ["b/2", "b/10", "c", "a"]
+    for name in names:
+        Path("results", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("results", name).write_text(name)
+    tarred(Path("results"), Path("no/where/robot.tar"))
+    with tarfile.open("no/where/robot.tar") as tar:
+        members = tar.getmembers()
+        told = {member.name: read.read().decode() for member in members if (read := tar.extractfile(member))}
+    assert [member.name for member in members] == ["a", "b", "b/10", "b/2", "c"]
+    assert told == {name: name for name in names}
 
 
 @pytest.mark.parametrize("out", ["file/robot.tar", "pictures", "."])
@@ -70,6 +91,7 @@ def test_what_was_learnt_is_kept_where_there_is_no_room_for_its_tar() -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert Path("scratch-kept/run.safetensors").read_bytes() == b"learnt" * 1000
+    assert stat.S_IMODE(Path("scratch-kept").stat().st_mode) == 0o700  # as the folder that it was in
     assert [*Path("scratch").iterdir()] == [] and not Path("robot.tar").exists()
 
 
