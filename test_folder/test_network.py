@@ -89,21 +89,29 @@ def test_a_redirect_can_be_looked_at() -> None:
         assert server.connections == 1
 
 
+@pytest.mark.parametrize("status", [200, 201, 304, 404])
+def test_what_is_no_redirect_is_the_answer_wherever_it_points(status: int) -> None:
+    with Hostile({"/x": reply(b"", "Location: /y", status=status), "/y": GOOD}) as server, Deadline(5) as deadline:
+        with network(server).get(server.url("/x"), {}, deadline) as answer:
+            assert (answer.status, answer.redirected) == (status, False)
+        assert server.connections == 1
+
+
 SECRET = {"Authorization": "Bearer canary", "Cookie": "a=canary", "X-Api-Key": "canary"}
-PART = {"Range": "bytes=1-", "If-Range": '"1"'}
+PLAIN = {"Range": "bytes=1-", "If-Range": '"1"', "Accept": "application/json", "Content-Type": "application/json"}
 
 
 def test_credentials_stay_with_their_origin_and_never_come_back() -> None:
-    """T4: another port is another origin; Range and If-Range are no credentials and go along."""
+    """T4: another port is another origin; what asks for a part or a form is no credential and goes along."""
     with Hostile() as first, Hostile() as second:
         first.routes = {"/x": redirects("/y"), "/y": redirects(second.url("/z")), "/end": GOOD}
         second.routes = {"/z": redirects(first.url("/end"))}
-        assert body_of(network(first, second), first.url("/x"), {**SECRET, **PART}) == b"good"
+        assert body_of(network(first, second), first.url("/x"), {**SECRET, **PLAIN}) == b"good"
         own, foreign, back = (server.asked(path)[0].headers for server, path in
                               ((first, "/y"), (second, "/z"), (first, "/end")))  # fmt: skip
         assert all(own[name] == value for name, value in SECRET.items())
         for headers in (foreign, back):
-            assert {name: headers[name] for name in PART} == PART
+            assert {name: headers[name] for name in PLAIN} == PLAIN
             assert "canary" not in str(headers)
 
 
