@@ -61,6 +61,8 @@ def test_an_image_that_says_nothing_or_in_another_form_is_refused(image: Path) -
     Image.open(image).save("bare.png")
     assert refusal("bare.png") == "bare.png does not say how it was made. Expected an image as klora has written it."
     assert refusal("sdxl_style.safetensors").startswith("sdxl_style.safetensors cannot be read as an image.")
+    Image.open(image).save("other.eps")  # which Pillow would hand to Ghostscript
+    assert refusal("other.eps") == "other.eps cannot be read as an image. Expected a PNG, JPEG or WebP file."
     assert refusal(rewritten(image, lambda told: told.update(klora=2, inputs=[]))) == (
         "other.png says how it was made in form 2. Expected 1, which this klora reads."
     )
