@@ -15,7 +15,7 @@ from klora.errors import LoRAError
 from klora.files.adapter import with_alphas
 from klora.files.container import opened
 from klora.files.embeddings import taught
-from klora.files.factors import converted_sides, modules, pairs, weightless
+from klora.files.factors import acting, converted_sides, modules, pairs, weightless
 from klora.files.names import Inventory, Rename, located
 from klora.files.origin import stranger
 from klora.files.report import report, stated
@@ -29,7 +29,7 @@ def read_lora(path: Path, inventory: Inventory, rename: Rename, widths: Mapping[
     with opened(path) as contents:
         if made_for := stranger(contents):
             raise LoRAError(f"is a LoRA for {made_for}. Expected one for the base of this request.")
-        spelled = modules(contents.specs)
+        spelled = modules(acting(contents))
         if sides := converted_sides(contents.specs, spelled):  # small files may claim layers that no memory holds
             located({stem: weightless(*shape) for stem, shape in sides.items()}, inventory, rename)
         factors, error = pairs(contents, spelled)

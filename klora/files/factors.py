@@ -1,7 +1,8 @@
 """The tensors of a LoRA file -> a pair for each module, by the module's name as the file spells it.
 
-Every tensor is used, or the file is refused by the name of the first that is not. What can be told from the header is
-told before any tensor is read.   O outputs, I inputs, R rank.
+Every tensor is used, or the file is refused by the name of the first that is not; but for zeros that would be added to
+a bias or a norm, as extraction from a whole model leaves them. What can be told from the header is told before any
+other tensor is read.   O outputs, I inputs, R rank.
 """
 
 import math
@@ -24,6 +25,7 @@ _FACTOR = re.compile(r"^(.+?)(?:\.lora_|\.lora\.|_lora\.|\.lora_linear_layer\.)(
 _LYCORIS = re.compile(r"^(.+)\.(hada_w[12]_[ab]|lokr_w[12](?:_[ab])?|diff|alpha)$")
 _XLABS = re.compile(r"_lora([12])\.(?=(down|up)\.weight$)")
 EMBEDDING = re.compile(r"^bundle_emb\.[^.]+\.(clip_l|clip_g|t5|t5xxl)$")  # bundle_emb.WORD.ENCODER
+_ADDED = re.compile(r"\.(diff|diff_b|[wb]_norm|lora_B\.bias)$")  # to what is no matrix: a bias, a norm
 _PLAIN = {"A", "B"}
 _KINDS = (  # (kind, each of these parts or one whole that stands for two)
     ("LoHa", ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},)),
@@ -44,6 +46,13 @@ class Module(NamedTuple):
 
     kind: str
     keys: Mapping[str, str]
+
+
+def acting(contents: Contents) -> dict[str, Spec]:
+    """{key: spec} of all tensors but zeros that would be added to a bias or a norm."""
+    small = [key for key, (_, shape) in contents.specs.items() if len(shape) == 1 and _ADDED.search(key)]
+    zeros = {key for key in small if not contents.tensor(key).float().any()}
+    return {key: spec for key, spec in contents.specs.items() if key not in zeros}
 
 
 def modules(specs: Mapping[str, Spec]) -> dict[str, Module]:
@@ -89,8 +98,8 @@ def _whole(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, int]:
 
 
 def weightless(outputs: int, inputs: int) -> LowRank:
-    """A pair of a shape, which takes no memory."""
-    return LowRank(torch.zeros(()).expand(1, inputs), torch.zeros(()).expand(outputs, 1))
+    """A pair of a shape, which takes no memory and is none of zeros."""
+    return LowRank(torch.ones(()).expand(1, inputs), torch.ones(()).expand(outputs, 1))
 
 
 def outline(specs: Mapping[str, Spec]) -> dict[str, tuple[int, int]]:

@@ -29,7 +29,7 @@ _XLABS = re.compile(r"(?:diffusion_model\.)?((?:double|single)_blocks\.\d+\.proc
 
 
 def located(pairs: Mapping[str, LowRank], inventory: Inventory, rename: Rename) -> dict[Place, LowRank]:
-    """{place in the base: pair}, every pair in a place of its shape. Raises LoRAError."""
+    """{place in the base: pair}, each in one of its shape, but for zeros of a text encoder. Raises LoRAError."""
     if len(pairs) > (most := sum(len(names) for names in inventory.values())):  # and converters are quadratic
         raise LoRAError(f"adapts {len(pairs)} layers. Expected at most the {most} that this base has.")
     lookups = {part: _lookup(names) for part, names in inventory.items()}
@@ -40,7 +40,8 @@ def located(pairs: Mapping[str, LowRank], inventory: Inventory, rename: Rename) 
         if name := lookups[part].get(spelled):
             _place(found, (part, name), pair, stem, inventory)
         elif part != next(iter(inventory)):
-            raise LoRAError(UNKNOWN.format(stem))
+            if pair.A.any() and pair.B.any():  # extraction leaves zeros of an encoder that was not trained
+                raise LoRAError(UNKNOWN.format(stem))
         else:
             key = _foreign(stem, spelled)
             if key in foreign.values():

@@ -29,7 +29,7 @@ _TAGS = 5  # of the most frequent ones in a file's training captions
 class Report:
     """A LoRA file as a base reads it. kinds: modules of the file by kind; ranks: lowest and highest; layers: of the
     denoiser; text_encoders: layers by component; inexact: the largest error of a converted module, relative to its dW;
-    triggers: words that the metadata names, the surest first. Nothing is ever dropped: such a file is refused."""
+    triggers: words that the metadata names, the surest first. Nothing that acts is dropped: the file is refused."""
 
     format: str
     kinds: Mapping[str, int]

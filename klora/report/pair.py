@@ -10,7 +10,7 @@ from types import MappingProxyType
 from klora.errors import LoRAError
 from klora.files.adapter import with_alphas
 from klora.files.container import opened
-from klora.files.factors import modules, pairs
+from klora.files.factors import acting, modules, pairs
 from klora.files.names import Place, component
 from klora.files.report import ENCODERS, stated_alphas
 from klora.files.shelf import Shelf, keep_scores
@@ -113,7 +113,7 @@ def read_pair(
 def _as_spelled(path: Path, denoiser: str) -> dict[str, LowRank]:
     """The denoiser's pairs by their names in the file, wrappers taken off, numbers in names counted as numbers."""
     with opened(path) as contents:
-        factors, _ = pairs(contents, modules(contents.specs))
+        factors, _ = pairs(contents, modules(acting(contents)))
         found: dict[Place, LowRank] = {}
         for stem, pair in factors.items():
             place = component(stem, [denoiser, *ENCODERS])
