@@ -17,7 +17,7 @@ ALIGNED = 16  # ranks of which GPUs' products need no remainder
 
 
 def linear_in(denoiser: nn.Module, name: str) -> nn.Linear:
-    """The layer of this name. Raises LoRAError where there is none."""
+    """The layer of this name. Raises LoRAError where there is none, or others have changed how it is run."""
     parent: nn.Module | None = None
     module: nn.Module | None = denoiser
     # get_submodule() is slow: each model on the way looks for more than a module.
@@ -30,6 +30,8 @@ def linear_in(denoiser: nn.Module, name: str) -> nn.Linear:
         )
     if parent is not None and parent.__dict__.get("fused_projections"):
         raise LoRAError(f"{name!r} is not run where projections are fused. Expected unfuse_qkv_projections() before.")
+    if module.weight.is_meta and hasattr(module, "_hf_hook"):  # as accelerate leaves it, which brings it for each call
+        raise LoRAError(f"{name!r} has no weight where it is. Expected a base that is not offloaded layer by layer.")
     return module
 
 
@@ -70,10 +72,8 @@ def dtype_of(weight: Tensor) -> torch.dtype:
 
 def pairs_of(loras: list[Mapping[str, LowRank]], name: str, linear: nn.Linear) -> Pairs:
     """The layer's pair of each LoRA, None where it has none, on the base weight's device and in its dtype."""
-    weight = linear.weight
-    if weight.is_meta and hasattr(linear, "_hf_hook"):  # as accelerate leaves it, which brings it for each call
-        raise LoRAError(f"{name!r} has no weight where it is. Expected a base that is not offloaded layer by layer.")
-    place, expected = (weight.device, dtype_of(weight)), (linear.out_features, linear.in_features)
+    weight, expected = linear.weight, (linear.out_features, linear.in_features)
+    place = weight.device, dtype_of(weight)
     found: Pairs = [lora.get(name) for lora in loras]
     for which, pair in enumerate(found):
         if pair is None:
