@@ -187,7 +187,7 @@ def open_images(inputs: Mapping[str, Any]) -> dict[str, Any]:
 def open_image(name: str, path: Path, mode: str) -> Image.Image:
     """An upload as its maker saw it, turned as its EXIF says, in this mode. Raises RequestError naming the input."""
     try:
-        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as file:
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP", "AVIF")) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise RequestError(f"{name} has {file.width}x{file.height} pixels. Expected at most {MAX_PIXELS}.")
             return flat(upright(file), mode)
@@ -196,7 +196,7 @@ def open_image(name: str, path: Path, mode: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise RequestError(f"{name} has more than {MAX_PIXELS} pixels. Expected at most so many.") from error
     except Exception as error:  # of a damaged file Pillow raises whatever it stumbles on
-        raise RequestError(f"{name} cannot be read as an image. Expected a PNG, JPEG or WebP file.") from error
+        raise RequestError(f"{name} cannot be read as an image. Expected a PNG, JPEG, WebP or AVIF file.") from error
 
 
 def upright(file: Image.Image) -> Image.Image:

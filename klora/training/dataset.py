@@ -23,14 +23,15 @@ from klora.training.config import whole_word
 
 MIN_SIDE = 64  # pixels
 MAX_TEXT_BYTES = 16 << 20  # of one caption file
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
 ARCHIVES = (b"PK\3\4", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"PAR1")
 SIDECARS = (".txt", ".caption", ".json", ".cls")
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_KEYS = ("caption", "text", "prompt")
 FILE_KEYS = ("image_file", "file_name", "image", "filename")
 # What Pillow's decoders raise for damaged files.
-UNDECODABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, IndexError, KeyError, OverflowError, struct.error)
+UNDECODABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, IndexError, KeyError, OverflowError, RuntimeError,
+               struct.error)  # fmt: skip
 
 Size = tuple[int, int]
 

@@ -77,7 +77,7 @@ def test_what_pillow_stumbles_on_is_refused_in_the_same_sentence(tmp_path: Path)
     text = PngInfo()
     text.add_text("workflow", "x" * 2_000_000, zip=True)  # more than Pillow unpacks: a ValueError
     path = save(tmp_path / "photo.png", Image.new("RGB", (8, 4)), pnginfo=text)
-    assert upload_refusal(path) == "mask cannot be read as an image. Expected a PNG, JPEG or WebP file."
+    assert upload_refusal(path) == "mask cannot be read as an image. Expected a PNG, JPEG, WebP or AVIF file."
 
 
 RED = (255, 0, 0)
@@ -112,11 +112,11 @@ def test_print_colours_become_rgb(tmp_path: Path) -> None:
     assert np.abs(np.asarray(open_image("image", path, "RGB"), int) - RED).max() <= 2
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "mpo"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "avif", "mpo"])
 def test_what_cameras_and_programs_write_is_opened(tmp_path: Path, suffix: str) -> None:
     opened = open_image("image", save(tmp_path / f"image.{suffix}", Image.new("RGB", (16, 8), (200, 100, 50))), "RGB")
     assert opened.size == (16, 8)
-    assert np.abs(np.asarray(opened, int) - (200, 100, 50)).max() <= 4  # what jpg and webp lose
+    assert np.abs(np.asarray(opened, int) - (200, 100, 50)).max() <= 4  # what all but png lose
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
@@ -126,14 +126,14 @@ def test_sixteen_bits_keep_their_greys(tmp_path: Path, mode: str) -> None:
     assert opened.reshape(3, -1)[:, 0].tolist() == [0, 128, 255]
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "avif"])
 def test_a_file_that_ends_too_early_is_refused(tmp_path: Path, suffix: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     path = save(tmp_path / f"image.{suffix}", Image.fromarray(noise))
     whole = path.read_bytes()
     for length in (0, 4, 20, len(whole) // 2, len(whole) * 9 // 10):
         path.write_bytes(whole[:length])
-        assert upload_refusal(path) == "mask cannot be read as an image. Expected a PNG, JPEG or WebP file."
+        assert upload_refusal(path) == "mask cannot be read as an image. Expected a PNG, JPEG, WebP or AVIF file."
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_a_file_that_ends_too_early_is_refused(tmp_path: Path, suffix: str) -> N
 def test_a_text_file_is_refused_whatever_it_is_called(tmp_path: Path, text: str) -> None:
     path = tmp_path / "image.png"
     path.write_text(text)
-    assert upload_refusal(path) == "mask cannot be read as an image. Expected a PNG, JPEG or WebP file."
+    assert upload_refusal(path) == "mask cannot be read as an image. Expected a PNG, JPEG, WebP or AVIF file."
 
 
 @pytest.mark.parametrize("name", ["no-such-file.png", "."])
@@ -161,7 +161,7 @@ def test_a_size_that_is_only_declared_is_enough_to_be_refused(tmp_path: Path) ->
     path.write_bytes(png(8192, 8193))
     assert upload_refusal(path) == "mask has 8192x8193 pixels. Expected at most 67108864."
     path.write_bytes(png(8192, 8192))
-    assert upload_refusal(path) == "mask cannot be read as an image. Expected a PNG, JPEG or WebP file."
+    assert upload_refusal(path) == "mask cannot be read as an image. Expected a PNG, JPEG, WebP or AVIF file."
     path.write_bytes(png(65535, 65535))
     assert upload_refusal(path) == "mask has more than 67108864 pixels. Expected at most so many."
 

@@ -104,4 +104,4 @@ def test_an_upload_without_a_picture_says_what_was_seen(tmp_path: Path) -> None:
     assert message.startswith("input_images has no usable picture: 4 files seen; 'a.txt' has a caption for 'a', which ")
     assert "'b.jpg' is no image that is known here; 'c.bin' is" in message
     assert "d.bin" not in message
-    assert message.endswith("Expected PNG, JPEG, WEBP, BMP, TIFF, GIF files.")
+    assert message.endswith("Expected PNG, JPEG, WEBP, AVIF, BMP, TIFF, GIF files.")

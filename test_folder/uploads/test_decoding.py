@@ -19,7 +19,7 @@ def opened(data: bytes) -> Image.Image:
     return Picture("x", data, None, None).open()
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF"])
 def test_an_image_is_known_by_its_content_and_decodes(tmp_path: Path, format: str) -> None:
     (picture,), skipped = read_upload(in_zip(tmp_path, {"photo.dat": encoded(drawn(), format)}))
     assert not skipped
@@ -32,7 +32,7 @@ def test_an_image_of_another_kind_is_skipped(tmp_path: Path) -> None:
     assert [p.name for p in read_upload(in_zip(tmp_path, files))[0]] == ["a.png"]
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF"])
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
 def test_a_truncated_image_is_skipped(tmp_path: Path, format: str, share: float) -> None:
     grain = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8))
@@ -48,7 +48,7 @@ def test_damaged_images_raise_nothing_else(tmp_path: Path) -> None:
     files = {"good.png": PNG}
     exif = Image.Exif()
     exif[0x0112] = 6
-    for format, number in itertools.product(("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"), range(60)):
+    for format, number in itertools.product(("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF"), range(60)):
         data = bytearray(encoded(drawn(), format, **({} if format in ("BMP", "GIF") else {"exif": exif})))
         for _ in range(draw.randint(1, 8)):
             data[draw.randrange(min(len(data), 300))] = draw.randrange(256)
