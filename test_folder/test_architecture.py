@@ -41,16 +41,17 @@ FILES_OF_LORAS = ROOMS["files"]
 # What the lower files may import of ours; the files above them may import what they like, but for the programs.
 LAYERS = {
     "klora/errors.py": set(),
+    "klora/file_names.py": set(),
     "klora/device.py": set(),
     "klora/interruptible.py": set(),
     "klora/lora.py": set(),
-    "klora/files/": {"klora.errors", "klora.lora", *FILES_OF_LORAS},
+    "klora/files/": {"klora.errors", "klora.file_names", "klora.lora", *FILES_OF_LORAS},
     "klora/fusion.py": {"klora.errors", "klora.lora"},
     "klora/kernels.py": {"klora.lora"},
     "klora/layers/": {"klora.errors", "klora.device", "klora.kernels", "klora.lora", *ROOMS["layers"]},
     "klora/generation/acting.py": {"klora.form.request", "klora.fusion", "klora.lora"},
     "klora/generation/words.py": {"klora.layers", "klora.lora"},
-    "klora/sources/": {"klora.errors", *ROOMS["sources"]},
+    "klora/sources/": {"klora.errors", "klora.file_names", *ROOMS["sources"]},
     "klora/cache/": {
         *("klora.errors", "klora.interruptible", *ROOMS["cache"]),
         *(f"klora.sources.{name}" for name in ("deadline", "download", "kinds")),
@@ -291,7 +292,7 @@ def lines_of_code(path: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("room", "most"), [("klora", 880), ("layers", 330), ("models", 830), ("files", 790), ("report", 620), ("bulk", 480)]
+    ("room", "most"), [("klora", 900), ("layers", 330), ("models", 830), ("files", 780), ("report", 620), ("bulk", 480)]
 )
 def test_a_room_has_no_more_lines_of_code_than_fit_in_a_head(room: str, most: int) -> None:
     assert sum(lines_of_code(path) for path in PACKAGE if path.parent.name == room) < most

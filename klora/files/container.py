@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from klora.errors import LoRAError
+from klora.file_names import CONFIG, PEFT, WITHOUT_NAME, WORDS, lora_among
 
 MAX_HEADER_BYTES = 10 << 20
 MAX_BYTES = 2 << 30
@@ -30,11 +31,7 @@ MAX_MEMBERS = 10_000
 FLOATS = ("F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64")
 WHOLE = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")  # for an alpha
 
-_REPOSITORY = ("pytorch_lora_weights.safetensors", "lora.safetensors", "adapter_model.safetensors")
-_ADAPTER = "adapter_config.json"
-_STATED = "adapter_model.safetensors"  # as PEFT writes it, beside whose alphas
 _BESIDE = {"embeddings.pti": "embeddings", "special_params.json": "words"}  # as cog-sdxl writes them
-_EMB = "_emb.safetensors"  # after a name, as diffusers' advanced trainers write it
 _TAUGHT = {"clip_l", "clip_g", "t5"}  # all that is in it
 
 
@@ -118,16 +115,16 @@ def files_of(path: Path) -> dict[str, Path]:
     """What a file, a tar or a repository is read from, by part: "lora", and what lies beside it: a PEFT repository's
     "adapter", "embeddings" of words. Raises LoRAError where a folder does not tell which."""
     file = path / _chosen("folder", [each.name for each in path.glob("*.safetensors")]) if path.is_dir() else path
-    config, taught = file.with_name(_ADAPTER), [each for each in file.parent.glob(_emb(file.name)) if _teaches(each)]
+    config, taught = file.with_name(CONFIG), [each for each in file.parent.glob(_emb(file.name)) if _teaches(each)]
     if len(taught) > 1:
         raise LoRAError(f"lies beside {taught[0].name!r} and {taught[1].name!r}. Expected the words of one LoRA.")
-    stated = {"adapter": config} if file.name == _STATED and config.is_file() else {}
+    stated = {"adapter": config} if file.name == PEFT and config.is_file() else {}
     return {"lora": file} | stated | ({"embeddings": taught[0]} if taught else {})
 
 
 def _emb(lora: str) -> str:
     """The pattern of what files are called that hold the words of one of this name."""
-    return ("*" if lora == _REPOSITORY[0] else escape(lora.removesuffix(".safetensors"))) + _EMB
+    return ("*" if lora == WITHOUT_NAME else escape(lora.removesuffix(".safetensors"))) + WORDS
 
 
 def _teaches(path: Path) -> bool:
@@ -138,14 +135,9 @@ def _teaches(path: Path) -> bool:
 
 def _chosen(kind: str, names: Sequence[str]) -> str:
     """Which of the files in a folder, or in a tar's, is the LoRA. Raises LoRAError."""
-    beside = {name.removesuffix(".safetensors") + _EMB for name in names}
-    names = [name for name in names if name not in beside]
-    chosen = next((name for name in _REPOSITORY if name in names), names[0] if len(names) == 1 else None)
-    if chosen is None:
-        raise LoRAError(
-            f"cannot be read (a {kind} of {len(names)} .safetensors files). Expected one, or {_REPOSITORY[0]}."
-        )
-    return chosen
+    if lora := lora_among(names):
+        return lora
+    raise LoRAError(f"cannot be read (a {kind} of {len(names)} .safetensors files). Expected one, or {WITHOUT_NAME}.")
 
 
 def _unpacked(path: Path, folder: Path) -> dict[str, Path]:
@@ -154,7 +146,7 @@ def _unpacked(path: Path, folder: Path) -> dict[str, Path]:
     with tarfile.open(path, "r:") as tar:
         beside = _together([*_files(tar)])
         lora = _chosen("tar", [name for name in beside if name.endswith(".safetensors")])
-        parts = {lora: "lora"} | _BESIDE | ({_ADAPTER: "adapter"} if lora == _STATED else {})
+        parts = {lora: "lora"} | _BESIDE | ({CONFIG: "adapter"} if lora == PEFT else {})
         parts |= {name: "embeddings" for name in beside if fnmatchcase(name, _emb(lora))}
         for name, member in ((name, member) for name, member in beside.items() if name in parts):
             found[parts[name]] = folder / ("lora.safetensors" if name == lora else name)

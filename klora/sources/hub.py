@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from klora.errors import SourceError
+from klora.file_names import CONFIG, PEFT, WITHOUT_NAME, WORDS, lora_among
 from klora.sources.authority import bearer, file_name, plain_words, understood
 from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, Download, NotFound
@@ -21,12 +22,6 @@ from klora.sources.retries import persistently
 
 AUTHORITY = "Hugging Face"
 MAX_LISTED = 20  # names, in a message
-
-_PREFERRED = ("pytorch_lora_weights.safetensors", "lora.safetensors", "adapter_model.safetensors")
-_WORDS = "_emb.safetensors"  # after a LoRA's name, as diffusers' advanced trainers write what it teaches
-# Beside that, what ai-toolkit and kohya save on the way to a file: dog_000000250, dog-000010, dog-step00000500.
-_BESIDE = re.compile(r"(.+)(?:[-_](?:step)?\d{6,}|_emb)\.safetensors")
-_PEFT, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 class _File(NamedTuple):
@@ -60,9 +55,9 @@ def resolve(
     found = _repository(reference, headers, endpoint, net, deadline)
     path = _chosen(reference, list(found.files))
     names = {path: file_name(path)}
-    beside = str(PurePosixPath(path).with_name(_CONFIG))
-    if PurePosixPath(path).name == _PEFT and beside in found.files:
-        names[beside] = _CONFIG
+    beside = str(PurePosixPath(path).with_name(CONFIG))
+    if PurePosixPath(path).name == PEFT and beside in found.files:
+        names[beside] = CONFIG
     if words := _words(reference.repository, PurePosixPath(path), found.files):
         # Cut as its words' is, which are known as its own by it.
         names = {path: names[path][-76:].lstrip("._-"), words: file_name(words)}
@@ -72,10 +67,10 @@ def resolve(
 def _words(repository: str, lora: PurePosixPath, paths: Iterable[str]) -> str | None:
     """The path of what holds a LoRA's words, if anything does: called as the LoRA is, or, where that has no name of its
     own, as the repository, or as it likes where nothing else is."""
-    beside = [path for path in map(PurePosixPath, paths) if path.parent == lora.parent and path.name.endswith(_WORDS)]
-    names = {f"{lora.stem}{_WORDS}"}
-    if lora.name == _PREFERRED[0]:
-        names |= {beside[0].name} if len(beside) == 1 else {f"{repository.partition('/')[2]}{_WORDS}"}
+    beside = [path for path in map(PurePosixPath, paths) if path.parent == lora.parent and path.name.endswith(WORDS)]
+    names = {f"{lora.stem}{WORDS}"}
+    if lora.name == WITHOUT_NAME:
+        names |= {beside[0].name} if len(beside) == 1 else {f"{repository.partition('/')[2]}{WORDS}"}
     return next((str(path) for path in beside if path.name in names), None)
 
 
@@ -151,27 +146,17 @@ def _chosen(reference: HubFile, paths: list[str]) -> str:
     weights = [path for path in paths if path.endswith(".safetensors")]
     folder = PurePosixPath(reference.path)
     inside = {PurePosixPath(path).name: path for path in weights if PurePosixPath(path).parent == folder}
-    if preferred := [inside[name] for name in _PREFERRED if name in inside]:
-        return preferred[0]
+    if lora := lora_among(inside):
+        return inside[lora]
     if not inside:
         raise NotFound(
             f"{reference} has no .safetensors file; in its repository there is {_listed(weights)}. "
             "Expected one, in safetensors: pickles are never read."
         )
-    if finished := _finished(list(inside)):
-        return inside[finished]
-    if len(inside) > 1:
-        raise SourceError(
-            f"{reference} has {len(inside)} files: {_listed(inside.values())}. "
-            "Expected the path of one after it, as in hf:owner/name/file.safetensors."
-        )
-    return next(iter(inside.values()))
-
-
-def _finished(names: list[str]) -> str | None:
-    """The one to which all others belong, by their names; None where that is not so."""
-    finals = {f"{match[1]}.safetensors" if (match := _BESIDE.fullmatch(name)) else name for name in names}
-    return finals.pop() if len(finals) == 1 and finals <= set(names) else None
+    raise SourceError(
+        f"{reference} has {len(inside)} files: {_listed(inside.values())}. "
+        "Expected the path of one after it, as in hf:owner/name/file.safetensors."
+    )
 
 
 def _listed(paths: Iterable[str]) -> str:
