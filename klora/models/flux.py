@@ -124,8 +124,10 @@ class Flux:
         pipeline, options = FluxPipeline, dict[str, Any](width=width, height=height)
         given = framed(request, width, height)
         if "image" in given:
-            latents = self.encode_images(processor.preprocess(given["image"])).mean
-            pipeline, options = FluxImg2ImgPipeline, options | {"image": latents, "strength": request.prompt_strength}
+            latents, asked = self.encode_images(processor.preprocess(given["image"])).mean, request.prompt_strength
+            # The pipeline rounds steps up: 0.8 of schnell's four to all of them, which start from noise alone.
+            most = 1 - (asked < 1) / (request.num_inference_steps or self.steps)
+            pipeline, options = FluxImg2ImgPipeline, options | {"image": latents, "strength": min(asked, most)}
         if "mask" in given:
             pipeline = FluxInpaintPipeline
             options |= {"mask_image": given["mask"], "masked_image_latents": options["image"]}

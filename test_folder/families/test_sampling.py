@@ -95,6 +95,18 @@ def test_more_strength_goes_further_from_the_image(model: Family) -> None:
     assert distances[0] < distances[1] < distances[2]
 
 
+@pytest.mark.parametrize("painted", [False, True], ids=["redrawn", "inpainted"])
+@pytest.mark.parametrize("strength", [0.8, 0.99])
+def test_less_than_full_strength_keeps_something_of_the_image_however_few_the_steps(
+    model: Family, strength: float, painted: bool
+) -> None:
+    """Where the mask is white, too: its first step is not the one that starts from noise alone."""
+    inputs = {"mask": Image.new("L", (64, 64), 255)} if painted else {}
+    inputs |= {"prompt_strength": strength, "num_inference_steps": 4}
+    one, other = (paint(model, image=image, **inputs) for image in (photo(), Image.new("RGB", (64, 64))))
+    assert np.abs(one - other).mean() > 2
+
+
 @pytest.mark.parametrize("base", ["sdxl", "flux-schnell"])
 def test_full_strength_depends_on_nothing_but_seed_and_prompt(models: dict[str, Family], base: str) -> None:
     """Rectified flow starts from pure noise at sigma 1; SDXL's last beta would keep a trace of the image."""
