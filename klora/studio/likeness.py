@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image, ImageChops
 
-ROUNDING = 3  # levels of 255, by which an image that was drawn in a batch may differ from the same drawn alone
+ROUNDING = 3  # levels of 255, by which an image that was drawn in a batch or by other threads, may differ from its like
 
 
 def difference(original: Path, made: Path) -> str:
@@ -16,5 +16,6 @@ def difference(original: Path, made: Path) -> str:
     most = max(ImageChops.difference(*pair).tobytes())
     if not most:
         return ""
-    batched = ", as those of an image from a prompt file may, which was drawn in a batch" if most <= ROUNDING else ""
-    return f"its pixels differ from those of {original.name} by up to {most} of 255{batched}."
+    why = ", as those of an image from a prompt file may, which was drawn in a batch, or of one by other threads"
+    rounded = why if most <= ROUNDING else ""
+    return f"its pixels differ from those of {original.name} by up to {most} of 255{rounded}."

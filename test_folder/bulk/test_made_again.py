@@ -12,7 +12,7 @@ from klora.studio.likeness import ROUNDING, difference
 from test_folder.bulk.prompting import PROMPTS, far, written
 
 OPTIONS = ("--num-inference-steps", "2", "--disable-safety-checker", "--model", "sdxl")
-BATCHED = "as those of an image from a prompt file may, which was drawn in a batch"
+BATCHED = "as those of an image from a prompt file may, which was drawn in a batch, or of one by other threads"
 
 
 def test_an_image_of_a_batch_comes_again_to_a_few_levels_and_the_words_say_why(shell: Path) -> None:
