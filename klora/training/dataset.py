@@ -218,7 +218,7 @@ def _entries(name: str, intake: Intake) -> list[tuple[str, str]]:
 
 def _table(text: str) -> list[dict[str, str]]:
     """The rows of a CSV. Raises ValueError for a first line that is no header, and would be lost as one."""
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)  # or a quote behind one opens nothing
     for keys in (FILE_KEYS, CAPTION_KEYS):
         if not set(keys).intersection(reader.fieldnames or ()):
             raise ValueError(f"its first line names no column {', '.join(keys[:-1])} or {keys[-1]}")
@@ -230,7 +230,9 @@ def _rows(name: str, rows: Sequence[object], intake: Intake) -> list[tuple[str, 
     pairs, faults = [], []
     for number, row in enumerate(rows, 1):
         try:
-            pairs.append((_first(row, FILE_KEYS), _one_line(_first(row, CAPTION_KEYS))))
+            if isinstance(row, dict) and any(row.get(None, ())):  # csv's key for cells that no column has
+                raise ValueError("one of more cells than the first line names, where a text with commas needs quotes")
+            pairs.append((_first(row, FILE_KEYS).replace("\\", "/"), _one_line(_first(row, CAPTION_KEYS))))
         except ValueError as error:
             faults.append(f"record {number} is {error}")
     if faults and not pairs:

@@ -117,6 +117,20 @@ def test_a_record_that_cannot_be_read_is_left_out_alone(tmp_path: Path) -> None:
     assert reasons(skipped) == {"captions.csv": "record 2 is one without caption, text or prompt"}
 
 
+def test_a_caption_is_not_cut_at_a_comma_that_no_quotes_keep(tmp_path: Path) -> None:
+    table = b'image_file, caption\na.png, "a robot, at night"\nb.png, a robot, in snow\nc.png,a robot,,\n'
+    files = {**dict.fromkeys(["a.png", "b.png", "c.png"], PNG), "captions.csv": table}
+    pictures, skipped = read_upload(in_zip(tmp_path, files))
+    assert [p.caption for p in pictures] == ["a robot, at night", None, "a robot"]
+    said = "record 2 is one of more cells than the first line names, where a text with commas needs quotes"
+    assert reasons(skipped) == {"captions.csv": said}
+
+
+def test_a_file_may_be_named_as_windows_does(tmp_path: Path) -> None:
+    files = {"x/a.png": PNG, "metadata.jsonl": b'{"file_name": "x\\\\a.png", "text": "here"}'}
+    assert captions(tmp_path, files) == {"x/a.png": "here"}
+
+
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
 def test_a_line_of_metadata_ends_where_json_lines_do(tmp_path: Path, separator: str) -> None:
     lines = [{"file_name": name, "text": f"one{separator}two"} for name in ("a.png", "b.png")]
