@@ -24,7 +24,7 @@ from typing import IO, Any
 from klora.errors import RequestError
 
 FREE_BYTES = 16 << 20  # that any upload may unpack to, however small it is packed
-CLUTTER = (".ds_store", "thumbs.db", "desktop.ini")
+CLUTTER = ("thumbs.db", "desktop.ini")
 CAPTION_COLUMNS = ("caption", "text", "action")
 # What zipfile, tarfile and gzip raise for damaged files; ValueError is tarfile's, for numbers in extended headers.
 BROKEN = (OSError, EOFError, ValueError, NotImplementedError, zlib.error, struct.error, tarfile.TarError)
@@ -274,6 +274,7 @@ def _objection(name: str, *, regular: bool) -> str:
         return "has a name that leads out of the upload"
     if not regular:
         return "is a link or a device, not a file"
-    if "__MACOSX" in parts or parts[-1].startswith("._") or parts[-1].lower() in CLUTTER:
-        return "is an operating system's, not yours"
+    hidden = any(part.startswith(".") and part != "." for part in parts)  # as Jupyter's older copies are
+    if hidden or "__MACOSX" in parts or parts[-1].lower() in CLUTTER:
+        return "is hidden or a system's, not yours"
     return ""

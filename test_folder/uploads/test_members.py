@@ -74,10 +74,11 @@ def test_a_linked_folder_is_not_entered(tmp_path: Path) -> None:
 
 
 def test_what_systems_leave_behind_is_skipped_at_any_depth(tmp_path: Path) -> None:
-    clutter = ["__MACOSX/a.png", "x/__MACOSX/a.png", "x/._a.png", "x/.DS_Store", "Thumbs.db"]
-    pictures, skipped = read_upload(in_zip(tmp_path, {**dict.fromkeys(clutter, PNG), "x/a.png": PNG}))
-    assert [p.name for p in pictures] == ["x/a.png"]
-    assert reasons(skipped) == dict.fromkeys(clutter, "is an operating system's, not yours")
+    clutter = ["__MACOSX/a.png", "x/__MACOSX/a.png", "x/._a.png", "x/.DS_Store", "Thumbs.db",
+               "x/.ipynb_checkpoints/a-checkpoint.png", ".hidden/a.png"]  # fmt: skip
+    pictures, skipped = read_upload(in_tar(tmp_path, {**dict.fromkeys(clutter, PNG), "./x/a.b.png": PNG}))
+    assert [p.name for p in pictures] == ["x/a.b.png"]
+    assert reasons(skipped) == dict.fromkeys(clutter, "is hidden or a system's, not yours")
 
 
 def test_names_that_are_no_utf8_print_and_stay_apart(tmp_path: Path) -> None:
