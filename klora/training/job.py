@@ -229,6 +229,8 @@ def _annotated(
     if config.mask_mode == "clipseg":
         segmenter = Segmenter.load(folder / "segmenter", device)
         pictures = segmented(pictures, segmenter, config.mask_prompt or config.class_word)
+    said = sum(picture.caption is not None for picture in pictures)
+    logger.info("%d of %d pictures have a caption; one without is called %r", said, len(pictures), config.prompt)
     return pictures
 
 

@@ -189,6 +189,7 @@ def test_autocaption_without_a_model_is_skipped_and_says_so(quick: Path, caplog:
     assert weights_of(trained(autocaption=True)) == weights_of(held(quick))
     assert "skipped notes.md: is no image that is known here" in caplog.messages
     assert any(line.startswith("autocaption is skipped: ") for line in caplog.messages)
+    assert "3 of 3 pictures have a caption; one without is called 'a sbu subject'" in caplog.messages
 
 
 def test_a_mask_makes_another_lora_and_what_is_outside_does_not_count(
