@@ -25,7 +25,7 @@ from klora.errors import RequestError
 
 FREE_BYTES = 16 << 20  # that any upload may unpack to, however small it is packed
 CLUTTER = ("thumbs.db", "desktop.ini")
-CAPTION_COLUMNS = ("caption", "text", "action")
+CAPTION_COLUMNS = ("caption", "text", "prompt", "action")
 # What zipfile, tarfile and gzip raise for damaged files; ValueError is tarfile's, for numbers in extended headers.
 BROKEN = (OSError, EOFError, ValueError, NotImplementedError, zlib.error, struct.error, tarfile.TarError)
 BROKEN_ZIP = (*BROKEN, zipfile.BadZipFile, RuntimeError)

@@ -64,6 +64,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
 PARQUETS = [
     [{"image": {"bytes": PNG, "path": "x"}, "text": "one"}, {"image": {"bytes": None, "path": "y"}, "text": "two"}],
     [{"id": 1, "image": PNG, "action": "one"}, {"id": 2, "image": None, "action": None}],
+    [{"image": PNG, "prompt": "one"}, {"image": None, "prompt": None}],
 ]
 
 
