@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image, ImageChops
 
-ROUNDING = 3  # levels of 255, by which an image that was drawn in a batch or by other threads, may differ from its like
+ROUNDING = 3  # levels of 255, by which an image drawn in a batch, or by other threads, may differ from its like
 
 
 def difference(original: Path, made: Path) -> str:
