@@ -22,7 +22,7 @@ from torch import Tensor
 from klora.models import load_model
 from klora.models.family import Family
 from test_folder import tiny
-from test_folder.files.spelling import KOHYA, LEGACY, PEFT, attention, bfl_modules, sgm
+from test_folder.files.spelling import KOHYA, LEGACY, PEFT, XLABS, attention, bfl_modules, sgm
 
 Shapes = dict[str, tuple[int, int]]
 Meant = dict[str, Tensor]  # {module, or component:module of a text encoder: dW, float64}
@@ -30,7 +30,6 @@ Content = tuple[dict[str, Tensor], Meant]
 Write = Callable[[Family, Path], tuple[Path, Meant]]
 
 PROCESSOR = ("_lora.down.weight", "_lora.up.weight")
-XLABS = (".down.weight", ".up.weight")
 ALPHAS = (None, 1.0, 0.3, 16.0)
 RANK = 2
 

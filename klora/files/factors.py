@@ -51,7 +51,7 @@ class Module(NamedTuple):
 def acting(contents: Contents) -> dict[str, Spec]:
     """{key: spec} of all tensors but zeros that would be added to a bias or a norm."""
     small = [key for key, (_, shape) in contents.specs.items() if len(shape) == 1 and _ADDED.search(key)]
-    zeros = {key for key in small if not contents.tensor(key).float().any()}
+    zeros = {key for key in small if not _computable(contents.tensor(key)).any()}
     return {key: spec for key, spec in contents.specs.items() if key not in zeros}
 
 
@@ -218,12 +218,16 @@ def _divisor(parts: Mapping[str, Tensor]) -> int | None:
 
 
 def _matrix(stem: str, tensor: Tensor) -> Tensor:
-    """The tensor as a matrix, which files also write as a convolution of one pixel, in a type that can compute:
-    one-byte floats hold values but can compute nothing. Raises LoRAError."""
-    tensor = tensor.bfloat16() if tensor.itemsize == 1 else tensor
+    """The tensor as a matrix, which files also write as a convolution of one pixel. Raises LoRAError."""
+    tensor = _computable(tensor)
     if not tensor.isfinite().all():
         raise LoRAError(f"has values for {stem!r} that are not finite. Expected numbers; the file is damaged.")
     return tensor.flatten(1)
+
+
+def _computable(tensor: Tensor) -> Tensor:
+    """In a type that can compute: one-byte floats hold values but can compute nothing."""
+    return tensor.bfloat16() if tensor.itemsize == 1 else tensor
 
 
 def _checked(stem: str, alpha: float) -> float:

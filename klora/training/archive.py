@@ -25,7 +25,7 @@ from klora.errors import RequestError
 
 FREE_BYTES = 16 << 20  # that any upload may unpack to, however small it is packed
 CLUTTER = ("thumbs.db", "desktop.ini")
-CAPTION_COLUMNS = ("caption", "text", "prompt", "action")
+CAPTION_KEYS = ("caption", "text", "prompt")
 # What zipfile, tarfile and gzip raise for damaged files; ValueError is tarfile's, for numbers in extended headers.
 BROKEN = (OSError, EOFError, ValueError, NotImplementedError, zlib.error, struct.error, tarfile.TarError)
 BROKEN_ZIP = (*BROKEN, zipfile.BadZipFile, RuntimeError)
@@ -239,7 +239,7 @@ def _parquet(data: bytes, intake: Intake) -> Iterator[Member]:
             "input_images holds a parquet file, and pyarrow is not installed. Install it, or send images and captions."
         ) from error
     table = parquet.ParquetFile(io.BytesIO(data))
-    columns = [name for name in ("image", *CAPTION_COLUMNS) if name in table.schema_arrow.names]
+    columns = [name for name in ("image", *CAPTION_KEYS, "action") if name in table.schema_arrow.names]
     if "image" not in columns:
         raise ValueError(f"its columns are {', '.join(table.schema_arrow.names)}, and none is called image")
     check_bytes(intake.unpacked_bytes + _stored_bytes(table.metadata, columns), intake.packed_bytes, intake.limits)

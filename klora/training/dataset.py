@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from klora.errors import RequestError
 from klora.form.fields import HALF_CHARACTER
 from klora.form.request import MAX_PIXELS, opaque, upright
-from klora.training.archive import Intake, Limits, Skipped, unpack
+from klora.training.archive import CAPTION_KEYS, Intake, Limits, Skipped, unpack
 from klora.training.config import whole_word
 
 MIN_SIDE = 64  # pixels
@@ -27,7 +27,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
 ARCHIVES = (b"PK\3\4", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"PAR1")
 SIDECARS = (".txt", ".caption", ".json", ".cls")
 METADATA = ("metadata.jsonl", "metadata.csv")
-CAPTION_KEYS = ("caption", "text", "prompt")
 FILE_KEYS = ("image_file", "file_name", "image", "filename")
 # What Pillow's decoders raise for damaged files.
 UNDECODABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, IndexError, KeyError, OverflowError, RuntimeError,

@@ -13,6 +13,7 @@ Layers = Mapping[str, tuple[Tensor, Tensor]]
 PEFT = (".lora_A.weight", ".lora_B.weight")
 KOHYA = (".lora_down.weight", ".lora_up.weight")
 LEGACY = (".lora.down.weight", ".lora.up.weight")
+XLABS = (".down.weight", ".up.weight")
 SPELLINGS = {
     "diffusers": ("{component}.{name}", PEFT),
     "adapter": ("{component}.{name}", (".lora_A.default.weight", ".lora_B.default.weight")),

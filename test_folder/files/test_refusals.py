@@ -26,11 +26,10 @@ from test_folder.files.reading import (
     pair,
     read,
 )
-from test_folder.files.spelling import KOHYA, keyed
+from test_folder.files.spelling import KOHYA, XLABS, keyed
 
 BLOCK_7 = "lora_unet_down_blocks_7_attentions_0_proj_in"
 SGM = "lora_unet_input_blocks_3_1"  # down_blocks.1.attentions.0 of the tiny U-Net
-XLABS = (".down.weight", ".up.weight")
 BFL_PROJ = "lora_unet_double_blocks_0_img_attn_proj"
 POSITIONS = "lora_te1_text_model_embeddings_position_embedding"
 
