@@ -24,7 +24,7 @@ def interruptible(work: Callable[[], Result], stop: Callable[[], object] | None 
     """What work returns or raises, done in a thread of its own.
 
     stop: makes the work end soon; None: it does by itself. What is raised here meanwhile calls it, waits for the end
-    of the work and is raised again. Work that has not begun by then never does.
+    of the work, whatever else is raised until then, and is raised again. Work that has not begun by then never does.
     """
     word: SimpleQueue[bool] = SimpleQueue()
     ended: SimpleQueue[Future[Result]] = SimpleQueue()
@@ -36,7 +36,7 @@ def interruptible(work: Callable[[], Result], stop: Callable[[], object] | None 
         except BaseException:
             if stop:
                 stop()
-            ended.get()
+            _outlasted(ended)
             raise
     finally:
         word.put(False)  # for a thread whose start was interrupted, which would wait for the word
@@ -91,6 +91,14 @@ def _tell(outcome: Future[Result], ended: SimpleQueue[Future[Result]]) -> None:
     """Twice, for who has taken the first may have been interrupted before it was anybody's."""
     ended.put(outcome)
     ended.put(outcome)
+
+
+def _outlasted(ended: SimpleQueue[Future[Result]]) -> None:
+    """Wait, as often as Ctrl-C may be pressed: work that is left to itself dies half done with the process."""
+    while True:
+        with suppress(BaseException):
+            ended.get()
+            return
 
 
 def _heard(ended: SimpleQueue[Future[Result]]) -> Future[Result]:

@@ -151,6 +151,33 @@ def test_an_interruption_is_heard_at_once(interrupt: Callable[[int], None]) -> N
     assert time.monotonic() - start < 5
 
 
+def test_work_that_is_left_to_its_end_is_waited_for_however_often_it_is_interrupted() -> None:
+    done = threading.Event()
+
+    def work() -> None:
+        time.sleep(1)
+        done.set()
+
+    def hear(*_: object) -> None:
+        raise Interruption
+
+    def three_times(thread: int) -> None:
+        for _ in range(3):
+            interrupt_by_a_signal(thread)
+
+    before = signal.signal(signal.SIGUSR1, hear)
+    try:
+        with ThreadPoolExecutor(1) as pool, pytest.raises(Interruption):
+            pool.submit(three_times, threading.get_ident())
+            try:
+                interruptible(work)
+            finally:
+                in_time = done.is_set()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert in_time
+
+
 def test_after_an_interruption_no_other_item_is_begun() -> None:
     stopped, begun = threading.Event(), list[int]()
 

@@ -9,7 +9,8 @@ import io
 import json
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from klora.device import default_device
 from klora.errors import KLoRAError, RequestError
 from klora.form.request import Request
 from klora.generation import generate
+from klora.interruptible import interruptible
 from klora.lora import LoRA, save_lora
 from klora.models import FAMILIES, load_model
 from klora.training.annotate import Captioner, Segmenter, autocaptioned, segmented
@@ -79,9 +81,9 @@ def run_training(
     publishing = publishing if publishing and state.is_main_process else Publishing()
     if state.is_main_process:
         require_place(out)
-    with tempfile.TemporaryDirectory(prefix="klora-train-") as name:
+    with _scratch() as scratch:
         # Apart, so that what is only taken up is never handed back as if it were a result.
-        folder, earlier = Path(name, "results"), Path(name, "earlier")
+        folder, earlier = scratch / "results", scratch / "earlier"
         try:
             before = taken_up(resume_from, earlier) if resume_from else None
             config = before.config(given) if before else TrainConfig(**given)
@@ -96,13 +98,27 @@ def run_training(
         except BaseException as error:
             if not state.is_main_process or not (folder / RESUME_STATE).is_file():
                 raise
-            tarred(folder, out)
             left = f"What was learnt is in {out}, which resume_from takes up."
-            logger.info("%s", left)
+            interruptible(partial(_leave, folder, out, left))  # who cancels twice does not mean to lose it
             if isinstance(error, KLoRAError):
                 raise type(error)(f"{error} {left}") from error
             error.add_note(left)
             raise
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder for as long as the training lasts, which no second interruption leaves behind."""
+    made = tempfile.TemporaryDirectory(prefix="klora-train-")
+    try:
+        yield Path(made.name)
+    finally:
+        interruptible(made.cleanup)
+
+
+def _leave(folder: Path, out: Path, left: str) -> None:
+    tarred(folder, out)
+    logger.info("%s", left)
 
 
 def _train(

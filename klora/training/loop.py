@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from klora.device import default_device, release
 from klora.errors import RequestError
 from klora.form.request import Request
+from klora.interruptible import interruptible
 from klora.lora import LoRA, LowRank, save_lora
 from klora.models.family import Family
 from klora.models.linears import linear_shapes
@@ -187,10 +188,13 @@ class _Loop:
                 if self._keep() or due:
                     begun, since = run.step, time.perf_counter()
         except BaseException:
-            if run.whole and run.finite:
-                self._save()
+            interruptible(self._rescue)  # from whatever comes a second time, too
             raise
         self._save()
+
+    def _rescue(self) -> None:
+        if self.run.whole and self.run.finite:
+            self._save()
 
     def _step(self) -> Tensor:
         """One optimiser step; the mean loss of its batches."""

@@ -4,8 +4,10 @@ import locale
 import os
 import re
 import resource
+import signal
 import stat
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from klora.form.request import Request
 from klora.training import job, loop, objective
 from klora.training.config import TrainConfig
 from klora.training.loop import Progress
+from klora.training.run import Run
 from klora.training.writing import require_place, tarred, whole
 from test_folder.jobs.short import held, trained, weights_of
 from test_folder.test_card import FACTS
@@ -185,6 +188,28 @@ def test_a_loss_that_is_no_number_leaves_the_last_state_that_is(
     assert left.keys() >= {"checkpoints/lora_000002.safetensors", "config.json", "lora_kohya.safetensors"}
     assert b'"steps":"2"' in left["lora.safetensors"]
     assert all(tensor.isfinite().all() for tensor in load(left["run.safetensors"]).values())
+
+
+@pytest.mark.parametrize("saving", ["run", "tar"])
+def test_a_second_interruption_while_one_saves_loses_nothing(saving: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of who presses Ctrl-C twice, or cancels and goes away."""
+
+    def interrupt(progress: Progress) -> None:
+        if progress.step == 2:
+            raise KeyboardInterrupt
+
+    owner, name = {"run": (Run, "save"), "tar": (job, "tarred")}[saving]
+    right = getattr(owner, name)
+
+    def slow(*given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+        return right(*given)
+
+    monkeypatch.setattr(owner, name, slow)
+    with pytest.raises(KeyboardInterrupt):
+        trained("left.tar", on_progress=interrupt)
+    assert b'"steps":"2"' in held(Path("left.tar"))["lora.safetensors"]
 
 
 def test_what_fails_before_anything_is_saved_leaves_nothing() -> None:
