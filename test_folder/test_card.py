@@ -2,12 +2,14 @@
 
 import base64
 import json
+import logging
 import re
 import socket
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
@@ -271,6 +273,19 @@ def test_a_public_repository_that_is_there_gets_nothing_that_was_meant_to_be_pri
 def test_a_refusal_is_told_without_the_token(hub: Hub, folder: Path, step: str, status: int) -> None:
     hub.refusals = {step: status, f"models/{REPO}": status}
     assert f"hf_repo_id is '{REPO}', but the hub refused it ({status}). " in refusal(card.push, folder, REPO, TOKEN)
+
+
+@pytest.mark.parametrize("step", [None, "commit/main"])
+def test_the_hubs_libraries_log_no_address_for_a_signed_one_is_a_key(
+    hub: Hub, folder: Path, step: str | None, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.INFO)
+    hub.refusals = {step: 500, f"models/{REPO}": 500} if step else {}
+    with suppress(RequestError):
+        card.push(folder, REPO, TOKEN)
+    assert caplog.messages == [] and "127.0.0.1" not in capfd.readouterr().err
+    logging.getLogger("huggingface_hub").warning("heard again")
+    assert caplog.messages == ["heard again"]
 
 
 def test_a_hub_out_of_reach_is_told_without_the_token(hub: Hub, folder: Path) -> None:

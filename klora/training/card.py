@@ -3,9 +3,11 @@
 It gets pictures, facts and a folder, and knows nothing of torch, of Cog or of the training loop.
 """
 
+import logging
 import re
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -188,6 +190,25 @@ def push(folder: Path, repo_id: str, token: str, private: bool = True) -> str:
     private: makes a private repository, and refuses one of that name that is public.
     """
     api = HfApi(token=token)
+    with _unlogged():
+        return _pushed(api, folder, repo_id, private)
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """In which the hub's libraries say nothing: their lines show signed addresses, which are keys."""
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "httpx2", "httpcore2")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _pushed(api: HfApi, folder: Path, repo_id: str, private: bool) -> str:
     try:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         # What is there stays as it is, and create_repo says nothing of it.
