@@ -220,6 +220,7 @@ def train(
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     silence_progress_bars()
     base = TrainingBase(**weights.training_base(given.pop("base_model")))
+    given.setdefault("input_images", "")  # a form's blank field, which is none of those that may be left so
     uploads = {name: uploaded(name, given.pop(name)) for name in ("input_images", "resume_from") if name in given}
     shown = {item.name: given.pop(item.name) for item in fields(Publishing) if item.name in given}
     for name in ("hf_token", "wandb_api_key"):

@@ -129,6 +129,7 @@ def test_a_large_zip_comes_by_address(trainer: Client, hooks: Hooks) -> None:
 PICTURES = upload(*pictures())
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no picture": ({"input_images": upload(("notes.txt", b"no picture"))}, "input_images has no usable picture"),
+    "blank": ({"input_images": ""}, "input_images is ''. Expected an uploaded file"),
     "no archive": ({"input_images": "data:application/zip;base64,AAAA"}, "input_images is no archive"),
     "empty zip": ({"input_images": upload()}, "input_images has no usable picture"),
     "names that lead out": ({"input_images": upload(("../../a.png", pictures()[0][1]))}, "leads out of the upload"),
