@@ -170,7 +170,9 @@ def _masks(masked: Mapping[str, str], sizes: Mapping[str, Size], intake: Intake)
         found = [name for name in _owned(owners, target) if sizes[name] == sizes[mask] and name not in masks]
         masks |= dict.fromkeys(found, intake.files[mask])
         if not found:
-            intake.skip(mask, "is a mask, and no picture of its name and size lacks one")
+            own, *others = ("{}x{}".format(*sizes[name]) for name in (mask, *_owned(owners, target)))
+            seen = f"of its name: {' and '.join(others) or 'none'}"
+            intake.skip(mask, f"is a mask of {own}, and no picture of its name and size lacks one ({seen})")
     return masks
 
 
@@ -217,11 +219,18 @@ def _entries(name: str, intake: Intake) -> list[tuple[str, str]]:
 
 def _table(text: str) -> list[dict[str, str]]:
     """The rows of a CSV. Raises ValueError for a first line that is no header, and would be lost as one."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)  # or a quote behind one opens nothing
+    lines, separator = io.StringIO(text, newline=""), _separator(text)
+    reader = csv.DictReader(lines, delimiter=separator, skipinitialspace=True)  # or a quote behind one opens nothing
     for keys in (FILE_KEYS, CAPTION_KEYS):
         if not set(keys).intersection(reader.fieldnames or ()):
             raise ValueError(f"its first line names no column {', '.join(keys[:-1])} or {keys[-1]}")
     return list(reader)
+
+
+def _separator(text: str) -> str:
+    """What parts the names of the first line: spreadsheets write semicolons where decimals have commas."""
+    header = text.partition("\n")[0]
+    return max(",;\t", key=header.count)
 
 
 def _rows(name: str, rows: Sequence[object], intake: Intake) -> list[tuple[str, str]]:
@@ -230,7 +239,9 @@ def _rows(name: str, rows: Sequence[object], intake: Intake) -> list[tuple[str, 
     for number, row in enumerate(rows, 1):
         try:
             if isinstance(row, dict) and any(row.get(None, ())):  # csv's key for cells that no column has
-                raise ValueError("one of more cells than the first line names, where a text with commas needs quotes")
+                raise ValueError(
+                    "one of more cells than the first line names, where a text with separators needs quotes"
+                )
             pairs.append((_first(row, FILE_KEYS).replace("\\", "/"), _one_line(_first(row, CAPTION_KEYS))))
         except ValueError as error:
             faults.append(f"record {number} is {error}")

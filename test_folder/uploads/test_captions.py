@@ -122,8 +122,17 @@ def test_a_caption_is_not_cut_at_a_comma_that_no_quotes_keep(tmp_path: Path) -> 
     files = {**dict.fromkeys(["a.png", "b.png", "c.png"], PNG), "captions.csv": table}
     pictures, skipped = read_upload(in_zip(tmp_path, files))
     assert [p.caption for p in pictures] == ["a robot, at night", None, "a robot"]
-    said = "record 2 is one of more cells than the first line names, where a text with commas needs quotes"
+    said = "record 2 is one of more cells than the first line names, where a text with separators needs quotes"
     assert reasons(skipped) == {"captions.csv": said}
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_table_may_be_parted_as_a_spreadsheet_does_where_decimals_have_commas(tmp_path: Path, separator: str) -> None:
+    rows = ["\ufefffile_name,text", 'a.png,"a robot; at night"', "b.png,snow"]
+    table = "\r\n".join(row.replace(",", separator) for row in rows)
+    table = table.replace("snow", "in snow, far away")
+    files = {**dict.fromkeys(["a.png", "b.png"], PNG), "captions.csv": table.encode()}
+    assert captions(tmp_path, files) == {"a.png": "a robot; at night", "b.png": "in snow, far away"}
 
 
 def test_a_file_may_be_named_as_windows_does(tmp_path: Path) -> None:

@@ -26,9 +26,8 @@ def test_a_mask_that_fits_no_picture_is_reported_and_never_trained(tmp_path: Pat
     mask = encoded(Image.new("L", (90, 70)))
     pictures, skipped = read_upload(in_zip(tmp_path, {"a.png": PNG, "a.mask.png": mask, "masks/b.png": mask}))
     assert [(p.name, p.mask) for p in pictures] == [("a.png", None)]
-    assert reasons(skipped) == dict.fromkeys(
-        ["a.mask.png", "masks/b.png"], "is a mask, and no picture of its name and size lacks one"
-    )
+    said = "is a mask of 90x70, and no picture of its name and size lacks one (of its name: {})"
+    assert reasons(skipped) == {"a.mask.png": said.format("80x70"), "masks/b.png": said.format("none")}
 
 
 def test_a_second_mask_of_a_picture_is_reported(tmp_path: Path) -> None:
