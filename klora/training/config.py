@@ -30,6 +30,10 @@ TARGETS = {
 
 WORDED = ("trigger_word", "class_word", "class_prompt", "mask_prompt")
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "lion", "adafactor")
+WITH = {"autocaption_prefix": "autocaption", "autocaption_suffix": "autocaption", "mask_prompt": "mask_mode",
+        "class_prompt": "prior_preservation", "sample_prompts": "sample_steps"}  # fmt: skip
+"""What acts only where another setting does, and which; OFF: where none of those does."""
+OFF = (False, 0, "none", "provided")
 TIMES = ("auto", "uniform", "logit_normal", "shift", "content", "style")
 
 
@@ -153,6 +157,16 @@ class TrainConfig:
         """The prompts of the sample images."""
         named = (line.strip().replace("[trigger]", self.trigger) for line in self.sample_prompts.splitlines())
         return tuple(filter(None, named)) or tuple(self._filled(scene) for scene in SCENES[self.lora_type])
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is asked for and does not come about as the other settings stand, a sentence each."""
+        idle = [(name, other) for name, other in WITH.items() if getattr(self, name) and getattr(self, other) in OFF]
+        said = [f"{name} changes nothing: {other} is {getattr(self, other)!r}" for name, other in idle]
+        if self.lr_warmup_steps > self.steps:
+            asked = f"lr_warmup_steps is {self.lr_warmup_steps} and steps {self.steps}"
+            said.append(f"{asked}: the learning rate is still rising at the end, and never what was asked for")
+        return said
 
     def targets(self, names: Collection[str], component: str = "transformer") -> list[str]:
         """Those of a denoiser's linear layers that are to be adapted. component: what diffusers calls it, which an

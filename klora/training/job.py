@@ -150,6 +150,8 @@ def _train(
         "klora": __version__,
     }
     logger.info("%d pictures, seed %d", len(pictures), config.seed)
+    for remark in config.remarks:
+        logger.info("%s", remark)
     if before:
         before.check_same(facts)
         before.carry(config, folder)

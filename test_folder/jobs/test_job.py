@@ -186,7 +186,8 @@ def test_the_command_overwrites_no_training_but_the_one_that_goes_on(quick: Path
 def test_autocaption_without_a_model_is_skipped_and_says_so(quick: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     Path("pictures/notes.md").write_text("-")
-    assert weights_of(trained(autocaption=True)) == weights_of(held(quick))
+    assert weights_of(trained(autocaption=True, mask_prompt="toy")) == weights_of(held(quick))
+    assert "mask_prompt changes nothing: mask_mode is 'none'" in caplog.messages
     assert "skipped notes.md: is no image that is known here" in caplog.messages
     assert any(line.startswith("autocaption is skipped: ") for line in caplog.messages)
     assert "3 of 3 pictures have a caption; one without is called 'a sbu subject'" in caplog.messages

@@ -18,6 +18,20 @@ def test_presets_name_as_many_layers_as_published() -> None:
     assert counted["all"] == (700, 494)
 
 
+def test_what_is_asked_for_and_does_not_come_about_is_said() -> None:
+    given = {"autocaption_prefix": "a photo", "mask_prompt": "dog", "class_prompt": "a dog", "sample_prompts": "a dog"}
+    assert TrainConfig(**given, mask_mode="provided", sample_steps=0).remarks == [
+        "autocaption_prefix changes nothing: autocaption is False",
+        "mask_prompt changes nothing: mask_mode is 'provided'",
+        "class_prompt changes nothing: prior_preservation is 'none'",
+        "sample_prompts changes nothing: sample_steps is 0",
+    ]
+    acting = {"autocaption": True, "mask_mode": "clipseg", "prior_preservation": "output"}
+    assert TrainConfig(**given, **acting, steps=9, lr_warmup_steps=9).remarks == TrainConfig().remarks == []
+    [said] = TrainConfig(steps=9, lr_warmup_steps=10).remarks
+    assert said.startswith("lr_warmup_steps is 10 and steps 9: the learning rate is still rising at the end")
+
+
 def test_an_expression_takes_the_place_of_the_preset_and_must_name_a_layer() -> None:
     names = ["attn1.to_q", "ff.net.2"]
     assert TrainConfig(layers_to_optimize_regex="ff").targets(names) == ["ff.net.2"]
