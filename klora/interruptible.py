@@ -13,11 +13,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Thread
+from time import sleep
 from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 LOOK = 0.05  # seconds between two bytecodes of who waits: what Cog raises comes at the next one
+PAUSE = 0.05  # seconds between two looks at whether interrupted work has ended
 
 
 def interruptible(work: Callable[[], Result], stop: Callable[[], object] | None = None) -> Result:
@@ -94,11 +96,11 @@ def _tell(outcome: Future[Result], ended: SimpleQueue[Future[Result]]) -> None:
 
 
 def _outlasted(ended: SimpleQueue[Future[Result]]) -> None:
-    """Wait, as often as Ctrl-C may be pressed: work that is left to itself dies half done with the process."""
-    while True:
+    """Wait, as often as Ctrl-C may be pressed: work that is left to itself dies half done with the process. Takes
+    nothing, of which each interruption could lose one."""
+    while ended.empty():
         with suppress(BaseException):
-            ended.get()
-            return
+            sleep(PAUSE)
 
 
 def _heard(ended: SimpleQueue[Future[Result]]) -> Future[Result]:
