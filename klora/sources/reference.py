@@ -129,7 +129,8 @@ def _hub_page(path: str, query: str) -> HubFile:
     # No page of the hub's: what flux-dev-lora is given, the path of a file right after the repository.
     if found is None or (below and not found["revision"] and not below.lower().endswith(".safetensors")):
         raise SourceError("it is no page of a model's files. Expected huggingface.co/owner/name[/blob/revision/path].")
-    return _hub_file(found)
+    file = dict(parse_qsl(query)).get("show_file_info")  # of which the page tells in a window over itself
+    return replace(_hub_file(found), path=plain_path(file)) if file else _hub_file(found)
 
 
 def _hub_file(found: re.Match[str]) -> HubFile:

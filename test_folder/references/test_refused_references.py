@@ -39,6 +39,8 @@ REFUSED = {
     "hf:o/..": "a name that none can have",
     "https://huggingface.co/o/m/blob/main/%2E%2E/x": "'..'",
     "https://huggingface.co/o/m/blob/../x": "its revision is none",
+    "https://huggingface.co/o/m?show_file_info=../x.safetensors": "'..'",
+    "https://huggingface.co/o/m/tree/main?show_file_info=x.bin": "a pickle by its name",
     "hf:o/m/a%00b": "control character",
     "hf:o/m/a%5Cb": "backslash",
     "hf:o/m/x.ckpt": "a pickle by its name",
