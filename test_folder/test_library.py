@@ -171,6 +171,20 @@ def test_a_pin_that_does_not_match_is_refused_and_harms_nobody_else(shop: Shop, 
     assert shop.origin.served.total() == 1
 
 
+@pytest.mark.parametrize("said", [True, False], ids=["known before", "known after"])
+def test_a_pin_of_a_later_file_asks_for_it_at_once(shop: Shop, said: bool) -> None:
+    """Who replaces a file and pins the new one does not wait until the authority's word on the old one is old."""
+    assert shop.read(hub("content")) == CONTENT
+    told = {} if said else {"sha256": None}
+    shop.authority.has(hub("content"), ("content.safetensors", STYLE), commit="2", **told)
+    assert shop.read(hub("content")) == CONTENT
+    assert shop.read(replace(hub("content"), pin=sha256(STYLE))) == STYLE
+    assert shop.read(hub("content")) == STYLE
+    assert shop.authority.asked.total() == shop.origin.served.total() == 2
+    with pytest.raises(SourceError, match="not the pinned"):
+        shop.read(replace(hub("content"), pin=sha256(CONTENT)))
+
+
 # Secrets.
 
 

@@ -104,9 +104,11 @@ class Library:
             return self._at_hand(asked) or self._asked_for(asked)
 
     def _at_hand(self, asked: "_Asked") -> "_Found | None":
-        """What needs no question. Raises again what was refused lately."""
-        ref = self._store.refs.get(asked.name)
-        if ref and ref.authorised.is_recent(MAX_AGE) and (loan := self._store.lend(ref.files)):
+        """What needs no question; of what is not the pinned file the authority may have a later one. Raises again what
+        was refused lately."""
+        ref, pin = self._store.refs.get(asked.name), asked.reference.pin
+        known = ref and ref.authorised.is_recent(MAX_AGE) and pin in (None, ref.files[_main(ref.files)].sha256)
+        if ref and known and (loan := self._store.lend(ref.files)):
             self._store.refs.touch(asked.name)
             return _Found(loan, ref, "hit")
         self._refusals.check(asked.name)
