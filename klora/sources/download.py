@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from klora.errors import SourceError
+from klora.file_names import CONFIG
 
 # By the key of klora.models.FAMILIES, "" for none of ours: CivitAI's words for base models, a list to choose from, and
 # the repositories on Hugging Face of models that are none of ours. Whoever names one of ours may mean a finetune of it.
@@ -45,7 +46,7 @@ class Download:
     @property
     def holds_weights(self) -> bool:
         """Whether it is more than what lies beside weights: a PEFT repository's adapter_config.json."""
-        return not self.name.endswith(".json")
+        return self.name != CONFIG
 
 
 def family_of(base_model: str | None) -> str | None:

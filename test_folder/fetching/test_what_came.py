@@ -1,14 +1,17 @@
 """What is no LoRA is refused by what it looks like (T7), and no secret is logged (X1)."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 
 from klora.errors import SourceError
+from klora.file_names import CONFIG
 from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, Download
 from klora.sources.fetch import fetch
 from test_folder.fakes import Memory, network
+from test_folder.fakes import fetched as bytes_of
 from test_folder.fakes.hostile import Hostile, Ranged, in_turn, redirects, reply
 from test_folder.fetching.fetched import fetched, refusal
 from test_folder.test_formats import GOOD, KINDS, tar
@@ -24,6 +27,16 @@ def test_what_is_no_lora_is_refused_by_what_it_looks_like(kind: str, body: bytes
         assert type(error.value) is SourceError
         assert str(error.value).startswith(f"lora.safetensors looks like {kind}")
         assert (sink.data, server.connections) == (b"", 1)
+
+
+def test_an_address_may_end_in_json_and_give_a_lora() -> None:
+    """As an API's may; what it gives is told by its bytes, and JSON lies only beside weights, under one name."""
+    with Hostile({"/x": reply(GOOD), "/y": reply(b'{"error": "no"}')}) as server:
+        lora, answer = (Download("k", "lora.json", server.url(path)) for path in ("/x", "/y"))
+        assert bytes_of(lora, network(server)) == GOOD
+        with pytest.raises(SourceError, match=r"^lora\.json looks like a JSON answer\. Expected a \.safetensors file"):
+            bytes_of(answer, network(server))
+        assert bytes_of(replace(answer, name=CONFIG), network(server)) == b'{"error": "no"}'
 
 
 def test_a_tar_is_taken() -> None:
