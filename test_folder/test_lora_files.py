@@ -255,7 +255,10 @@ def test_two_gigabytes_of_the_disk_are_left_to_others(hub: Hub, monkeypatch: pyt
     hub.publish("o/m", {"x.safetensors": CONTENT})
     free = 2_000_000_000 + len(CONTENT)
     monkeypatch.setattr("klora.cache.folder.Folder.free_bytes", lambda folder: free - 1)
-    assert "The LoRA cache is full" in refusal(weights.LoRAFiles(), "hf:o/m")
+    assert refusal(weights.LoRAFiles(), "hf:o/m").endswith(
+        f": The disk of the LoRA cache is full: {len(CONTENT)} bytes more were asked for, and of its {free - 1} free "
+        "bytes 2000000000 are to stay so. Expected 1 more of them, or a smaller file."
+    )
     monkeypatch.setattr("klora.cache.folder.Folder.free_bytes", lambda folder: free)
     assert read(weights.LoRAFiles(), "hf:o/m") == CONTENT
 

@@ -38,6 +38,13 @@ class Entry(NamedTuple):
     modified: float
 
 
+class Lack(NamedTuple):
+    """By how many bytes something is too much: for the cache's own bound, for the disk. Not above 0: it is not."""
+
+    own: int
+    disk: int
+
+
 class Room:
     """How many bytes the cache may have, and how many the disk must keep."""
 
@@ -50,7 +57,7 @@ class Room:
 
     def make(self, wanted: int) -> None:
         """See that so many bytes more fit: what was used longest ago goes, unless in use. Raises CacheFullError."""
-        if self._lacking(wanted) <= 0:
+        if max(self._lacking(wanted)) <= 0:
             return
         if wanted > self._max_bytes:
             raise CacheFullError(
@@ -60,16 +67,23 @@ class Room:
         self._sweep_drafts()
         lacking = self._lacking(wanted)
         spare = sum(entry.size for entry in self._spare())
-        if lacking > spare:
+        if lacking.disk > max(lacking.own, spare):
             raise CacheFullError(
-                f"The LoRA cache is full: {wanted} bytes more were asked for, and {max(0, wanted - lacking + spare)} "
-                f"of its {self._max_bytes} can be had while other requests use the rest. "
+                f"The disk of the LoRA cache is full: {wanted} bytes more were asked for, and of its "
+                f"{self._folder.free_bytes()} free bytes {self._min_free} are to stay so. "
+                f"Expected {lacking.disk - spare} more of them, or a smaller file."
+            )
+        if lacking.own > spare:
+            had = max(0, wanted - lacking.own + spare)
+            raise CacheFullError(
+                f"The LoRA cache is full: {wanted} bytes more were asked for, and {had} of its {self._max_bytes} "
+                "can be had while other requests use the rest. "
                 "Expected a smaller file, or another try when they have ended."
             )
-        self.evict(lacking)
-        if (lacking := self._lacking(wanted)) > 0:  # somebody took one up meanwhile, or the disk gave less back
+        self.evict(max(lacking))
+        if (left := max(self._lacking(wanted))) > 0:  # somebody took one up meanwhile, or the disk gave less back
             raise CacheFullError(
-                f"The LoRA cache is full: {wanted} bytes more were asked for, {lacking} of them too many. "
+                f"The LoRA cache is full: {wanted} bytes more were asked for, {left} of them too many. "
                 "Expected a smaller file, or another try a little later."
             )
 
@@ -138,12 +152,12 @@ class Room:
         for place in (self._folder.blobs, self._folder.scores, self._folder.drafts, self._folder.quarantine):
             yield from files(place)
 
-    def _lacking(self, wanted: int) -> int:
-        """The bytes by which so many more are too many, for the cache's own bound and for the disk."""
+    def _lacking(self, wanted: int) -> Lack:
+        """The bytes by which so many more are too many."""
         entries = list(self._all())
         over = sum(entry.size for entry in entries) + wanted - self._max_bytes
         promised = sum(entry.unwritten for entry in entries)
-        return max(over, wanted + promised + self._min_free - self._folder.free_bytes())
+        return Lack(over, wanted + promised + self._min_free - self._folder.free_bytes())
 
     def _spare(self, refs: dict[str, set[str]] | None = None) -> Iterator[Entry]:
         """What may go, in the order in which it goes: quarantine, blobs without a ref, then the longest unused."""
