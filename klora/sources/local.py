@@ -11,6 +11,9 @@ from klora.errors import LoRAError, SourceError
 from klora.sources.kinds import Local, Reference
 from klora.sources.reference import parse
 
+# Who writes owner/name/file.safetensors mostly means Hugging Face's.
+_ELSEWHERE = "a reference such as hf:owner/name/file.safetensors or an https address"
+
 
 def parsed(name: str, text: str) -> Reference:
     """What a text refers to. Raises SourceError, which says it of the input."""
@@ -45,7 +48,10 @@ def lora_path(reference: str, root: Path | None, name: str) -> Path:
     """The file below root that a LoRA reference names. name: the input, for the message. Raises LoRAError, which says
     nothing of what lies elsewhere."""
     if root is None:
-        raise LoRAError(f"{name} is {reference!r}, but this server takes no LoRA paths: KLORA_LORA_ROOT is not set.")
+        raise LoRAError(
+            f"{name} is {reference!r}, but this server takes no LoRA paths: KLORA_LORA_ROOT is not set. "
+            f"Expected {_ELSEWHERE}."
+        )
     try:
         path = (root / reference).resolve()
         inside = path.is_relative_to(root.resolve()) and path.is_file()
@@ -53,7 +59,8 @@ def lora_path(reference: str, root: Path | None, name: str) -> Path:
         inside = False
     if not inside:
         raise LoRAError(
-            f"{name} is {reference!r}. Expected the path of a .safetensors file in the server's LoRA folder."
+            f"{name} is {reference!r}. Expected the path of a .safetensors file in the server's LoRA folder, or "
+            f"{_ELSEWHERE}."
         )
     return path
 

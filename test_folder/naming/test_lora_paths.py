@@ -9,6 +9,8 @@ from klora.errors import LoRAError, SourceError
 from klora.sources.kinds import Local
 from klora.sources.local import lora_path, pinned
 
+ELSEWHERE = "a reference such as hf:owner/name/file.safetensors or an https address"
+
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
@@ -85,7 +87,8 @@ def test_a_pinned_file_that_cannot_be_read_is_refused_without_its_folder(root: P
 def test_anything_else_is_refused_in_words_that_tell_nothing_of_the_disk(root: Path, reference: str) -> None:
     named = reference.format(root=root)
     assert lora_refusal(named, root) == (
-        f"style_lora is {named!r}. Expected the path of a .safetensors file in the server's LoRA folder."
+        f"style_lora is {named!r}. "
+        f"Expected the path of a .safetensors file in the server's LoRA folder, or {ELSEWHERE}."
     )
 
 
@@ -97,7 +100,7 @@ def test_anything_else_is_refused_in_words_that_tell_nothing_of_the_disk(root: P
 def test_a_path_that_the_system_cannot_take_is_refused_too(root: Path, reference: str) -> None:
     (root / "loop").symlink_to(root / "loop")
     assert lora_refusal(reference, root).endswith(
-        "Expected the path of a .safetensors file in the server's LoRA folder."
+        f"Expected the path of a .safetensors file in the server's LoRA folder, or {ELSEWHERE}."
     )
 
 
@@ -108,7 +111,8 @@ def test_without_a_root_no_path_is_taken(root: Path, monkeypatch: pytest.MonkeyP
     assert weights.lora_root() is None
     for reference in (str(root / "dog.safetensors"), "/no/such/file"):
         assert lora_refusal(reference, weights.lora_root()) == (
-            f"style_lora is {reference!r}, but this server takes no LoRA paths: KLORA_LORA_ROOT is not set."
+            f"style_lora is {reference!r}, but this server takes no LoRA paths: KLORA_LORA_ROOT is not set. "
+            f"Expected {ELSEWHERE}."
         )
 
 
