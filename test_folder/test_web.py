@@ -106,4 +106,6 @@ def test_a_link_that_gives_no_file_is_refused_as_its_server_answers(
         with pytest.raises(kind) as error:
             resolve(server, server.url("/x?sig=canary"))
         assert isinstance(error.value, kind) and "canary" not in str(error.value)
+        # Storages answer 400, 403 or 404 to a link that has expired.
+        assert ("not expired" in str(error.value)) == (status < 500)
         assert server.connections == tries

@@ -72,11 +72,15 @@ class Answer:
         if self.status in (404, 410):
             raise NotFound(f"{seen}: there is no such file. Expected the link of one that exists and has not expired.")
         if self.status in (401, 403):
-            raise Denied(f"{seen}: access is refused. Expected a public file, or a token that may read it.")
+            raise Denied(
+                f"{seen}: access is refused. Expected a public file, a signed link that has not expired, or a token "
+                "that may read it."
+            )
         if self.status in _AGAIN or self.status >= 500:
             wait = seconds_asked(self.headers["Retry-After"])
             raise Busy(f"{seen}: it cannot serve this now. Try again later.", wait)
-        raise SourceError(f"{seen}. Expected {' or '.join(map(str, statuses))}.")
+        # Google's storage answers 400 to a signed link that has expired.
+        raise SourceError(f"{seen}. Expected {' or '.join(map(str, statuses))}, as for a link that has not expired.")
 
 
 def guarded(action: Callable[[], T], who: str, deadline: Deadline) -> T:
