@@ -30,9 +30,18 @@ class File(NamedTuple):
 
 
 class Repository:
-    """A source of a base as the owner of a token sees it, or anyone. endpoint: of the hub; None: the public one."""
+    """A source of a base as the owner of a token sees it, or anyone. endpoint: of the hub; None: the public one.
+
+    Raises BaseModelError where the token cannot be one.
+    """
 
     def __init__(self, base: Base, token: str | None = None, endpoint: str | None = None) -> None:
+        token = (token or "").strip() or None
+        if token and not re.fullmatch("[!-~]+", token):  # a whole file of settings, say; the client would quote it
+            raise BaseModelError(
+                "HF_TOKEN, or the build's secret in its place, holds a space, a line break or a letter that no token "
+                "has. Expected the token as it was issued and nothing else."
+            )
         self.base = base
         self.public = token is None and not base.gated
         self.given = token is not None

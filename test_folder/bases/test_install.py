@@ -212,6 +212,22 @@ def test_a_token_that_the_hub_does_not_know_is_told_apart_and_the_next_one_is_ri
     assert contents(tmp_path / "tiny") == FILES
 
 
+@pytest.mark.parametrize("given", [f"HF_TOKEN={TOKEN}\nOTHER=1", f"a {TOKEN}", f"\u201c{TOKEN}\u201d"])
+def test_what_cannot_be_a_token_is_not_repeated(hub: Hub, refusal: Callable[..., str], given: str) -> None:
+    """The client quotes a header that it cannot send."""
+    assert refusal(GATED, given) == (
+        "HF_TOKEN, or the build's secret in its place, holds a space, a line break or a letter that no token has. "
+        "Expected the token as it was issued and nothing else."
+    )
+    assert hub.asked == []
+
+
+def test_a_line_break_after_a_token_is_none_of_it(ensure: Callable[..., Path], tmp_path: Path) -> None:
+    """As secrets have that come of a file."""
+    ensure(GATED, f"{TOKEN}\n")
+    assert contents(tmp_path / "tiny") == FILES
+
+
 def test_a_hub_out_of_reach_is_a_sentence(server: Server, tmp_path: Path) -> None:
     with pytest.raises(BaseModelError) as error:
         ensure_base("tiny", replace(BASE, revision="main"), tmp_path, endpoint="http://127.0.0.1:9")
