@@ -105,7 +105,8 @@ def test_what_can_find_no_room_is_refused_before_it_is_fetched_and_evicts_nothin
         small.read(hub("large"))
     assert str(error.value) == (
         f"lora: The LoRA cache is full: {3 * SIZE} bytes more were asked for, and {2 * SIZE} of its {3 * SIZE} "
-        "can be had while other requests use the rest. Expected a smaller file, or another try when they have ended."
+        "can be had beside the files in use. Expected a smaller file, a larger cache, or, where other requests use "
+        "them, another try when these have ended."
     )
     with pytest.raises(CacheFullError):
         small.read(hub("larger"))

@@ -77,8 +77,8 @@ class Room:
             had = max(0, wanted - lacking.own + spare)
             raise CacheFullError(
                 f"The LoRA cache is full: {wanted} bytes more were asked for, and {had} of its {self._max_bytes} "
-                "can be had while other requests use the rest. "
-                "Expected a smaller file, or another try when they have ended."
+                "can be had beside the files in use. Expected a smaller file, a larger cache, or, where other requests "
+                "use them, another try when these have ended."
             )
         self.evict(max(lacking))
         if (left := max(self._lacking(wanted))) > 0:  # somebody took one up meanwhile, or the disk gave less back
