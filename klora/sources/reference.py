@@ -63,7 +63,7 @@ def parse(text: str) -> Reference:
         body, mark, fragment = _bounded(text).partition("#")
         pin = re.fullmatch("sha256=([0-9a-f]{64})", fragment.lower())
         if mark and not pin:
-            raise SourceError("what follows its # is no sha256. Expected #sha256= and 64 hex digits.")
+            raise SourceError("what follows its # is no sha256. Expected nothing there, or #sha256= and 64 hex digits.")
         reference = replace(_read(body), pin=pin and pin[1])
         if isinstance(reference, Data) and reference.pin not in (None, reference.sha256):
             raise SourceError("its sha256 is not the one after its #. Expected the file that was pinned.")
