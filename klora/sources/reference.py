@@ -26,7 +26,10 @@ MAX_DATA_CHARACTERS = 64 << 20
 # Hugging Face's, Replicate's and CivitAI's, which people paste into the wrong field.
 _TOKEN = re.compile(r"(?<![A-Za-z0-9_])(?:hf|r8)_\w+|[0-9a-fA-F]{32,}")
 
-_FORMS = "hf:owner/name, civitai:<version>, replicate:owner/name, owner/name, an https address or a data URI"
+_FORMS = (
+    "hf:owner/name, civitai:<version>, replicate:owner/name, owner/name, an https address, a data URI or the path of a "
+    ".safetensors file"
+)
 _TAKEN = ("datasets", "spaces", "buckets", "collections", "models", "api", "docs", "papers", "blog")  # by the hub
 
 _REVISION = r"(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+)"

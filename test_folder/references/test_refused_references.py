@@ -127,6 +127,10 @@ def test_what_cannot_be_fetched_is_refused_in_a_sentence(text: str, why: str) ->
     assert len(sentence) < 300 and sentence.isprintable()
 
 
+def test_a_name_without_its_ending_is_told_that_paths_have_one() -> None:
+    assert refusal("dog").endswith(" or the path of a .safetensors file.")
+
+
 def test_a_reference_may_be_two_thousand_characters_long() -> None:
     start = "https://a.example/"
     assert parse(start + "x" * (MAX_CHARACTERS - len(start)))
