@@ -10,7 +10,7 @@ import pytest
 from klora.errors import SourceError
 from klora.sources.authorities import Authorities
 from klora.sources.deadline import Deadline
-from klora.sources.download import Denied, Download, NotFound
+from klora.sources.download import Denied, Download, NotFound, Unreachable
 from klora.sources.kinds import Data, Local, Reference
 from klora.sources.reference import parse
 from test_folder.fakes import CONTENT, Memory, Storage, network, refused
@@ -152,6 +152,18 @@ def test_a_private_model_of_replicates_is_not_looked_for_elsewhere(world: World,
     world.hub.publish("o/m", {"x.safetensors": CONTENT})
     world.replicate.weights["o/m"] = world.storage.signed("/x.tar", CONTENT)
     world.replicate.readers["o/m"] = {TOKENS["replicate"]}
-    assert refused(resolve, Denied, "o/m").startswith("replicate:o/m is private, and no token was given.")
+    sentence = refused(resolve, Denied, "o/m")
+    assert sentence.startswith("replicate:o/m is private, and no token was given.")
+    assert sentence.endswith(" Or hf:o/m, where Hugging Face's is meant.")
     assert list(world.asked()) == ["replicate"]
     assert resolve("o/m", TOKENS).credential
+
+
+def test_where_replicate_does_not_answer_the_other_meaning_is_named_and_not_taken(
+    world: World, resolve: Resolve
+) -> None:
+    world.hub.publish("o/m", {"x.safetensors": CONTENT})
+    world.replicate.failing = 503
+    with pytest.raises(Unreachable, match=r" Try again later\. Or hf:o/m, where Hugging Face's is meant\.$"):
+        resolve("o/m")
+    assert list(world.asked()) == ["replicate"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from klora.errors import SourceError
 from klora.sources import civitai, hub, replicate, web
 from klora.sources.deadline import Deadline
-from klora.sources.download import Denied, Download, NotFound
+from klora.sources.download import Denied, Download, NotFound, Unreachable
 from klora.sources.fetch import Sink, fetch
 from klora.sources.kinds import Bare, CivitaiFile, HubFile, Reference, ReplicateModel, Url
 from klora.sources.network import Network
@@ -62,9 +62,10 @@ class Authorities:
                 found = self.resolve(candidate, tokens, deadline)
             except NotFound:
                 continue
-            except Denied as error:
-                before = f"{model} is not on Replicate, and " if candidate == repository else ""
-                raise Denied(f"{before}{error}") from None
+            except (Denied, Unreachable) as error:
+                if candidate == repository:
+                    raise type(error)(f"{model} is not on Replicate, and {error}") from None
+                raise type(error)(f"{error} Or {repository}, where Hugging Face's is meant.") from None
             logger.info("%s is %s", reference, candidate)
             return found
         raise NotFound(

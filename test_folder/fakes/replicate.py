@@ -6,7 +6,7 @@ from test_folder.fakes import Reply, Request, Server
 class Replicate(Server):
     """weights: the address of a tar by "owner/name" or "owner/name:version".  readers: tokens, of what is private.
 
-    moved: pages that lead to another page, by path.
+    moved: pages that lead to another page, by path.  failing: a status for every answer instead.
     """
 
     def __init__(self) -> None:
@@ -15,8 +15,11 @@ class Replicate(Server):
         self.readers: dict[str, set[str]] = {}
         self.moved: dict[str, str] = {}
         self.pages: set[str] = set()
+        self.failing: int | None = None
 
     def answer(self, request: Request) -> Reply:
+        if self.failing:
+            return Reply(self.failing)
         if request.path in self.moved:
             return Reply(302, headers={"Location": self.moved[request.path]})
         if request.path in self.pages:
