@@ -110,6 +110,7 @@ def train(
     from klora.training.job import TrainingBase, run_training
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leaves a tar, as Ctrl-C does
+    _quiet_unless_seen()
     base = TrainingBase(**weights.training_base(base_model))
     publishing = Publishing(**{item.name: given.pop(item.name) for item in fields(Publishing) if item.name in given})
 
@@ -204,7 +205,17 @@ def export(
 def _studio() -> "Studio":
     from klora.studio import Studio
 
+    _quiet_unless_seen()
     return Studio(weights.find_base, weights.safety_checker_path())
+
+
+def _quiet_unless_seen() -> None:
+    """The libraries' bars are for a terminal alone: one that finds its pipe broken, as `2>&1 | head` leaves it, keeps
+    tqdm's lock, and the process would wait for that for ever at its end."""
+    from klora.models import silence_progress_bars
+
+    if not (sys.stderr and sys.stderr.isatty()):
+        silence_progress_bars()
 
 
 def _saved(images: Mapping[int | str, Image.Image], out: Path, request: Request) -> list[Path]:
