@@ -4,7 +4,7 @@ Knows the inputs that it lays out by name; all the others come as the server's f
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from playground.connection import Run
 from playground.controls import control, in_form_order, parted
 from playground.errors import PlaygroundError
 from playground.form import Field, inputs_of
-from playground.outputs import Made, files_of, sorted_out
+from playground.outputs import Made, Output, files_of, samples_in, sorted_out
 from playground.progress import Server, Ticket, bar, cancel, followed, note, problem
 
 LORAS = ("content_lora", "style_lora")
@@ -134,6 +134,7 @@ class FusionTab:
         self._map = picture("Heat map: which LoRA acts in which layer and step", elem_id="heat-map", visible=False)
         self._words = gr.Textbox(label="What the fusion did", lines=2, elem_id="words", visible=False)
         self._table = gr.DownloadButton("The report's numbers (JSON)", size="sm", elem_id="table", visible=False)
+        self._tar = gr.DownloadButton("All images and captions (tar)", size="sm", elem_id="images-tar", visible=False)
         self._gallery = gr.Gallery(
             label="Made in this tab",
             columns=6,
@@ -150,7 +151,7 @@ class FusionTab:
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         outputs = [
             self._ticket, self._shown, self._standing, self._before, self._before_meter, self._now, self._now_meter,
-            self._sheet, self._map, self._words, self._table, self._gallery,
+            self._sheet, self._map, self._words, self._table, self._tar, self._gallery,
         ]  # fmt: skip
         run = private | {
             "inputs": [self._ticket, self._shown, self.trained, self._reports, *self._filled],
@@ -207,13 +208,15 @@ class FusionTab:
         inputs["style_bias"] = dial.bias(inputs["style_bias"])
         inputs |= {name: trained[inputs[name]] for name in LORAS if inputs.get(name) in trained}
         settled = [name for view in VIEWS if view in changes for name in SETTLED_BY[view]]
-        if reports and self._reports.visible and not settled and dial.chooses(inputs):
+        if reports and self._reports.visible and not settled and dial.chooses(inputs) and "prompts" not in inputs:
             inputs["report"] = True
         return dial.heeded({name: value for name, value in inputs.items() if name not in settled} | dict(changes))
 
     def _update(self, end: Run, inputs: Mapping[str, Any], shown: Shown) -> Update:
         """What the page shows of a request that has succeeded. Raises PlaygroundError."""
         made = sorted_out(files_of(end.output, self._server.connection.fetch), reported="report" in inputs)
+        if made.tar:
+            return self._tar_update(made.tar, shown)
         if not made.images:
             raise PlaygroundError("The server answers without an image. Expected one: see its log.")
         view = next((view for view in VIEWS if view in inputs), None)
@@ -223,6 +226,17 @@ class FusionTab:
         text, what = VIEWS[view]
         sheet = gr.Image(made.images[0].saved(self._folder), label=f"{text}: {what}", visible=True)
         return {self._standing: note("Done."), self._sheet: sheet}
+
+    def _tar_update(self, tar: Output, shown: Shown) -> Update:
+        """What a file of prompts came to."""
+        pictures = tuple((image.saved(self._folder), image.name) for image in samples_in(tar.data))
+        now = replace(shown, all=pictures + shown.all)
+        return {
+            self._shown: now,
+            self._standing: note("Done. All are in the tar; those that could not be made are in its failures.txt."),
+            self._tar: gr.DownloadButton(value=tar.saved(self._folder), visible=True),
+            self._gallery: gr.Gallery(list(now.all), visible=True),
+        }
 
     def _picture_update(self, made: Made, end: Run, inputs: Mapping[str, Any], shown: Shown) -> Update:
         """The new picture in its place, the one before beside it."""

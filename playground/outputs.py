@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-SAMPLES = 60  # pictures shown of one training
+SAMPLES = 60  # pictures shown of one tar
 SAMPLE_BYTES = 50 << 20
 
 
@@ -39,11 +39,13 @@ class Output:
 
 @dataclass(frozen=True)
 class Made:
-    """What a prediction made. images: pictures or contact sheets; heat_map, table: of the report, where asked for."""
+    """What a prediction made. images: pictures or contact sheets; heat_map, table: of the report, where asked for; tar:
+    in the place of them all, where a file of prompts was given."""
 
     images: list[Output]
     heat_map: Output | None
     table: Output | None
+    tar: Output | None
 
 
 def files_of(output: Any, fetch: Callable[[str], bytes]) -> list[Output]:
@@ -58,12 +60,12 @@ def sorted_out(files: Sequence[Output], *, reported: bool) -> Made:
     images = [file for file in files if file.is_image]
     maps = [file for file in images if "report" in file.name]
     heat_map = maps[0] if maps else images[-1] if reported and len(images) > 1 else None
-    table = next((file for file in files if file.mime == "application/json"), None)
-    return Made([image for image in images if image is not heat_map], heat_map, table)
+    table, tar = (next((f for f in files if f.mime == f"application/{kind}"), None) for kind in ("json", "x-tar"))
+    return Made([image for image in images if image is not heat_map], heat_map, table, tar)
 
 
 def samples_in(tar: bytes) -> list[Output]:
-    """The pictures in a training's tar, by name; unreadable members end the search."""
+    """The first pictures in a tar, by name; unreadable members end the search."""
     found: list[Output] = []
     # As a stream, which never goes back: members of negative sizes would follow one another for ever (CVE-2025-8194).
     unreadable = (tarfile.TarError, ValueError, RecursionError)

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -278,6 +279,24 @@ def test_the_heat_map_and_the_sheets_have_places_of_their_own(page: Page) -> Non
         sheet = shown(page, "#sheet")
         assert sheet.shape[1] > 4 * sheet.shape[0]
     assert np.array_equal(shown(page, "#before"), picture)
+
+
+def test_a_file_of_prompts_comes_back_as_a_tar_whose_images_are_shown(page: Page, tmp_path: Path) -> None:
+    """Also where the heat map is asked for, of which a file of prompts has none."""
+    (tmp_path / "prompts.txt").write_text("a sbu robot\na sbu flower\n")
+    page.check("#with-report input")
+    page.fill(field("prompt"), "{}, in szn style")
+    page.set_input_files("#input-prompts input[type=file]", tmp_path / "prompts.txt")
+    with drawing(page):
+        page.click("#make")
+    page.click("#input-prompts button[aria-label=Clear]")
+    with page.expect_download() as download:
+        page.click("#images-tar")
+    with tarfile.open(download.value.path()) as tar:
+        named = [name for name in tar.getnames() if name.endswith(".png")]
+        first = tar.extractfile(named[0])
+        assert first and np.array_equal(shown(page, "#gallery"), np.asarray(Image.open(first).convert("RGB")))
+    assert named == ["00000.png", "00001.png"]
 
 
 def test_the_form_is_the_servers(page: Page, server: Client) -> None:

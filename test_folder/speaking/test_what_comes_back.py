@@ -33,6 +33,12 @@ def test_the_report_is_told_by_its_name_and_uploads_are_put_in_order() -> None:
     assert made.heat_map and made.heat_map.name == "report.png"
 
 
+def test_a_file_of_prompts_comes_back_as_one_tar() -> None:
+    made = sorted_out(files_of([uri("application/x-tar", b"tar")], lambda url: b""), reported=False)
+    assert made.tar and made.tar.data == b"tar"
+    assert (made.images, made.heat_map, made.table) == ([], None, None)
+
+
 def test_a_training_gives_one_file_and_its_samples_are_in_it(tmp_path: Path) -> None:
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as tar:
