@@ -82,12 +82,12 @@ def reproduce(
     made = read_provenance(original)
     given = {"content_lora": content_lora, "style_lora": style_lora, "image": image, "mask": mask}
     request = made.request(**open_images({name: value for name, value in given.items() if value is not None}))
+    weights.check_there({name: lora.reference for name, lora in made.loras.items() if given[name] is None})
     base = weights.find_base(request.model)
     for change in made.changes(base.path):
         typer.echo(f"Warning: {change}, so that the image may come out otherwise.", err=True)
-    studio, owned = _studio(), weights.own_tokens()
-    with weights.LoRAFiles(anywhere=True).borrowed(request.loras, owned, [base.name]) as (files, lent):
-        images = studio.make(request, files, lent=lent, again=made)
+    with weights.LoRAFiles(anywhere=True).borrowed(request.loras, weights.own_tokens(), [base.name]) as (files, lent):
+        images = _studio().make(request, files, lent=lent, again=made)
     if made.place not in images:
         raise SafetyError(f"The safety checker withheld image {made.place}. Expected the checker that it had passed.")
     (path,) = _saved({made.place: images[made.place]}, out, request)

@@ -79,6 +79,21 @@ def test_an_image_made_from_others_needs_them_again(shop: Path) -> None:
     assert np.array_equal(pixels("reproduced/klora_7_0.png"), pixels(file))
 
 
+@pytest.mark.parametrize("named", ["moved.safetensors", "odd: name#.safetensors", "loras/moved.safetensors"])
+def test_of_a_lora_that_is_not_there_the_option_is_named_that_takes_it(shop: Path, named: str) -> None:
+    """As one of a server's folder, or of another working folder."""
+    Path("loras").mkdir()
+    Path("sdxl_style.safetensors").rename(named)
+    fuse("--style-lora", named, "--output-format", "png")
+    Path(named).rename("elsewhere.safetensors")
+    file = "out/klora_7_0.png"
+    assert refusal(file) == (
+        f"style_lora was {named!r}, which is not in the working folder. Give its file by --style-lora."
+    )
+    result = reproduce(file, "--style-lora", "elsewhere.safetensors")
+    assert result.stdout.splitlines()[-1] == "the same pixels as klora_7_0.png"
+
+
 def test_a_lora_elsewhere_serves_under_the_words_that_its_page_had(shop: Path, studio: Studio) -> None:
     file = shop / "sdxl_style.safetensors"
     asked = Request("a dog", style_lora="civitai:9", num_inference_steps=2, seed=7, disable_safety_checker=True)
