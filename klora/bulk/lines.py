@@ -124,7 +124,7 @@ def read_prompts(
         raise RequestError(f"{called} has no prompt. Expected one on each line.")
     if most is not None and len(filled) > most:
         raise RequestError(f"{called} has {len(filled)} lines. Expected at most {most}.")
-    read = _read_object if path.suffix.lower() == ".jsonl" or _is_object(filled[0][1]) else _read_text
+    read = _read_object if path.suffix.lower() == ".jsonl" or _is_object(filled[0][1]) else _read_plain
     jobs, faults = [], []
     for index, (number, line) in enumerate(filled):
         seed = (common.get("seed", 0) + index) % (MAX_SEED + 1)
@@ -171,6 +171,13 @@ def _read_text(line: bytes) -> dict[str, Any]:
         return {"prompt": line.decode()}
     except UnicodeDecodeError as error:
         raise RequestError("It is no UTF-8 text. Expected UTF-8.") from error
+
+
+def _read_plain(line: bytes) -> dict[str, Any]:
+    """As _read_text(). An object further down is a mistake in the first line, and no prompt."""
+    if _is_object(line):
+        raise RequestError("It is JSON, but the file's first line is text. Expected all lines of one kind.")
+    return _read_text(line)
 
 
 def _read_object(line: bytes) -> dict[str, Any]:

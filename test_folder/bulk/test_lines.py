@@ -103,6 +103,15 @@ def test_a_prompt_of_brackets_is_a_prompt(tmp_path: Path) -> None:
     assert [asked.prompt for asked in requests(read(written(tmp_path / "p.txt", "[" * 4000)))] == ["[" * 4000]
 
 
+def test_an_object_below_a_line_of_text_is_a_bad_line(tmp_path: Path) -> None:
+    """And no prompt, which would be drawn."""
+    (tmp_path / "mixed.txt").write_text('a dog\n{"prompt": "a cat"}\n{a, b}\n')
+    read_file = read_prompts(tmp_path / "mixed.txt", QUICK)
+    assert [job.request.prompt for job in read_file.requests] == ["a dog", "{a, b}"]
+    sentence = "It is JSON, but the file's first line is text. Expected all lines of one kind."
+    assert read_file.faults == (Fault(2, sentence),)
+
+
 def test_a_long_value_is_not_printed_whole() -> None:
     assert len(str(Fault(1, "x" * MAX_LINE_BYTES))) < 320
 
