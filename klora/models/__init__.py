@@ -74,9 +74,8 @@ def load_shapes(family: str, path: Path) -> Family:
 
 def files_read(path: Path) -> list[Path]:
     """The safetensors files that loading a base reads: one that holds all parts, or those of each."""
-    if checkpoint := checkpoint_in(path):
-        return [checkpoint]
-    return [file for part in path.glob("*") for file in weight_files(part)]
+    checkpoint = checkpoint_in(path)
+    return [checkpoint] if checkpoint else [file for part in path.glob("*") for file in weight_files(part)]
 
 
 def weight_files(folder: Path) -> list[Path]:

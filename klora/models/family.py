@@ -223,19 +223,21 @@ def following(pipe: Any, on_step: Callable[[int], Any]) -> Iterator[Callable[...
     """Call on_step(i) before the denoiser of a diffusers pipeline runs step i of the full schedule, i in [0, steps).
 
     i is the place of the timestep in the scheduler's list, not a count of calls: image-to-image starts part-way,
-    second-order schedulers call twice a step, denoising_end cuts it. Yields the pipeline's `callback_on_step_end`.
-    """
-    done = 0
+    second-order schedulers call twice a step, denoising_end cuts it. Yields the pipeline's `callback_on_step_end`: it
+    counts for schedulers that do not know their own place, as DDIM."""
+    told: list[Any] = [None, 0]  # the list of the call that was last told of, and how many of its steps are over
 
     def before_forward(*_: Any) -> None:
         times, end = pipe.scheduler.timesteps, getattr(pipe, "denoising_end", None)  # SDXL's alone have one
         total = len(times)
         last = int((times >= round((1 - end) * pipe.scheduler.config.num_train_timesteps)).sum()) if end else total
-        on_step((last - pipe.num_timesteps + done) * pipe.scheduler.num_inference_steps // total)
+        begin = max(0, last - getattr(pipe, "num_timesteps", last))  # some pipelines tell it uncut, some not at all
+        counted = begin + (told[1] if told[0] is times else 0)  # each call has a list of its own
+        known = (getattr(pipe.scheduler, name, None) for name in ("step_index", "begin_index"))
+        on_step(next((at for at in known if at is not None), counted) * pipe.scheduler.num_inference_steps // total)
 
     def on_step_end(_: Any, index: int, __: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        nonlocal done
-        done = (index + 1) % pipe.num_timesteps  # the next call begins anew
+        told[:] = pipe.scheduler.timesteps, index + 1
         return kwargs
 
     denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
@@ -293,7 +295,6 @@ def inventory_of(model: Family, inputs: Callable[[Any], Mapping[str, Any]]) -> I
     return {model.component: order} | {name: linear_shapes(part) for name, part in model.text_encoders.items()}
 
 
-def word_widths(model: Family) -> dict[str, int]:
+def word_widths(model: Any) -> dict[str, int]:  # Any: Family's nn.Module does not say that it has embeddings
     """The length of a token's vector, by text encoder."""
-    encoders: dict[str, Any] = dict(model.text_encoders)  # Any: nn.Module does not say that they have embeddings
-    return {name: encoder.get_input_embeddings().weight.shape[1] for name, encoder in encoders.items()}
+    return {name: encoder.get_input_embeddings().weight.shape[1] for name, encoder in model.text_encoders.items()}

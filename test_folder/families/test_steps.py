@@ -5,7 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    ControlNetModel,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLAdapterPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    T2IAdapter,
+)
 
 from klora.form.request import SCHEDULERS
 from klora.models.family import Family, following
@@ -57,6 +66,49 @@ def test_steps_of_a_pipeline_that_leaves_the_last_ones_to_a_refiner_are_the_sche
     with following(pipe, told.append) as on_step_end:
         pipe("a dog", num_inference_steps=6, callback_on_step_end=on_step_end, output_type="latent", **image, **options)
     assert told == steps
+
+
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DDIMScheduler])
+def test_a_control_net_begins_at_the_first_step_though_it_leaves_the_last_ones_to_a_refiner(
+    sdxl: Family, scheduler: Any
+) -> None:
+    """Its pipeline tells how many timesteps there are before it leaves any out."""
+    told: list[int] = []
+    own = {"controlnet": ControlNetModel.from_unet(sdxl.pipe.unet), "scheduler": scheduler(timestep_spacing="leading")}
+    pipe = StableDiffusionXLControlNetPipeline(**sdxl.pipe.components | own)
+    with following(pipe, told.append) as on_step_end:
+        options: dict[str, Any] = {"callback_on_step_end": on_step_end, "output_type": "latent"}
+        pipe("a dog", image=photo(), num_inference_steps=6, denoising_end=0.5, **options)
+    assert told == [0, 1]
+
+
+def test_a_pipeline_that_calls_nobody_back_is_followed_by_its_scheduler(sdxl: Family) -> None:
+    told: list[int] = []
+    adapter = T2IAdapter(3, [16, 32, 32, 32], num_res_blocks=1, downscale_factor=16, adapter_type="full_adapter_xl")
+    pipe = StableDiffusionXLAdapterPipeline(**sdxl.pipe.components, adapter=adapter)
+    with following(pipe, told.append):
+        pipe("a dog", image=photo(), num_inference_steps=3, output_type="latent")
+    assert told == [0, 1, 2]
+
+
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DDIMScheduler])
+def test_a_call_after_one_that_was_broken_off_begins_at_its_own_first_step(sdxl: Family, scheduler: Any) -> None:
+    told: list[int] = []
+    pipe = StableDiffusionXLPipeline(
+        **sdxl.pipe.components | {"scheduler": scheduler.from_config(sdxl.pipe.scheduler.config)}
+    )
+
+    def broken_off(index: int) -> None:
+        told.append(index)
+        if len(told) == 3:
+            raise KeyboardInterrupt
+
+    with following(pipe, broken_off) as on_step_end:
+        options: dict[str, Any] = {"callback_on_step_end": on_step_end, "output_type": "latent"}
+        with pytest.raises(KeyboardInterrupt):
+            pipe("a dog", num_inference_steps=4, **options)
+        pipe("a dog", num_inference_steps=2, **options)
+    assert told == [0, 1, 2, 0, 1]
 
 
 def test_calls_that_share_a_block_begin_at_their_own_first_steps(sdxl: Family) -> None:
