@@ -35,7 +35,7 @@ class LoRALinear(InPlaceOf):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)  # of this call alone, and so added to where it lies
         hidden = F.linear(x, self.lora_A.to(x)).reshape(-1, self.lora_A.shape[0])
-        return y.reshape(-1, self.out_features).addmm_(hidden, self.lora_B.to(x).t()).view(y.shape)
+        return y.reshape(-1, self.out_features).addmm_(hidden, self.lora_B.to(hidden).t()).view(y.shape)
 
 
 class Gate:
@@ -81,6 +81,7 @@ def lent_merged(
     def apply(step: int, changed: list[int]) -> None:
         rows = zip(changed, gates[step, changed].tolist(), strict=True)
         write((index, _acting(pairs[index], own)) for index, own in rows)
+        torch.clear_autocast_cache()  # of what these weights were
         for index in changed:  # a module that is moved, as offloading does, is given other tensors
             if index in lent and lent[index].data_ptr() != active[index].data_ptr():
                 lent[index].data.copy_(active[index])

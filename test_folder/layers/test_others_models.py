@@ -1,4 +1,4 @@
-"""Models as others have them: moved while LoRAs are lent to them, compiled, offloaded, fused, adapted."""
+"""Models as others have them: moved while LoRAs are lent to them, compiled, offloaded, under autocast, fused, adapted."""
 
 import pytest
 import torch
@@ -35,6 +35,20 @@ def test_what_torch_compile_made_has_the_layers_of_what_it_was_made_of(network, 
     expected, compiled = dense(network, plan, 0)(x), torch.compile(network, backend="eager")
     with attached(compiled, plan):
         torch.testing.assert_close(compiled(x), expected)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_under_autocast_every_step_has_its_own_weights(engine, network, x):
+    """Autocast keeps what it has cast, and may have cast a weight before it was written anew."""
+    plan, cast = switching_plan(network), torch.autocast("cpu", torch.bfloat16)
+    expected = []
+    for step in range(len(plan.gates)):
+        with cast:
+            expected.append(dense(network, plan, step)(x))
+    with torch.no_grad(), cast, attached(network, plan, engine=engine) as gate:
+        for step, right in enumerate(expected):
+            gate.set_step(step)
+            torch.testing.assert_close(network(x), right, rtol=0, atol=0.05)  # bfloat16; a step's weights make it 0.3
 
 
 @pytest.mark.parametrize("engine", ENGINES)
