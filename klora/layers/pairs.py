@@ -29,7 +29,7 @@ def linear_in(denoiser: nn.Module, name: str) -> nn.Linear:
             "Expected a LoRA read for this base, and no adapters on the base, as load_lora_weights() puts there."
         )
     if parent is not None and parent.__dict__.get("fused_projections"):
-        raise LoRAError(f"{name!r} is not run where projections are fused. Expected unfuse_qkv_projections() before.")
+        raise LoRAError(f"{name!r} is not run where projections are fused. Expected a base loaded anew.")
     if module.weight.is_meta and hasattr(module, "_hf_hook"):  # as accelerate leaves it, which brings it for each call
         raise LoRAError(f"{name!r} has no weight where it is. Expected a base that is not offloaded layer by layer.")
     return module
@@ -80,6 +80,6 @@ def pairs_of(loras: list[Mapping[str, LowRank]], name: str, linear: nn.Linear) -
             continue
         if pair.shape != expected:
             raise LoRAError(f"{name!r} is {pair.shape} in the LoRA. Expected {expected}: one made for this base.")
-        if pair.place != place:  # most were placed before
-            found[which] = LowRank(pair.A.to(*place), pair.B.to(*place))
+        if pair.place != place or pair.A.requires_grad or pair.B.requires_grad:  # most were placed before
+            found[which] = LowRank(pair.A.detach().to(*place), pair.B.detach().to(*place))
     return found
