@@ -117,7 +117,7 @@ def fuse(
     content: Mapping[str, LowRank],
     style: Mapping[str, LowRank],
     gamma: Gamma = "reference",
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
 ) -> Fusion:
     """Score two LoRAs of one base, both in execution order, where a LoRA does not remember its scores.
 
@@ -143,7 +143,7 @@ def style_share(wins: Tensor) -> float | None:
     return 1 - wins.double().mean().item() if wins.numel() else None
 
 
-def _scores(lora: Mapping[str, LowRank], ks: Mapping[str, int], device: torch.device | None) -> Tensor:
+def _scores(lora: Mapping[str, LowRank], ks: Mapping[str, int], device: torch.device | str | None) -> Tensor:
     """Each layer's importance at its K, and its L1: float64 [2, L], on the CPU; 0 where the LoRA lacks the layer.
 
     What is computed a LoRA remembers, for partners of all RANKS: it depends on nothing else.
@@ -165,7 +165,7 @@ def _scores(lora: Mapping[str, LowRank], ks: Mapping[str, int], device: torch.de
 
 
 def _computed(
-    lora: Mapping[str, LowRank], ks: Mapping[str, tuple[int, ...]], device: torch.device | None
+    lora: Mapping[str, LowRank], ks: Mapping[str, tuple[int, ...]], device: torch.device | str | None
 ) -> dict[str, dict[int, float]]:
     """{layer: {K: sum of its K largest |dW|}} for the ks of each. Layers that are alike are scored together, and what
     is found is brought to the CPU together: a GPU is waited for once."""
@@ -181,21 +181,21 @@ def _computed(
     return {name: dict(zip(wanted, found[name], strict=True)) for name, wanted in ks.items()}
 
 
-def importance(pairs: Sequence[LowRank], ks: Sequence[int], device: torch.device | None = None) -> Tensor:
+def importance(pairs: Sequence[LowRank], ks: Sequence[int], device: torch.device | str | None = None) -> Tensor:
     """Sum of the k largest |dW| (Eq 3) for each of ks, of all where there are no more: float64 [L, len(ks)]. Exact.
 
     pairs: L layers of one shape and rank, as many of them at a time as a batch has room for, or a block of rows of one.
     On a CPU a layer's sums are the same to the last bit whatever is scored beside it.   device: where that is done, and
     the result's; None: the factors'. No shape depends on a value, so that nothing here waits for a GPU.
     """
-    on_cuda = (device or pairs[0].A.device).type == "cuda"
+    on_cuda = torch.device(device or pairs[0].A.device).type == "cuda"
     block, batch = (CUDA_BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS) if on_cuda else (BLOCK_ELEMENTS, BATCH_ELEMENTS)
     layers = max(1, batch // pairs[0].numel)
     batches = [pairs[first : first + layers] for first in range(0, len(pairs), layers)]
     return torch.cat([_sums(*_stacked(together, device), ks, block) for together in batches])
 
 
-def _stacked(pairs: Sequence[LowRank], device: torch.device | None) -> tuple[Tensor, Tensor]:
+def _stacked(pairs: Sequence[LowRank], device: torch.device | str | None) -> tuple[Tensor, Tensor]:
     """A [L, R, I] and B [L, O, R] in float32, brought to the device as they are: at once, and as few bytes."""
     A, B = (torch.stack(factors) for factors in ([pair.A for pair in pairs], [pair.B for pair in pairs]))
     return A.to(device, non_blocking=A.is_cpu).float(), B.to(device, non_blocking=B.is_cpu).float()

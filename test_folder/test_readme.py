@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import mypy.api
 import numpy as np
 import pytest
 import torch
@@ -34,6 +35,16 @@ def test_the_plug_in_lines_do_what_generate_does(
     [expected] = generate(model, request, content=content, style=style)
     # The pipeline decodes by its own path; one level of 255.
     assert np.abs(np.asarray(names["image"], dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
+
+
+def test_the_plug_in_lines_have_types(tmp_path: Path) -> None:
+    """The package says that it is typed: what it shows is not to be refused by who checks that."""
+    [lines] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "program.py").write_text("import diffusers\n\npipe: diffusers.StableDiffusionXLPipeline\n" + lines)
+    root = Path(__file__).resolve().parent.parent
+    options = ["--config-file", str(root / "pyproject.toml"), "--cache-dir", str(tmp_path / "cache")]
+    said, _, status = mypy.api.run([*options, "--follow-imports", "silent", str(tmp_path / "program.py")])
+    assert status == 0, said
 
 
 OTHERS = {  # their inputs, as predict.py of replicate/cog-flux and of replicate/cog-sdxl name them

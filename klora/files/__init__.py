@@ -22,7 +22,7 @@ from klora.files.report import report, stated
 from klora.lora import LoRA
 
 
-def read_lora(path: Path, inventory: Inventory, rename: Rename, widths: Mapping[str, int]) -> LoRA:
+def read_lora(path: Path | str, inventory: Inventory, rename: Rename, widths: Mapping[str, int]) -> LoRA:
     """Read a LoRA file for the base that the inventory describes, or raise LoRAError: not a LoRA, damaged, of a kind
     that cannot be applied exactly, or not of this base. widths: of the base's text encoders' vectors, by component.
     What calls the LoRA is its metadata's "trigger", under whatever key the file states it."""

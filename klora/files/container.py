@@ -63,7 +63,7 @@ class Contents:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Contents]:
+def opened(path: Path | str) -> Iterator[Contents]:
     """The contents of a file, a tar or a folder. Raises LoRAError as in_words() does, also for what is wrong while they
     are used."""
     path = Path(path)

@@ -39,7 +39,7 @@ def headroom_bytes(pixels: int) -> int:
 class Planner(Protocol):
     """What can say which LoRA acts where and when: a Fusion."""
 
-    def plan(self, schedule: Any, **options: Any) -> Plan: ...  # Any: the schedule is the planner's own affair
+    def plan(self, *schedule: Any, **options: Any) -> Plan: ...  # Any: both are the planner's own affair
 
 
 @contextmanager

@@ -105,7 +105,7 @@ class Family(Protocol):
     def inventory(self) -> Inventory:
         """What a LoRA may adapt. Found when it is first asked for."""
 
-    def read_lora(self, path: Path) -> LoRA:
+    def read_lora(self, path: Path | str) -> LoRA:
         """Read a LoRA file, its layers in execution order. Raises LoRAError."""
 
     def encode_prompt(self, prompts: list[str], negative_prompts: list[str] | None = None) -> Conditioning:

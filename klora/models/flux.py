@@ -72,7 +72,7 @@ class Flux:
         own = r"(single|double)_blocks|single_transformer_blocks|transformer_blocks[._]\d+[._](attn[._]|norm1_|ff_con)"
         return any(re.search(own, key) for key in keys)
 
-    def read_lora(self, path: Path) -> LoRA:
+    def read_lora(self, path: Path | str) -> LoRA:
         return read_lora(path, self.inventory, FluxPipeline.lora_state_dict, word_widths(self))
 
     def encode_prompt(self, prompts: list[str], negative_prompts: list[str] | None = None) -> Conditioning:

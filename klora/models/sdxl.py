@@ -88,7 +88,7 @@ class SDXL:
     def recognises(keys: list[str]) -> bool:
         return any(re.search(r"(down|up|input|output)_blocks|mid(dle)?_block", key) for key in keys)
 
-    def read_lora(self, path: Path) -> LoRA:
+    def read_lora(self, path: Path | str) -> LoRA:
         def rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return StableDiffusionXLPipeline.lora_state_dict(tensors, unet_config=self.pipe.unet.config)[0]
 

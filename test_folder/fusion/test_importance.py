@@ -79,3 +79,9 @@ def test_scores_are_the_sums_of_rank_times_rank_elements_of_each_layer_s_own_ran
     for index, (name, k) in enumerate({"a": 2 * 3, "b": 5 * 1}.items()):
         torch.testing.assert_close(fusion.content_score[index], full_sort(content[name], k)[0], rtol=1e-6, atol=0)
         torch.testing.assert_close(fusion.style_score[index], full_sort(style[name], k)[0], rtol=1e-6, atol=0)
+
+
+def test_the_device_may_be_named():
+    content, style = {"a": random_pair(12, 8, 2, seed=1)}, {"a": random_pair(12, 8, 3, seed=3)}
+    named, found = fuse(content, style, device="cpu"), fuse(content, style)
+    assert torch.equal(named.content_score, found.content_score) and named.gamma == found.gamma
