@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -69,6 +70,13 @@ ECHO = """import os, shutil, sys
 print(sys.argv[1:], shutil.which("python"), os.environ["KLORA_MODELS"], os.environ["KLORA_LORA_ROOT"])
 """
 WAITING = "import os, signal, sys\nprint('pid', os.getpid(), file=sys.stderr, flush=True)\nsignal.pause()"
+BUSY = """import os, signal, sys
+def finish(*_):
+    print('finishing', file=sys.stderr, flush=True)
+signal.signal(signal.SIGTERM, finish)
+print('pid', os.getpid(), file=sys.stderr, flush=True)
+while True:
+    signal.pause()"""
 
 READY_ONCE = """
 import http.server, os
@@ -140,6 +148,22 @@ def test_a_server_ends_with_the_script_serve_that_is_told_to_stop(served: Path, 
         assert program.wait() == 0
     with pytest.raises(ProcessLookupError):
         os.kill(server, 0)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_that_finishes_its_work_ends_at_a_second_signal(
+    served: Path, listener: socket.socket, stop: signal.Signals
+) -> None:
+    (served / "cog" / "server" / "http.py").write_text(BUSY)
+    command = [sys.executable, served / "script" / "serve", "--port", str(listener.getsockname()[1])]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as program:
+        server = next(int(line.split()[1]) for line in program.stderr if line.startswith("pid "))
+        program.send_signal(stop)
+        assert "finishing\n" in program.stderr
+        program.send_signal(stop)
+        program.wait(timeout=10)
+    with pytest.raises(ProcessLookupError):
+        os.kill(server, signal.SIGKILL)
 
 
 def test_script_serve_says_that_its_server_has_ended(served: Path, listener: socket.socket) -> None:
