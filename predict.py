@@ -47,9 +47,9 @@ class Predictor(BasePredictor):
         """Load the bases named by KLORA_BASES, or every installed one, as many as fit."""
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         silence_progress_bars()
-        self.outputs = LocalPath(tempfile.mkdtemp(prefix="klora-"), "outputs")  # in a folder that is its own alone
-        compiled = weights.compiled_blocks()
-        self.studio = Studio(weights.find_base, weights.safety_checker_path(), compiled=compiled)
+        self.scratch = tempfile.TemporaryDirectory(prefix="klora-")  # its own alone, and gone when the server is
+        self.outputs = LocalPath(self.scratch.name, "outputs")
+        self.studio = Studio(weights.find_base, weights.safety_checker_path(), compiled=weights.compiled_blocks())
         self.loras = weights.LoRAFiles(weights.lora_root())
         bases = weights.resident_bases()
         weights.stay_offline()  # all that a request loads is there; LoRAs are fetched without Hugging Face's libraries

@@ -1,5 +1,6 @@
 """Set-up fetches the bases that it is to have, from a hub on 127.0.0.1, says what it cannot have, and stays offline."""
 
+import gc
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -174,6 +175,10 @@ def test_the_predictor_fetches_loads_and_then_goes_online_for_nothing(
     with pytest.raises(BaseModelError, match="offline mode is enabled"):
         weights.download_base("sdxl")
     assert hub.asked == []
+    with pytest.warns(ResourceWarning, match=kept.name):  # as when its process ends
+        del predictor
+        gc.collect()
+    assert not kept.exists()
 
 
 @pytest.mark.parametrize("room", ["sources", "cache"])
