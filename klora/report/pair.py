@@ -16,6 +16,7 @@ from klora.files.report import ENCODERS, stated_alphas
 from klora.files.shelf import Shelf, keep_scores
 from klora.form.pair import Question
 from klora.fusion import Fusion, Schedule, fuse
+from klora.interruptible import interruptible
 from klora.lora import LoRA, LowRank
 from klora.models import FAMILIES, load_shapes, origin_of
 from klora.report import Report, report_on
@@ -78,7 +79,8 @@ def save_report(report: Report, folder: Path) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     picture, numbers = folder / "report.png", folder / "report.json"
-    picture.write_bytes(draw(report))
+    # A library whose import is interrupted stays half imported, and draws nothing until the process ends.
+    picture.write_bytes(interruptible(lambda: draw(report)))
     numbers.write_text(json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n")
     return [picture, numbers]
 

@@ -1,6 +1,8 @@
 """A report is written as strict JSON with every number, and as one line."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -51,3 +53,30 @@ def test_the_summary_is_one_line_with_the_numbers():
     )
     assert f"gamma {report.gamma:.3g}" in line and f"style acts in {report.style_share:.0%}" in line
     assert "\n" not in line and len(line) < 400
+
+
+# Ctrl-C, or a cancellation, while the first report of a process loads what it is drawn with; then another report.
+INTERRUPTED = """
+import importlib.abc, pathlib, signal, sys
+from klora.report.pair import save_report
+from test_folder.report.reporting import healthy
+
+class Interrupting(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "matplotlib.rcsetup":  # when others of it have come, which keep what it was till then
+            sys.meta_path.remove(self)
+            signal.raise_signal(signal.SIGINT)
+
+report, folder = healthy(), pathlib.Path(sys.argv[1])
+assert "matplotlib" not in sys.modules
+sys.meta_path.insert(0, Interrupting())
+try:
+    save_report(report, folder)
+except KeyboardInterrupt:
+    print(*save_report(report, folder))
+"""
+
+
+def test_a_report_whose_libraries_were_loading_when_it_was_interrupted_is_drawn_the_next_time(tmp_path):
+    ran = subprocess.run([sys.executable, "-c", INTERRUPTED, tmp_path], capture_output=True, text=True)
+    assert (ran.stdout, ran.returncode) == (f"{tmp_path}/report.png {tmp_path}/report.json\n", 0), ran.stderr
