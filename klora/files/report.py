@@ -20,6 +20,7 @@ _FORMATS = {  # the first that some key has
 }  # fmt: skip
 ENCODERS = ("text_encoder", "text_encoder_2")
 MAX_TRIGGER = 200  # characters
+_NOTHING = ("None", "null")  # what trainers make a text of who write all their settings
 _STATED = ("trigger", "modelspec.trigger_phrase", "ss_trigger", "instance_prompt")  # as trainers write it
 _ONLY = re.compile(r'\{"\d+_([^"\\]+)": \{"\1": \d+\}\}')  # as ai-toolkit writes it: pictures called by their only tag
 _TAGS = 5  # of the most frequent ones in a file's training captions
@@ -29,7 +30,8 @@ _TAGS = 5  # of the most frequent ones in a file's training captions
 class Report:
     """A LoRA file as a base reads it. kinds: modules of the file by kind; ranks: lowest and highest; layers: of the
     denoiser; text_encoders: layers by component; inexact: the largest error of a converted module, relative to its dW;
-    triggers: words that the metadata names, the surest first. Nothing that acts is dropped: the file is refused."""
+    triggers: words that the metadata states, of which the first is added to prompts; tags: others that its captions had
+    most often, of which none is. Nothing that acts is dropped: the file is refused."""
 
     format: str
     kinds: Mapping[str, int]
@@ -39,6 +41,7 @@ class Report:
     words: tuple[str, ...]
     inexact: float
     triggers: tuple[str, ...]
+    tags: tuple[str, ...]
 
     def __str__(self) -> str:
         """In one line."""
@@ -63,26 +66,21 @@ def report(contents: Contents, spelled: Mapping[str, Module], lora: LoRA, inexac
         text_encoders={component: len(layers) for component, layers in lora.text_encoders.items()},
         words=tuple(lora.words),
         inexact=inexact,
-        triggers=triggers(contents.metadata),
+        triggers=(words := stated(contents.metadata)),
+        tags=tuple(tag for tag in tags(contents.metadata) if tag not in words),
     )
 
 
-def triggers(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """Words that a file's metadata says call it, the surest first; from a trainer's captions the most frequent tags."""
-    words = (*stated(metadata), *_tags(metadata.get("ss_tag_frequency", "")))
-    return tuple(dict.fromkeys(filter(_is_trigger, words)))
-
-
-def stated(metadata: Mapping[str, str]) -> list[str]:
+def stated(metadata: Mapping[str, str]) -> tuple[str, ...]:
     """Words or phrases that a file's metadata states as what calls it, the surest first: the first is the trigger."""
     only = _ONLY.findall(metadata.get("ss_tag_frequency", ""))
     words = (word.strip(" ,") for word in (*(metadata.get(key, "") for key in _STATED), *only))
-    return list(filter(_is_trigger, words))
+    return tuple(dict.fromkeys(filter(_is_trigger, words)))
 
 
 def _is_trigger(word: str) -> bool:
     """Whether it can stand in a prompt and in a line of a log."""
-    return word.isprintable() and 0 < len(word) <= MAX_TRIGGER
+    return word.isprintable() and 0 < len(word) <= MAX_TRIGGER and word not in _NOTHING
 
 
 def stated_alphas(path: Path) -> dict[float, int]:
@@ -94,16 +92,16 @@ def stated_alphas(path: Path) -> dict[float, int]:
         return dict(sorted(Counter(float(contents.tensor(f"{stem}.alpha")) for stem in told).items()))
 
 
-def _tags(text: str) -> list[str]:
-    """Of kohya's {"10_folder": {"tag": count}}."""
+def tags(metadata: Mapping[str, str]) -> list[str]:
+    """The most frequent ones of kohya's {"10_folder": {"tag": count}}."""
     try:
-        folders = dict(json.loads(text or "{}")).values()
+        folders = dict(json.loads(metadata.get("ss_tag_frequency") or "{}")).values()
         counts: Counter[str] = Counter()
         for tags in folders:
             counts.update({str(tag).strip()[:100]: int(count) for tag, count in dict(tags).items()})
     except (ValueError, TypeError, OverflowError, RecursionError):  # what nobody needs is no reason to refuse a file
         return []
-    return [tag for tag, _ in counts.most_common(_TAGS)]
+    return [tag for tag, _ in counts.most_common(_TAGS) if _is_trigger(tag)]
 
 
 def _format(contents: Contents) -> str:

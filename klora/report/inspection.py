@@ -28,8 +28,9 @@ class Inspection:
         """In lines, for people."""
         lines = {"file": f"{self.name}, {self.size:,} bytes", "sha256": self.sha256, "made for": self.made_for}
         if self.report:
-            named = ", ".join(map(repr, self.report.triggers))
+            named, tags = (", ".join(map(repr, words)) for words in (self.report.triggers, self.report.tags))
             lines |= {"holds": str(self.report), "triggers": named or "none are named"}
+            lines |= {"tags": f"{tags}: most often in its captions, never added to a prompt"} if tags else {}
         lines |= {"fits": ", ".join(self.fits) or "no installed base"}
         lines |= {f"not {base}": why for base, why in self.refusals.items()}
         return "\n".join(f"{name:9} {line}" for name, line in lines.items())

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from klora import cli
-from klora.files.report import triggers
+from klora.files.report import stated, tags
 from klora.form.request import Request
 from klora.models import load_shapes
 from klora.models.family import Family
@@ -51,7 +51,8 @@ def test_the_command_prints_it(bases: Path, tmp_path: Path, monkeypatch: pytest.
     shown = CliRunner().invoke(cli.app, ["inspect", str(path)])
     assert shown.exit_code == 0
     for said in ("dog.safetensors", hashlib.sha256(path.read_bytes()).hexdigest(), "made for  SDXL", "1 LoRA, rank 2",
-                 "'zork', 'sks', 'a dog', 'grass'", "fits      sdxl"):  # fmt: skip
+                 "none dropped, trigger 'zork'\n", "triggers  'zork'\n",
+                 "tags      'sks', 'a dog', 'grass': most often in its captions", "fits      sdxl"):  # fmt: skip
         assert said in shown.output
 
 
@@ -76,4 +77,13 @@ def test_a_request_logs_a_line_for_each_lora(bases: Path, loras: Path, caplog: p
 
 @pytest.mark.parametrize("text", ["", "no json", "[1]", '{"a": 3}', '{"a": {"b": "c"}}', "[" * 100_000])
 def test_tags_that_make_no_sense_are_no_reason_to_refuse(text: str) -> None:
-    assert triggers({"ss_tag_frequency": text, "trigger": "sbu"}) == ("sbu",)
+    metadata = {"ss_tag_frequency": text, "trigger": "sbu"}
+    assert (stated(metadata), tags(metadata)) == (("sbu",), [])
+
+
+def test_a_tag_of_captions_is_not_said_to_be_a_trigger(models: dict[str, Family], tmp_path: Path) -> None:
+    frequent = {"1_dog": {"sks": 20, "grass": 1}}
+    save_file(GOOD, tmp_path / "dog.safetensors", {"ss_tag_frequency": json.dumps(frequent), "instance_prompt": "None"})
+    lora = models["sdxl"].read_lora(tmp_path / "dog.safetensors")
+    assert (lora.report.triggers, lora.report.tags) == ((), ("sks", "grass"))
+    assert str(lora.report).endswith("none dropped") and "trigger" not in lora.metadata
