@@ -67,7 +67,7 @@ LAYERS = {
     "klora/form/inputs.py": {"klora.errors"},
     "klora/studio/provenance.py": {
         *("klora", "klora.errors", "klora.form.request", "klora.fusion"),
-        *("klora.bases.table", "klora.sources.reference"),
+        *("klora.bases.table", "klora.sources.kinds", "klora.sources.reference"),
     },
     "klora/training/kohya.py": {"klora.errors", "klora.lora"},
     "klora/training/trainable.py": {"klora.layers", "klora.lora"},

@@ -8,6 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from hashlib import sha256
@@ -21,9 +22,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from klora import __version__
 from klora.bases.table import BASES
-from klora.errors import LoRAError, RequestError
+from klora.errors import LoRAError, RequestError, SourceError
 from klora.form.request import CHOICE, Request
 from klora.fusion import Schedule
+from klora.sources.kinds import Local
 from klora.sources.reference import parse
 
 logger = logging.getLogger(__name__)
@@ -142,10 +144,11 @@ class Provenance:
                 raise RequestError(f"The image was made with {name} {pixels}, which is not in it. Give it by --{name}.")
             if (seen := picture_sha256(given[name])) != pixels:
                 raise RequestError(f"{name} has pixels of sha256 {seen}. Expected those that were used, {pixels}.")
+        for name, lora in self.loras.items():
+            if name not in given and (why := _lost(lora.reference)):
+                file = f"of sha256 {' and '.join(lora.sha256)}, by --{name.replace('_', '-')}"
+                raise RequestError(f"{name} {why}. Give its file, {file}.")
         loras = {name: lora.reference for name, lora in self.loras.items()} | given
-        for name in self.loras:
-            if re.match("data:[0-9a-f]{64}(?:#|$)", loras[name]):
-                raise RequestError(f"{name} came in the request itself. Give its file by --{name.replace('_', '-')}.")
         chose = len(self.loras) == len(_LORAS) and self.inputs.get("fusion", "klora") == "klora"
         idle = () if chose else CHOICE  # told by earlier versions, although they had no effect, and refused by this one
         return Request(**{name: value for name, value in self.inputs.items() if name not in idle}, **loras)
@@ -194,6 +197,19 @@ def canonical(reference: str, *, fetched: bool) -> str:
         return str(parse(reference))
     path = PurePath(reference.strip().partition("#sha256=")[0])
     return path.name if path.is_absolute() or ".." in path.parts else str(path)
+
+
+def _lost(reference: str) -> str:
+    """In words, why a canonical reference leads to nothing here; "" where it may."""
+    if re.match("data:[0-9a-f]{64}(?:#|$)", reference):
+        return "came in the request itself"
+    with suppress(SourceError):  # of an odd name of a file
+        if not isinstance(parse(reference), Local):
+            return ""
+    with suppress(OSError, ValueError):  # a name that the file system cannot take
+        if Path(reference).exists():
+            return ""
+    return f"was {reference!r:.200}, which is not here"
 
 
 def picture_sha256(picture: Image.Image) -> str:

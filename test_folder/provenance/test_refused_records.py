@@ -26,7 +26,11 @@ def test_what_cannot_be_made_again_is_refused_in_a_sentence(
         f"Expected the LoRA that the image was made with, {style}."
     )
     data = rewritten(image, lambda told: told["loras"]["style_lora"].update(reference=f"data:{style}"))
-    assert refusal(data) == "style_lora came in the request itself. Give its file by --style-lora."
+    given = f"Give its file, of sha256 {style}, by --style-lora."
+    assert refusal(data) == f"style_lora came in the request itself. {given}"
+    for name in ("elsewhere.safetensors", "loras/an odd: name", "x" * 1000, "a\0b.safetensors"):
+        lost = rewritten(image, lambda told, name=name: told["loras"]["style_lora"].update(reference=name))
+        assert refusal(lost) == f"style_lora was {name!r:.200}, which is not here. {given}"
     gone = rewritten(image, lambda told: told.update(place=1))
     assert "withheld image 1" in refusal(gone)
     (shop / "models").mkdir()
