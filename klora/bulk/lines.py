@@ -5,7 +5,7 @@ request's inputs by name, of which the prompt is needed. What a line does not sa
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -108,8 +108,8 @@ def read_prompts(
 
     common: a request's inputs for all lines.  template: the prompt, in which {} is the line's.  most: lines.
     called: what its sender knows it by; "": its name.
-    Raises RequestError for a file without a prompt, with too many lines, or in another encoding than UTF-8, and for
-    what cannot be common.
+    Raises RequestError for a file without a prompt, with too many lines, in another encoding than UTF-8 or of another
+    kind, and for what cannot be common.
     """
     called = called or path.name
     _check_common(common, template)
@@ -124,7 +124,7 @@ def read_prompts(
         raise RequestError(f"{called} has no prompt. Expected one on each line.")
     if most is not None and len(filled) > most:
         raise RequestError(f"{called} has {len(filled)} lines. Expected at most {most}.")
-    read = _read_object if path.suffix.lower() == ".jsonl" or _is_object(filled[0][1]) else _read_plain
+    read = _reader(path.suffix.lower(), filled[0][1], called)
     jobs, faults = [], []
     for index, (number, line) in enumerate(filled):
         seed = (common.get("seed", 0) + index) % (MAX_SEED + 1)
@@ -152,6 +152,15 @@ def _check_common(common: Mapping[str, Any], template: str) -> None:
         raise RequestError(
             f"prompt is {template!r:.80}, with no place for the lines. Expected {{}} in it, or {{}} alone."
         )
+
+
+def _reader(suffix: str, first: bytes, called: str) -> Callable[[bytes], dict[str, Any]]:
+    """What reads the lines of a file. Raises RequestError for a table, whose rows would be drawn as they stand."""
+    if suffix == ".jsonl" or _is_object(first):
+        return _read_object
+    if suffix in (".csv", ".tsv", ".json"):
+        raise RequestError(f"{called} is a table or JSON. Expected a prompt on each line of a .txt file, or a .jsonl.")
+    return _read_plain
 
 
 def _is_object(line: bytes) -> bool:

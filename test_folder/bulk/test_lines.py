@@ -138,6 +138,18 @@ def test_a_file_of_no_use_is_refused_in_a_sentence(tmp_path: Path, content: byte
     assert str(error.value) == sentence
 
 
+@pytest.mark.parametrize(
+    ("name", "lines"), [("p.csv", ["prompt,seed", "a dog,3"]), ("p.TSV", ["a dog\t3"]), ("p.json", ["[", '"a dog"]'])]
+)
+def test_a_table_is_not_drawn_row_by_row(tmp_path: Path, name: str, lines: list[str]) -> None:
+    with pytest.raises(RequestError, match=rf"^{name} is a table or JSON\. Expected a prompt on each line of a \.txt"):
+        read(written(tmp_path / name, *lines))
+
+
+def test_lines_of_objects_are_read_under_any_name(tmp_path: Path) -> None:
+    assert [asked.prompt for asked in requests(read(written(tmp_path / "p.json", {"prompt": "a dog"})))] == ["a dog"]
+
+
 def test_as_many_lines_as_may_be_and_as_long_ones_are_read(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes(b"".join(letter * MAX_LINE_BYTES + b"\r\n" for letter in (b"a", b"b", b"c")))
     prompts = read_prompts(tmp_path / "p.txt", {}, most=3)
