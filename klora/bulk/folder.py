@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from PIL import Image
@@ -128,8 +128,11 @@ def asked_of(request: Request) -> dict[str, Any]:
 
 
 def _canonical(reference: str) -> str:
+    """Of a path the name alone, however it is spelled from here: of which file, its sha256 tells."""
     try:
-        return canonical(reference, fetched=not isinstance(parse(reference), Local))
+        local = reference.startswith(("/", "../")) or isinstance(parse(reference), Local)
+        told = canonical(reference, fetched=not local)
+        return PurePath(told).name if local else told
     except SourceError:  # an odd name of a file that is there; or anything, be it a token in the wrong place
         return f"sha256 {sha256(reference.encode()).hexdigest()}"
 

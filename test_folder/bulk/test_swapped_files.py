@@ -125,6 +125,21 @@ def test_a_file_that_was_written_again_as_it_was_is_the_same(shell: Path) -> Non
     assert generated("p.txt", "--style-lora", "style.safetensors").stdout.splitlines()[-1].startswith("0 images made")
 
 
+def test_a_file_that_is_named_by_another_path_is_the_same(shell: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(shell / "p.txt", "a dog")
+    for at, mine in (
+        (shell, ("p.txt", "--style-lora", "style.safetensors")),
+        (shell, ("p.txt", "--style-lora", str(shell / "style.safetensors"))),
+        (shell / "out", ("../p.txt", "--style-lora", "../style.safetensors", "--out", ".")),
+    ):
+        monkeypatch.chdir(at)
+        result = generated(*mine)
+        assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "0 images made in ., 1 were there before."
+    result = generated("../p.txt", "--style-lora", "../content.safetensors", "--out", ".")
+    assert "its style_lora is 'style.safetensors', and that of line 1 is 'content.safetensors'." in result.stderr
+
+
 def test_a_withheld_image_is_withheld_of_that_file_alone(tmp_path: Path) -> None:
     file = tmp_path / "mine.safetensors"
     [job] = read(written(tmp_path / "p.txt", "a dog"), content_lora=str(file)).jobs()
