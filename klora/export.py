@@ -82,6 +82,9 @@ def exported(
     pair = read_pair(files, bases, scores)
     if pair.base is None:  # and the file's own names would be no tool's, nor its text encoders known
         raise LoRAError(f"The LoRAs can only be exported by a base that reads both, but they were {pair}.")
+    texts = (pair.content.text_encoders and wanted.content_scale, pair.style.text_encoders and wanted.style_scale)
+    if wanted.format == "kohya" and any(texts):  # before the layers are scored, which takes minutes of large files
+        raise RequestError("format is kohya, whose files hold no text encoder here. Expected diffusers for these.")
     fusion = fused(pair, scores)
     wins = fusion.content_wins(schedule, wanted.num_inference_steps or pair.steps, wanted.style_bias)
     exact = baked(fusion, wins, wanted.content_scale, wanted.style_scale, steps)
@@ -219,8 +222,7 @@ def _facts(wanted: Export, pair: Pair, files: Mapping[str, Path], lent: Mapping[
     """What the pair and the wish say, without secrets."""
     facts = asdict(wanted) | {"base": pair.base, "versions": versions()}
     for role, lora in zip(_ROLES, (pair.content, pair.style), strict=True):
-        name = f"{role}_lora"
-        loan = lent.get(name)
+        loan = lent.get(name := f"{role}_lora")
         facts[name] = canonical(wanted.loras[name], fetched=loan is not None)
         facts[f"{role}_sha256"] = Shelf().sha256(files[name], loan.scores if loan else None)
         facts[f"{role}_trigger"] = lora.metadata.get("trigger") or next(iter(loan.triggers if loan else ()), "")
@@ -250,8 +252,6 @@ def _metadata(facts: Mapping[str, Any], family: str) -> dict[str, str]:
 
 
 def _save(lora: LoRA, component: str, form: str, out: Path) -> None:
-    if form == "kohya" and lora.text_encoders:
-        raise RequestError("format is kohya, whose files hold no text encoder here. Expected diffusers for these.")
     with writing("LoRA"):
         out.parent.mkdir(parents=True, exist_ok=True)
         if form == "kohya":

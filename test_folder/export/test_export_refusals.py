@@ -8,14 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from klora import Fusion, LoRA, LowRank
+from klora import Fusion, LoRA, LowRank, export
 from klora.errors import KLoRAError, LoRAError, RequestError
 from klora.export import baked, exported, reduced, rounded
 from klora.models.family import Family
 from test_folder.export.exporting import STEPS, installed, wanted, with_text_encoder
 from test_folder.pairs import pair_of
+
+
+@pytest.fixture
+def unscored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fusion is made."""
+    monkeypatch.setattr(export, "fused", None)
 
 
 @pytest.mark.parametrize(
@@ -58,12 +65,22 @@ def test_another_name_than_a_loras_is_refused(bases: Path, loras: Path, tmp_path
 
 
 def test_kohyas_format_takes_no_text_encoders(
-    families: dict[str, Family], bases: Path, loras: Path, tmp_path: Path, out: Path
+    families: dict[str, Family], bases: Path, loras: Path, tmp_path: Path, out: Path, unscored: None
 ) -> None:
     given = with_text_encoder(families["sdxl"], pair_of(loras, "sdxl"), tmp_path)
     with pytest.raises(RequestError, match="format is kohya"):
         exported(wanted(format="kohya"), given, installed(bases), out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("role", ["content", "style"])
+def test_kohyas_format_takes_a_lora_whose_text_encoders_are_left_out(
+    families: dict[str, Family], bases: Path, loras: Path, tmp_path: Path, out: Path, role: str
+) -> None:
+    pair, name = pair_of(loras, "sdxl"), f"{role}_lora"
+    given = {**pair, name: with_text_encoder(families["sdxl"], pair, tmp_path)[name]}
+    exported(wanted(format="kohya", **{f"{role}_scale": 0}), given, installed(bases), out)
+    assert not any("_te" in key for key in load_file(out))
 
 
 def test_words_are_refused(fusion: Fusion, wins: Tensor) -> None:
