@@ -66,7 +66,7 @@ class Contents:
 def opened(path: Path | str) -> Iterator[Contents]:
     """The contents of a file, a tar or a folder. Raises LoRAError as in_words() does, also for what is wrong while they
     are used."""
-    path = Path(path)
+    path = Path(path).absolute()  # for the name of "."
     with in_words(path), _found(path) as files, _reader(files["lora"]) as (specs, metadata, reader):
         embeddings: dict[str, Tensor] = {}
         if "embeddings" in files:

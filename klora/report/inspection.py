@@ -51,4 +51,5 @@ def inspect(path: Path, bases: Mapping[str, tuple[str, Path]]) -> Inspection:
             refusals[name] = str(error)
     file, digest = files_of(path)["lora"], Shelf().sha256(path)[0]
     first = next(iter(found.values()), None)
-    return Inspection(path.name, file.stat().st_size, digest, str(origin or "unknown"), first, tuple(found), refusals)
+    name = path.absolute().name  # of the working folder, which is ".", too
+    return Inspection(name, file.stat().st_size, digest, str(origin or "unknown"), first, tuple(found), refusals)

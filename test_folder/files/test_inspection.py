@@ -56,6 +56,16 @@ def test_the_command_prints_it(bases: Path, tmp_path: Path, monkeypatch: pytest.
         assert said in shown.output
 
 
+def test_the_working_folder_is_called_by_its_name(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KLORA_MODELS", str(bases))
+    (folder := tmp_path / "dog").mkdir()
+    monkeypatch.chdir(folder)
+    refused = CliRunner().invoke(cli.app, ["inspect", "."])
+    assert refused.stderr.startswith("Error: dog cannot be read (a folder of 0 .safetensors files).")
+    save_file(GOOD, "adapter_model.safetensors")
+    assert CliRunner().invoke(cli.app, ["inspect", "."]).stdout.startswith("file      dog, ")
+
+
 def test_a_file_that_no_base_reads_says_why(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KLORA_MODELS", str(bases))
     path = tmp_path / "dog.safetensors"
