@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from klora.bases.pget import find_pget
 from klora.bases.table import BASES as BASES
 from klora.bases.table import base_of
 from klora.cache import Borrowed, Library, Store
-from klora.errors import BaseModelError, RequestError, SourceError
+from klora.errors import BaseModelError, RequestError
 from klora.sources.addresses import read_url
 from klora.sources.authorities import Authorities
 from klora.sources.deadline import Allowance as Allowance
@@ -212,18 +212,6 @@ class LoRAFiles:
 
     def _path(self, name: str, reference: Local) -> Path:
         return Path(reference.path) if self._anywhere else lora_path(reference.path, self._root, name)
-
-
-def check_there(references: Mapping[str, str]) -> None:
-    """Raise RequestError for a path below the folder in which an image was made, a server's perhaps, that is not below
-    the working folder. references: by the input, and option of `klora reproduce`, that takes another."""
-    for name, text in references.items():
-        with suppress(SourceError):  # an odd name: a file's, and no reference at all
-            if not isinstance(parsed(name, text), Local):
-                continue
-        if not Path(text).exists():
-            by = f"--{name.replace('_', '-')}"
-            raise RequestError(f"{name} was {text!r:.200}, which is not in the working folder. Give its file by {by}.")
 
 
 def runnable(model: str | None) -> list[str]:

@@ -82,7 +82,6 @@ def reproduce(
     made = read_provenance(original)
     given = {"content_lora": content_lora, "style_lora": style_lora, "image": image, "mask": mask}
     request = made.request(**open_images({name: value for name, value in given.items() if value is not None}))
-    weights.check_there({name: lora.reference for name, lora in made.loras.items() if given[name] is None})
     base = weights.find_base(request.model)
     for change in made.changes(base.path):
         typer.echo(f"Warning: {change}, so that the image may come out otherwise.", err=True)

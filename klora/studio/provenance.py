@@ -209,7 +209,7 @@ def _lost(reference: str) -> str:
     with suppress(OSError, ValueError):  # a name that the file system cannot take
         if Path(reference).exists():
             return ""
-    return f"was {reference!r:.200}, which is not here"
+    return f"was {reference!r:.200}, which is not in the working folder"
 
 
 def picture_sha256(picture: Image.Image) -> str:

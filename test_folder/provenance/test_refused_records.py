@@ -30,7 +30,7 @@ def test_what_cannot_be_made_again_is_refused_in_a_sentence(
     assert refusal(data) == f"style_lora came in the request itself. {given}"
     for name in ("elsewhere.safetensors", "loras/an odd: name", "x" * 1000, "a\0b.safetensors"):
         lost = rewritten(image, lambda told, name=name: told["loras"]["style_lora"].update(reference=name))
-        assert refusal(lost) == f"style_lora was {name!r:.200}, which is not here. {given}"
+        assert refusal(lost) == f"style_lora was {name!r:.200}, which is not in the working folder. {given}"
     gone = rewritten(image, lambda told: told.update(place=1))
     assert "withheld image 1" in refusal(gone)
     (shop / "models").mkdir()

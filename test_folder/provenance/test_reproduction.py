@@ -85,10 +85,11 @@ def test_of_a_lora_that_is_not_there_the_option_is_named_that_takes_it(shop: Pat
     Path("loras").mkdir()
     Path("sdxl_style.safetensors").rename(named)
     fuse("--style-lora", named, "--output-format", "png")
-    Path(named).rename("elsewhere.safetensors")
+    moved = Path(named).rename("elsewhere.safetensors")
     file = "out/klora_7_0.png"
     assert refusal(file) == (
-        f"style_lora was {named!r}, which is not in the working folder. Give its file by --style-lora."
+        f"style_lora was {named!r}, which is not in the working folder. "
+        f"Give its file, of sha256 {digest(moved.read_bytes())}, by --style-lora."
     )
     result = reproduce(file, "--style-lora", "elsewhere.safetensors")
     assert result.stdout.splitlines()[-1] == "the same pixels as klora_7_0.png"
