@@ -11,7 +11,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from math import isqrt
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +90,11 @@ class Fusion:
 
         clock "step": tau is the step's midpoint, one tau a step.   clock "reference": tau moves at every layer call,
         1, 2, ... modulo T * L, as in the published code, whose very last call therefore falls back to tau = 0.
+        Raises RequestError.
         """
+        _one_of("clock", clock, get_args(Clock))
+        if steps < 1 or not 0 <= style_bias < float("inf"):
+            raise RequestError(f"steps is {steps} and style_bias {style_bias}. Expected 1 or more, and a number >= 0.")
         scale = schedule.scale(_tau(steps, len(self.layers), clock))
         return self.content_score > style_bias * scale * self.gamma * self.style_score
 
@@ -124,8 +128,9 @@ def fuse(
     K = r_content * r_style per layer (Eq 5). gamma "reference": the mean over shared layers of the per-layer L1 ratios,
     those of at least 3 times their mean dropped, as in the published code; "paper": the ratio of the sums (Eq 9).
     device: where what is not known yet is computed, one that has float64; None: where the factors lie. The scores are
-    those of the CPU up to the rounding of float32 products.
+    those of the CPU up to the rounding of float32 products. Raises LoRAError and RequestError.
     """
+    _one_of("gamma", gamma, get_args(Gamma))
     layers = _merged_order(list(content), list(style))
     ks = dict.fromkeys(layers, 1)
     for lora in (content, style):
@@ -136,6 +141,11 @@ def fuse(
         raise LoRAError("A LoRA's weights are so large that they overflow. Expected one that was trained.")
     gammas = _gammas(content_l1, style_l1)
     return Fusion(tuple(layers), content, style, content_score, style_score, gammas[gamma], gammas)
+
+
+def _one_of(name: str, told: str, known: Sequence[str]) -> None:
+    if told not in known:
+        raise RequestError(f"{name} is {told!r}. Expected {' or '.join(map(repr, known))}.")
 
 
 def style_share(wins: Tensor) -> float | None:

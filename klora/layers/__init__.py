@@ -13,11 +13,12 @@ Knows no fusion, no pipeline and no file. The base's own parameters are never wr
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from torch import nn
 
 from klora.device import free_bytes
+from klora.errors import RequestError
 from klora.layers.engines import Engine, Gate, LoRALinear, WhenAsked, lend_linear, lent_gated, lent_merged
 from klora.layers.float8 import takes_float8
 from klora.layers.loans import clear, lend, lending
@@ -61,8 +62,11 @@ def attached(
     rank, so that what was compiled with one pair serves every other. float8: linears by which the merged engine
     multiplies in float8, whatever LoRAs adapt: faster, and equal no longer. pixels: of an image;
     headroom_bytes() of them are left free by the choice of an engine. On leaving, by whatever exception, every
-    module and parameter is back. Raises LoRAError when a layer is not a linear of the module, or has another shape.
+    module and parameter is back. Raises LoRAError when a layer is not a linear of the module, or has another shape, and
+    RequestError for an engine that there is not.
     """
+    if engine not in (None, *get_args(Engine)):
+        raise RequestError(f"engine is {engine!r}. Expected 'gated', 'merged' or None, for the one that fits.")
     denoiser = getattr(denoiser, "_orig_mod", denoiser)  # of what torch.compile() made
     asked = lora if isinstance(lora, Plan) else lora.plan(schedule, **options)
     alike, float8 = tuple(alike), dict.fromkeys(float8)

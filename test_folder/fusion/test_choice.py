@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from klora.errors import RequestError
 from klora.fusion import Schedule, fuse
 from test_folder.fusion.drawn import SCHEDULES, flips, midpoints, random_pair, random_pairs, some_ratios, with_ratios
 
@@ -128,3 +129,28 @@ def test_fusion_holds_the_loras_it_was_given():
     assert isinstance(fusion.content, Mapping)
     assert fusion.content is content
     assert fusion.style is style
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"clock": "steps"}, "clock is 'steps'. Expected 'step' or 'reference'."),
+        ({"steps": 0}, "steps is 0 and style_bias 1.0. Expected 1 or more, and a number >= 0."),
+        ({"style_bias": float("nan")}, "steps is 4 and style_bias nan. Expected 1 or more, and a number >= 0."),
+        ({"style_bias": float("inf")}, "steps is 4 and style_bias inf. Expected 1 or more, and a number >= 0."),
+        ({"style_bias": -0.1}, "steps is 4 and style_bias -0.1. Expected 1 or more, and a number >= 0."),
+    ],
+)
+def test_what_no_choice_can_be_made_by_is_refused_and_not_taken_for_something_else(wrong, sentence):
+    with pytest.raises(RequestError) as refusal:
+        with_ratios(some_ratios()).plan(Schedule.from_pattern("s"), **({"steps": 4} | wrong))
+    assert str(refusal.value) == sentence
+
+
+def test_a_bias_of_zero_leaves_nothing_to_style():
+    assert with_ratios(some_ratios()).content_wins(Schedule.from_pattern("s"), 4, 0.0).all()
+
+
+def test_a_gamma_that_there_is_not_is_refused():
+    with pytest.raises(RequestError, match=r"^gamma is 'mean'\. Expected 'reference' or 'paper'\.$"):
+        fuse({}, {}, gamma="mean")

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from klora import layers as subject
+from klora.errors import RequestError
 from klora.layers import HEADROOM_BYTES, attached
 from klora.layers.pairs import dtype_of
 from klora.lora import LoRA, Plan
@@ -48,6 +49,16 @@ def test_images_beyond_a_megapixel_leave_as_much_less_for_the_merged_engine(monk
     with attached(network, switching_plan(network), pixels=2048 * 2048) as gate:
         assert gate.engine == engine
     assert subject.headroom_bytes(64 * 64) == HEADROOM_BYTES
+
+
+def test_an_engine_that_there_is_not_is_refused_and_nothing_is_lent(network):
+    before = list(network.modules())
+    with (
+        pytest.raises(RequestError, match=r"^engine is 'merge'\. Expected 'gated', 'merged' or None, for the one that"),
+        attached(network, switching_plan(network), engine="merge"),
+    ):
+        pytest.fail("it was lent")
+    assert list(network.modules()) == before
 
 
 @pytest.mark.parametrize(
