@@ -224,7 +224,8 @@ def _saved(images: Mapping[int | str, Image.Image], out: Path, request: Request)
 
 
 def _bases() -> dict[str, tuple[str, Path]]:
-    """{installed base: (family, folder)}."""
+    """{installed base: (family, folder)}, for what loads their shapes."""
+    _quiet_unless_seen()
     return {name: weights.find_base(name)[1:] for name in weights.installed_bases()}
 
 
