@@ -112,7 +112,7 @@ class Predictor(BasePredictor):
             default=None,
         ),
         aspect_ratio: Optional[str] = Input(
-            description="Shape of the image. Blank means the input image's, else custom when width or height is given, else 1:1.",
+            description="Shape of the image. Blank means custom when width or height is given, else the input image's, else 1:1.",
             choices=[
                 "1:1",
                 "16:9",
@@ -207,7 +207,7 @@ class Predictor(BasePredictor):
             default=False,
         ),
         compare: bool = Input(
-            description="Make one sheet instead: content alone, style alone, their sum, K-LoRA with s and with s*. Costs five images.",
+            description="Make one sheet instead: content alone, style alone, their sum, K-LoRA with s and with s*. Costs up to five images.",
             default=False,
         ),
         sweep: bool = Input(

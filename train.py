@@ -193,7 +193,7 @@ def train(
     checkpoint_interval: int = Input(description="Steps between checkpoints. 0 means none.", ge=0, le=10000, default=0),
     keep_checkpoints: int = Input(description="How many checkpoints are kept, the latest.", ge=1, le=100, default=2),
     resume_from: Optional[Path] = Input(
-        description="The tar of a training, finished or broken off, with the same base_model and pictures: it goes on up to steps. What else is left at its default here is as it was there.",
+        description="The tar of a training, finished or broken off, with the same base_model and pictures: it goes on up to steps. What else is left at its default here is as it was there, but for hf_ and wandb_ inputs, which are told anew.",
         default=None,
     ),
     hf_repo_id: Optional[str] = Input(

@@ -55,7 +55,7 @@ class Request:
     beta: float | None = ask(None, "Start of the schedule. Default: 0.5 for s, 1.275 for s*.", ge=0, le=10)
     aspect_ratio: str | None = ask(
         None,
-        "Shape of the image. Default: the input image's, custom when width or height is given, else 1:1.",
+        "Shape of the image. Default: custom when width or height is given, else the input image's, else 1:1.",
         choices=(*ASPECT_RATIOS, "custom", "match_input_image"),
     )
     width: int | None = ask(None, "Width in pixels, for a custom aspect ratio.", ge=64, le=2048)
