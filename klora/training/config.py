@@ -30,10 +30,14 @@ TARGETS = {
 
 WORDED = ("trigger_word", "class_word", "class_prompt", "mask_prompt")
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "lion", "adafactor")
-WITH = {"autocaption_prefix": "autocaption", "autocaption_suffix": "autocaption", "mask_prompt": "mask_mode",
-        "class_prompt": "prior_preservation", "sample_prompts": "sample_steps"}  # fmt: skip
-"""What acts only where another setting does, and which; OFF: where none of those does."""
-OFF = (False, 0, "none", "provided")
+WITHOUT: Mapping[str, tuple[str, tuple[Any, ...]]] = {
+    "autocaption_prefix": ("autocaption", (False,)), "autocaption_suffix": ("autocaption", (False,)),
+    "mask_prompt": ("mask_mode", ("none", "provided")), "mask_min_weight": ("mask_mode", ("none",)),
+    "class_prompt": ("prior_preservation", ("none",)), "prior_loss_weight": ("prior_preservation", ("none",)),
+    "num_class_images": ("prior_preservation", ("none", "output")), "keep_checkpoints": ("checkpoint_interval", (0,)),
+    "sample_prompts": ("sample_steps", (0,)), "sample_interval": ("sample_steps", (0,)),
+}  # fmt: skip
+"""Settings that change nothing where another one is one of these."""
 TIMES = ("auto", "uniform", "logit_normal", "shift", "content", "style")
 
 
@@ -161,11 +165,12 @@ class TrainConfig:
     @property
     def remarks(self) -> list[str]:
         """What is asked for and does not come about as the other settings stand, a sentence each."""
-        idle = [(name, other) for name, other in WITH.items() if getattr(self, name) and getattr(self, other) in OFF]
+        asked = [name for name in WITHOUT if getattr(self, name) != self.__dataclass_fields__[name].default]
+        idle = [(name, other) for name in asked if getattr(self, other := WITHOUT[name][0]) in WITHOUT[name][1]]
         said = [f"{name} changes nothing: {other} is {getattr(self, other)!r}" for name, other in idle]
         if self.lr_warmup_steps > self.steps:
-            asked = f"lr_warmup_steps is {self.lr_warmup_steps} and steps {self.steps}"
-            said.append(f"{asked}: the learning rate is still rising at the end, and never what was asked for")
+            rises = f"lr_warmup_steps is {self.lr_warmup_steps} and steps {self.steps}"
+            said.append(f"{rises}: the learning rate is still rising at the end, and never what was asked for")
         return said
 
     def targets(self, names: Collection[str], component: str = "transformer") -> list[str]:

@@ -26,6 +26,16 @@ def test_what_is_asked_for_and_does_not_come_about_is_said() -> None:
         "class_prompt changes nothing: prior_preservation is 'none'",
         "sample_prompts changes nothing: sample_steps is 0",
     ]
+    numbers = {"mask_min_weight": 0.0, "prior_loss_weight": 0.5, "num_class_images": 9, "sample_interval": 5}
+    assert TrainConfig(**numbers, class_word="dog", keep_checkpoints=3, sample_steps=0).remarks == [
+        "mask_min_weight changes nothing: mask_mode is 'none'",
+        "prior_loss_weight changes nothing: prior_preservation is 'none'",
+        "num_class_images changes nothing: prior_preservation is 'none'",
+        "keep_checkpoints changes nothing: checkpoint_interval is 0",
+        "sample_interval changes nothing: sample_steps is 0",
+    ]
+    [said] = TrainConfig(**numbers, class_word="dog", mask_mode="provided", prior_preservation="output").remarks
+    assert said == "num_class_images changes nothing: prior_preservation is 'output'"
     acting = {"autocaption": True, "mask_mode": "clipseg", "prior_preservation": "output"}
     assert TrainConfig(**given, **acting, steps=9, lr_warmup_steps=9).remarks == TrainConfig().remarks == []
     [said] = TrainConfig(steps=9, lr_warmup_steps=10).remarks
