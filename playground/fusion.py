@@ -178,10 +178,14 @@ class FusionTab:
 
         return drawn
 
-    def _drawn_again(self, again: bool, ticket: Ticket | None, shown: Shown, *asked: Any) -> Iterator[Update]:
-        """The same seed, the sliders as they are now; nothing where nothing was made before."""
-        if again and shown.seed is not None:
-            yield from self._draw({"seed": shown.seed}, ticket, shown, *asked)
+    def _drawn_again(
+        self, again: bool, ticket: Ticket | None, shown: Shown, trained: Mapping[str, str], reports: bool, *values: Any
+    ) -> Iterator[Update]:
+        """The same seed, the sliders as they are now; nothing where nothing was made before. Nor of a file of prompts:
+        it takes long, and would be ended by this to begin anew."""
+        many = any(field.name == "prompts" and value for field, value in zip(self._fields, values, strict=True))
+        if again and shown.seed is not None and not many:
+            yield from self._draw({"seed": shown.seed}, ticket, shown, trained, reports, *values)
         else:
             yield {self._standing: gr.skip()}
 

@@ -282,13 +282,17 @@ def test_the_heat_map_and_the_sheets_have_places_of_their_own(page: Page) -> Non
 
 
 def test_a_file_of_prompts_comes_back_as_a_tar_whose_images_are_shown(page: Page, tmp_path: Path) -> None:
-    """Also where the heat map is asked for, of which a file of prompts has none."""
+    """Also where the heat map is asked for, of which a file of prompts has none. The slider makes none anew."""
+    make(page)
     (tmp_path / "prompts.txt").write_text("a sbu robot\na sbu flower\n")
     page.check("#with-report input")
     page.fill(field("prompt"), "{}, in szn style")
     page.set_input_files("#input-prompts input[type=file]", tmp_path / "prompts.txt")
     with drawing(page):
         page.click("#make")
+    drag(page, 0.6)
+    page.wait_for_timeout(300)
+    assert "All are in the tar" in page.inner_text("#standing")
     page.click("#input-prompts button[aria-label=Clear]")
     with page.expect_download() as download:
         page.click("#images-tar")
