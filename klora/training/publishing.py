@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from klora.errors import KLoRAError, RequestError
 from klora.form.fields import ask, check
+from klora.interruptible import interruptible
 from klora.training.card import check_repo_id, push
 from klora.training.config import TrainConfig
 
@@ -69,7 +71,8 @@ def _tracked(
     The key goes into this run's settings, not into the machine's login. Raises RequestError, before training alone.
     """
     try:
-        wandb: Any = importlib.import_module("wandb")
+        # It stays half imported, and fails every later training, where its import is interrupted.
+        wandb: Any = interruptible(partial(importlib.import_module, "wandb"))
     except ImportError as error:
         raise RequestError("wandb_api_key is given and wandb is not installed. Install it, or leave it out.") from error
     with _translated(key):

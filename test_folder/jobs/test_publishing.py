@@ -1,6 +1,7 @@
 """Where a training is shown besides its tar: Weights & Biases, and the hub; neither can lose what was learnt."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,6 +69,36 @@ def test_a_tracker_that_fails_ends_no_training_and_hears_how_one_ended(
     assert heard == [{"step": 1}, {"exit_code": 0}, {"exit_code": 1}]
     said = "wandb_api_key cannot be used: ... is not known any more. Expected a key of wandb.ai, or none."
     assert caplog.messages == [said] * 3
+
+
+# Ctrl-C, or a cancellation, while the first training of a process loads wandb, whose parts name one another as here.
+PACKAGE = """
+import signal, sys, wandb.errors
+if not hasattr(sys, "interrupted"):
+    sys.interrupted = True
+    signal.raise_signal(signal.SIGINT)
+Settings, error = dict, wandb.errors.Error
+def init(**options): raise error("no")
+"""
+INTERRUPTED = """
+from klora.errors import RequestError
+from klora.training.config import TrainConfig
+from klora.training.publishing import Publishing
+for wanted in (KeyboardInterrupt, RequestError):
+    try:
+        Publishing(wandb_api_key="k3y").tracked(TrainConfig()).__enter__()
+    except wanted as error:
+        print(error)
+"""
+
+
+def test_a_tracker_that_was_loading_when_a_training_was_cancelled_tracks_the_next_one(tmp_path: Path) -> None:
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "__init__.py").write_text(PACKAGE)
+    (tmp_path / "wandb" / "errors.py").write_text("class Error(Exception): ...")
+    command = ["-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{INTERRUPTED}"]
+    ran = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert ran.stdout == "\nwandb_api_key cannot be used: no. Expected a key of wandb.ai, or none.\n", ran.stderr
 
 
 def test_a_hub_out_of_reach_loses_nothing(
