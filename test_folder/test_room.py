@@ -10,6 +10,7 @@ import pytest
 
 from klora.cache import library
 from klora.cache.draft import DiskError, DiskFullError
+from klora.cache.folder import Folder
 from klora.cache.refs import File
 from klora.cache.room import CacheFullError, files
 from klora.sources.deadline import Deadline
@@ -74,6 +75,29 @@ def test_what_is_in_use_stays_and_the_rest_makes_room(small: Shop) -> None:
         small.read(hub("d"))
         assert kept(small) == "acd"
         assert paths["lora"].read_bytes() == safetensors(SIZE, 0)
+
+
+def test_a_full_disk_has_room_made_though_the_cache_may_hold_more(
+    small: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a disk for two files."""
+
+    def free(folder: Folder) -> int:
+        held = [entry for place in (folder.blobs, folder.drafts) for entry in files(place)]
+        return 2 * SIZE - sum(entry.size - entry.unwritten for entry in held)
+
+    monkeypatch.setattr(Folder, "free_bytes", free)
+    for name in "ab":
+        small.read(hub(name))
+    used_long_ago(small, "a", "b")
+    small.read(hub("c"))
+    assert kept(small) == "bc"
+    with small.borrowed(20, {}, lora=hub("b")), pytest.raises(CacheFullError) as refusal:
+        small.read(hub("large"))
+    assert str(refusal.value).endswith(
+        f" The disk of the LoRA cache is full: {3 * SIZE} bytes more were asked for, and of its 0 free bytes 0 are to "
+        f"stay so. Expected {2 * SIZE} more of them, or a smaller file."
+    )
 
 
 def test_the_weights_of_a_repository_stay_while_its_config_comes(small: Shop) -> None:

@@ -120,6 +120,16 @@ def test_calls_that_share_a_block_begin_at_their_own_first_steps(sdxl: Family) -
     assert told == [0, 1, 0, 1, 2]
 
 
+def test_a_scheduler_that_is_told_where_to_begin_is_believed() -> None:
+    """Of a pipeline that tells nobody how many timesteps are left."""
+    steps: list[int] = []
+    scheduler = SimpleNamespace(timesteps=[3, 2, 1], num_inference_steps=3, step_index=None, begin_index=1)
+    pipe = SimpleNamespace(transformer=torch.nn.Identity(), scheduler=scheduler)
+    with following(pipe, steps.append):
+        pipe.transformer(torch.zeros(1))
+    assert steps == [1]
+
+
 def test_step_is_the_schedules_not_the_count_of_forwards() -> None:
     """A pipeline may call its denoiser twice a step, once for the prompt and once for what to steer away from."""
     denoiser, steps = torch.nn.Identity(), []
