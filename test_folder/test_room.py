@@ -77,9 +77,7 @@ def test_what_is_in_use_stays_and_the_rest_makes_room(small: Shop) -> None:
         assert paths["lora"].read_bytes() == safetensors(SIZE, 0)
 
 
-def test_a_full_disk_has_room_made_though_the_cache_may_hold_more(
-    small: Shop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_has_room_made_though_the_cache_may_hold_more(small: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a disk for two files."""
 
     def free(folder: Folder) -> int:

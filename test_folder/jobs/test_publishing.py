@@ -15,6 +15,7 @@ from klora.training.loop import Progress
 from klora.training.publishing import Publishing
 from test_folder.jobs.short import held, trained, weights_of
 
+ROOT = Path(__file__).parents[2]
 WANDB = """
 import json, pathlib
 class Settings:
@@ -97,7 +98,7 @@ def test_a_tracker_that_was_loading_when_a_training_was_cancelled_tracks_the_nex
     (tmp_path / "wandb" / "__init__.py").write_text(PACKAGE)
     (tmp_path / "wandb" / "errors.py").write_text("class Error(Exception): ...")
     command = ["-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{INTERRUPTED}"]
-    ran = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     assert ran.stdout == "\nwandb_api_key cannot be used: no. Expected a key of wandb.ai, or none.\n", ran.stderr
 
 
