@@ -7,6 +7,7 @@ import resource
 import signal
 import stat
 import tarfile
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -190,15 +191,18 @@ def test_a_loss_that_is_no_number_leaves_the_last_state_that_is(
     assert all(tensor.isfinite().all() for tensor in load(left["run.safetensors"]).values())
 
 
-@pytest.mark.parametrize("saving", ["run", "tar"])
-def test_a_second_interruption_while_one_saves_loses_nothing(saving: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("saving", ["run", "tar", "scratch"])
+def test_a_second_interruption_while_one_saves_loses_nothing_and_leaves_nothing(
+    saving: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As of who presses Ctrl-C twice, or cancels and goes away."""
 
     def interrupt(progress: Progress) -> None:
         if progress.step == 2:
             raise KeyboardInterrupt
 
-    owner, name = {"run": (Run, "save"), "tar": (job, "tarred")}[saving]
+    subjects = {"run": (Run, "save"), "tar": (job, "tarred"), "scratch": (tempfile.TemporaryDirectory, "cleanup")}
+    owner, name = subjects[saving]
     right = getattr(owner, name)
 
     def slow(*given: Any) -> Any:
@@ -207,8 +211,10 @@ def test_a_second_interruption_while_one_saves_loses_nothing(saving: str, monkey
         return right(*given)
 
     monkeypatch.setattr(owner, name, slow)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(KeyboardInterrupt) as raised:  # whose frames keep the folder from being collected
         trained("left.tar", on_progress=interrupt)
+    assert raised and not list(tmp_path.glob("klora-train-*"))
     assert b'"steps":"2"' in held(Path("left.tar"))["lora.safetensors"]
 
 
