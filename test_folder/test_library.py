@@ -171,6 +171,12 @@ def test_a_pin_that_does_not_match_is_refused_and_harms_nobody_else(shop: Shop, 
     assert shop.origin.served.total() == 1
 
 
+def test_a_pin_of_the_file_that_is_here_asks_for_nothing(shop: Shop) -> None:
+    for pin in (None, sha256(CONTENT)):
+        assert shop.read(replace(hub("content"), pin=pin)) == CONTENT
+    assert shop.authority.asked.total() == 1
+
+
 @pytest.mark.parametrize("said", [True, False], ids=["known before", "known after"])
 def test_a_pin_of_a_later_file_asks_for_it_at_once(shop: Shop, said: bool) -> None:
     """Who replaces a file and pins the new one does not wait until the authority's word on the old one is old."""

@@ -127,13 +127,14 @@ def test_a_file_that_was_written_again_as_it_was_is_the_same(shell: Path) -> Non
 
 def test_a_file_that_is_named_by_another_path_is_the_same(shell: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written(shell / "p.txt", "a dog")
-    for at, mine in (
-        (shell, ("p.txt", "--style-lora", "style.safetensors")),
-        (shell, ("p.txt", "--style-lora", str(shell / "style.safetensors"))),
-        (shell / "out", ("../p.txt", "--style-lora", "../style.safetensors", "--out", ".")),
+    for at, (prompts, lora, out) in (
+        (shell, ("p.txt", "style.safetensors", "out")),
+        (shell, ("p.txt", str(shell / "style.safetensors"), "out")),
+        (shell.parent, [f"{shell.name}/{name}" for name in ("p.txt", "style.safetensors", "out")]),
+        (shell / "out", ("../p.txt", "../style.safetensors", ".")),
     ):
         monkeypatch.chdir(at)
-        result = generated(*mine)
+        result = generated(prompts, "--style-lora", lora, "--out", out)
         assert result.exit_code == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "0 images made in ., 1 were there before."
     result = generated("../p.txt", "--style-lora", "../content.safetensors", "--out", ".")
