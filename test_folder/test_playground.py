@@ -23,7 +23,7 @@ from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from test_folder.conformance.client import Client
-from test_folder.conformance.local import running
+from test_folder.conformance.local import running, trains_alone
 from test_folder.conformance.payloads import pictures, zipped
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -319,7 +319,7 @@ def test_the_form_is_the_servers(page: Page, server: Client) -> None:
 def test_a_lora_is_trained_and_fused(page: Page, tmp_path: Path) -> None:
     archive = tmp_path / "pictures.zip"
     archive.write_bytes(zipped(*pictures()))
-    with running(tmp_path / "trainer", {"KLORA_MODELS": str(TOYS)}, train=True) as trainer:
+    with trains_alone(), running(tmp_path / "trainer", {"KLORA_MODELS": str(TOYS)}, train=True) as trainer:
         page.click("button[role=tab]:has-text('Train')")
         page.fill("#trainer :is(input, textarea)", trainer.url)
         page.set_input_files("#input-input_images input[type=file]", archive)

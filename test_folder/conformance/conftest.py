@@ -7,7 +7,8 @@
                                HOST being CONFORMANCE_HOST and PORT one that the tests may listen on
 
 A server does one thing at a time: give none to two runs at once. Here every worker has its own, and only
-test_trainings.py trains, because both modes share a working directory, in which a training leaves its tar.
+test_trainings.py trains, because both modes share a working directory, in which a training leaves its tar; who trains
+beside it, as the browser's tests do, and who looks at that tar say trains_alone().
 """
 
 import os

@@ -1,12 +1,14 @@
 """Servers that run here, for tests that are given none: script/serve's, each in a folder of its own. Loopback only."""
 
+import fcntl
+import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from in_venv import program
+from in_venv import ROOT, program
 
 from test_folder.conformance.client import PREDICT, TRAIN, Client
 
@@ -41,6 +43,17 @@ def running(
         asked = {"train": train, "seconds": SETUP_SECONDS, "options": options}
         with program("serve").serving(_free_port(), log, settings, **asked) as (url, _):
             yield Client(url, TRAIN if train else PREDICT)
+
+
+@contextmanager
+def trains_alone() -> Iterator[None]:
+    """While nobody else who asks for it trains in this clone, whose servers all leave their tar in the same place."""
+    folder = os.open(ROOT, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _settings(folder: Path) -> dict[str, str]:

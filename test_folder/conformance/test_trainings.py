@@ -13,7 +13,7 @@ from safetensors.numpy import load
 
 from test_folder.conformance.client import BASES, Client, progress
 from test_folder.conformance.hooks import Hooks
-from test_folder.conformance.local import Place
+from test_folder.conformance.local import Place, trains_alone
 from test_folder.conformance.payloads import content_of, data_uri, encoded, noise, pictures, pixels_of, upload, zipped
 
 TOKEN = "hf_CanaryOfTheHub"
@@ -181,16 +181,18 @@ def test_a_cancelled_training_leaves_the_next_one_right(trainer: Client, hooks: 
 
 @pytest.mark.local
 def test_a_cancelled_training_goes_on_from_its_tar_as_if_nothing_had_been(trainer: Client) -> None:
-    LEFT.unlink(missing_ok=True)
-    trainer.begin("to-go-on")
-    assert trainer.cancel("to-go-on") == 200
-    trainer.wait_for(LEFT.is_file)
-    with opened(LEFT.read_bytes()) as tar:
+    with trains_alone():
+        LEFT.unlink(missing_ok=True)
+        trainer.begin("to-go-on")
+        assert trainer.cancel("to-go-on") == 200
+        trainer.wait_for(LEFT.is_file)
+        left = LEFT.read_bytes()
+    with opened(left) as tar:
         assert {"config.json", "train.jsonl"} <= set(tar.getnames())
         state = tar.extractfile("run.safetensors").read()
     header = json.loads(state[8 : 8 + int.from_bytes(state[:8], "little")])
     steps = json.loads(header["__metadata__"]["run"])["step"] + 5
-    resumed = trained(trainer, steps=steps, resume_from=data_uri(LEFT.read_bytes(), "application/x-tar"))
+    resumed = trained(trainer, steps=steps, resume_from=data_uri(left, "application/x-tar"))
     whole = trained(trainer, steps=steps)
     assert resumed["metrics"]["fixed_loss"] == whole["metrics"]["fixed_loss"]
 
