@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,11 @@ def ray(bases: Path) -> Iterator[Any]:
         ray.shutdown()
 
 
+def at_work(folder: Path) -> list[int]:
+    """Which of the workers that opened_with_another() opened."""
+    return [int(worker.name) for worker in folder.iterdir() if worker.read_text()]
+
+
 def opened_with_another(folder: Path) -> Draw:
     """The command's, in a worker that says who it is and when it is at work, and begins when there are two."""
     own = folder / str(os.getpid())
@@ -63,6 +69,7 @@ def opened_with_another(folder: Path) -> Draw:
 
     def draw_(asked: Sequence[Request], check: Check) -> Mapping[int, Image.Image]:
         own.write_text("at work")
+        time.sleep(0.2)  # long enough to be seen, however soon it is done
         images = draw(asked, check)
         own.write_text("")
         return images
@@ -76,15 +83,21 @@ def test_a_worker_that_is_killed_at_work_loses_nothing_and_nothing_is_made_twice
     batches = Bulk(batch_size=2).batches(prompts.jobs())
     for folder in ("workers", "out", "whole"):
         (shell / folder).mkdir()
-    ended, killed, before = [], 0, dict[str, tuple[int, bytes]]()
-    for outcome in spread(batches, partial(opened_with_another, shell / "workers"), Folder(Path("out")), workers=2):
-        ended.append(outcome)
-        working = [int(worker.name) for worker in (shell / "workers").iterdir() if worker.read_text()]
-        if working and not killed:
-            killed = working[0]
-            os.kill(killed, signal.SIGKILL)
-            before = contents(shell / "out")
-    assert killed
+
+    def kill_one(images: int) -> dict[str, tuple[int, bytes]]:
+        """As soon as there are so many, and one is at work; what is there then."""
+        end = time.monotonic() + 60
+        while len(pictures(shell / "out")) < images or not (working := at_work(shell / "workers")):
+            assert time.monotonic() < end, "none was seen at work"
+            time.sleep(0.01)
+        os.kill(working[0], signal.SIGKILL)
+        return contents(shell / "out")
+
+    with ThreadPoolExecutor(1) as pool:
+        killing = pool.submit(kill_one, 2)
+        draws = partial(opened_with_another, shell / "workers")
+        ended = list(spread(batches, draws, Folder(Path("out")), workers=2))
+        before = killing.result()
     assert [sorted(place for outcome in ended for place in outcome.there), ended[0].faults] == [list(range(8)), []]
     after = contents(shell / "out")
     assert {name: after[name] for name in before if name.endswith(".json")} == {
