@@ -58,6 +58,7 @@ class Report:
 def report(contents: Contents, spelled: Mapping[str, Module], lora: LoRA, inexact: float) -> Report:
     """Of an open file, its modules and what a base has read from it."""
     ranks = [pair.rank for part in (lora.layers, *lora.text_encoders.values()) for pair in part.values()]
+    triggers = stated(contents.metadata)
     return Report(
         format=_format(contents),
         kinds=Counter(module.kind for module in spelled.values()),
@@ -66,8 +67,8 @@ def report(contents: Contents, spelled: Mapping[str, Module], lora: LoRA, inexac
         text_encoders={component: len(layers) for component, layers in lora.text_encoders.items()},
         words=tuple(lora.words),
         inexact=inexact,
-        triggers=(words := stated(contents.metadata)),
-        tags=tuple(tag for tag in tags(contents.metadata) if tag not in words),
+        triggers=triggers,
+        tags=tuple(tag for tag in tags(contents.metadata) if tag not in triggers),
     )
 
 
@@ -97,8 +98,8 @@ def tags(metadata: Mapping[str, str]) -> list[str]:
     try:
         folders = dict(json.loads(metadata.get("ss_tag_frequency") or "{}")).values()
         counts: Counter[str] = Counter()
-        for tags in folders:
-            counts.update({str(tag).strip()[:100]: int(count) for tag, count in dict(tags).items()})
+        for folder in folders:
+            counts.update({str(tag).strip()[:100]: int(count) for tag, count in dict(folder).items()})
     except (ValueError, TypeError, OverflowError, RecursionError):  # what nobody needs is no reason to refuse a file
         return []
     return [tag for tag, _ in counts.most_common(_TAGS) if _is_trigger(tag)]

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from klora.errors import RequestError
@@ -165,12 +165,16 @@ class TrainConfig:
     @property
     def remarks(self) -> list[str]:
         """What is asked for and does not come about as the other settings stand, a sentence each."""
-        asked = [name for name in WITHOUT if getattr(self, name) != self.__dataclass_fields__[name].default]
-        idle = [(name, other) for name in asked if getattr(self, other := WITHOUT[name][0]) in WITHOUT[name][1]]
+        default = {item.name: item.default for item in fields(self)}
+        idle = [
+            (name, other)
+            for name, (other, off) in WITHOUT.items()
+            if getattr(self, name) != default[name] and getattr(self, other) in off
+        ]
         said = [f"{name} changes nothing: {other} is {getattr(self, other)!r}" for name, other in idle]
         if self.lr_warmup_steps > self.steps:
-            rises = f"lr_warmup_steps is {self.lr_warmup_steps} and steps {self.steps}"
-            said.append(f"{rises}: the learning rate is still rising at the end, and never what was asked for")
+            asked = f"lr_warmup_steps is {self.lr_warmup_steps} and steps {self.steps}"
+            said.append(f"{asked}: the learning rate is still rising at the end, and never what was asked for")
         return said
 
     def targets(self, names: Collection[str], component: str = "transformer") -> list[str]:
