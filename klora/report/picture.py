@@ -45,8 +45,8 @@ def figure(report: Report) -> "Figure":
     the four axes in this order."""
     height = min(1400, max(420, math.ceil(1.25 * len(report.layers))))
     blocks = _blocks(report.layers)
-    room = _Room(WIDTH, height, longest=max((len(name) for name, _, _ in blocks), default=0))
-    drawn = _new_figure(room.width, room.height)
+    room = _Room(height, longest=max((len(name) for name, _, _ in blocks), default=0))
+    drawn = _new_figure(room.height)
     heat, curve, ratios, slider = (drawn.add_axes(box) for box in room.boxes())
     _draw_choice(heat, report, blocks, height)
     _draw_shares(curve, report)
@@ -67,18 +67,18 @@ def choice_colours(report: Report) -> "np.ndarray[Any, np.dtype[np.uint8]]":
 class _Room:
     """Where the four axes are, in pixels and in parts of the figure."""
 
-    def __init__(self, width: int, heat: int, longest: int) -> None:
-        self.width, self.heat = width, heat
+    def __init__(self, heat: int, longest: int) -> None:
+        self.heat = heat
         self.left = 66 + round(6.3 * longest)
         self.height = heat + sum(_MARGINS[part] for part in ("top", "gap", "curve", "bottom"))
 
     def boxes(self) -> Iterator[tuple[float, float, float, float]]:
         """(left, bottom, width, height) of the heat map, the curve below it, R beside it and the slider below R."""
-        side = self.width - _MARGINS["right"] - _MARGINS["side"]
+        side = WIDTH - _MARGINS["right"] - _MARGINS["side"]
         middle = self.height - _MARGINS["top"] - self.heat
         for left, width in ((self.left, side - 70 - self.left), (side, _MARGINS["side"])):
             for bottom, height in ((middle, self.heat), (_MARGINS["bottom"], _MARGINS["curve"])):
-                yield left / self.width, bottom / self.height, width / self.width, height / self.height
+                yield left / WIDTH, bottom / self.height, width / WIDTH, height / self.height
 
 
 def _blocks(layers: tuple[str, ...]) -> list[tuple[str, int, int]]:
@@ -196,14 +196,14 @@ def _draw_title(drawn: "Figure", report: Report, room: _Room) -> None:
 
     schedule, shared = report.schedule, report.owners
     drawn.text(
-        16 / room.width, 1 - 14 / room.height,
+        16 / WIDTH, 1 - 14 / room.height,
         f"K-LoRA, pattern {schedule.pattern}: alpha {schedule.alpha:g}, beta {schedule.beta:g}, style_bias "
         f"{report.style_bias:g}, gamma {report.gamma:.3g}",
         fontsize=14, fontweight="bold", va="top", color=INK,
     )  # fmt: skip
     always, share = report.always, "none" if report.style_share is None else f"{report.style_share:.0%}"
     drawn.text(
-        16 / room.width, 1 - 42 / room.height,
+        16 / WIDTH, 1 - 42 / room.height,
         f"{shared['both']} layers in both LoRAs. Style acts in {share} of layers and steps; "
         f"shared layers that never switch: {always['content']} content's, {always['style']} style's",
         fontsize=10.5, va="top", color=INK,
@@ -213,7 +213,7 @@ def _draw_title(drawn: "Figure", report: Report, room: _Room) -> None:
         names[f"one LoRA alone ({shared['content']} layers content's, {shared['style']} style's)"] = ALONE
     drawn.legend(
         handles=[Patch(color=colour, label=name) for name, colour in names.items()], loc="lower left", ncols=3,
-        bbox_to_anchor=(room.left / room.width, 1 - (_MARGINS["top"] - 2) / room.height), frameon=False, fontsize=10,
+        bbox_to_anchor=(room.left / WIDTH, 1 - (_MARGINS["top"] - 2) / room.height), frameon=False, fontsize=10,
         borderaxespad=0, borderpad=0.3, handlelength=1.4,
     )  # fmt: skip
 
@@ -222,11 +222,11 @@ def _rgb(colour: str) -> tuple[int, ...]:
     return tuple(bytes.fromhex(colour[1:]))
 
 
-def _new_figure(width: int, height: int) -> "Figure":
+def _new_figure(height: int) -> "Figure":
     with _settings_in_a_temporary_folder():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    drawn = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
+    drawn = Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI, facecolor="white")
     FigureCanvasAgg(drawn)
     return drawn
 
