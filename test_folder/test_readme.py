@@ -1,4 +1,4 @@
-"""What the README shows is what works."""
+"""What the README and the pages in docs/ show is what works."""
 
 import json
 import re
@@ -13,7 +13,9 @@ import torch
 
 from klora import Request, generate, load_model
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = {page: page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 
 
 def test_the_plug_in_lines_do_what_generate_does(
@@ -41,8 +43,7 @@ def test_the_plug_in_lines_have_types(tmp_path: Path) -> None:
     """The package says that it is typed: what it shows is not to be refused by who checks that."""
     [lines] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     (tmp_path / "program.py").write_text("import diffusers\n\npipe: diffusers.StableDiffusionXLPipeline\n" + lines)
-    root = Path(__file__).resolve().parent.parent
-    options = ["--config-file", str(root / "pyproject.toml"), "--cache-dir", str(tmp_path / "cache")]
+    options = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(tmp_path / "cache")]
     said, _, status = mypy.api.run([*options, "--follow-imports", "silent", str(tmp_path / "program.py")])
     assert status == 0, said
 
@@ -78,8 +79,25 @@ class Seeded:
         return self._pipe(*args, **options, generator=[self._generator])
 
 
-def test_every_file_and_script_that_the_readme_names_exists() -> None:
-    root = Path(__file__).resolve().parent.parent
-    named = set(re.findall(r"(?<![/\w])(?:script|klora|test_folder)/[\w./-]*\w|\b(?:predict|weights)\.py\b", README))
+NAMED = re.compile(r"(?<![/\w])(?:script|klora|test_folder)/[\w./-]*\w|\b(?:predict|weights)\.py\b")
+
+
+def test_every_file_and_script_that_a_page_names_exists() -> None:
+    named = {name for text in PAGES.values() for name in NAMED.findall(text)}
     assert len(named) >= 8
-    assert [name for name in named if not (root / name).exists()] == []
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_link_of_a_page_leads_somewhere() -> None:
+    links = [(page, link) for page, text in PAGES.items() for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text)]
+    assert len(links) >= 8
+    for page, link in links:
+        file, _, heading = link.partition("#")
+        linked = page.parent / file if file else page
+        assert linked.exists() and (not heading or heading in headings(linked)), (page.name, link)
+
+
+def headings(page: Path) -> set[str]:
+    """As GitHub names them in links."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}

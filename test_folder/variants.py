@@ -1,6 +1,6 @@
 """Every way in which LoRA files are written, made by code from the naming rules, and what each means.
 
-`python -m test_folder.variants` prints the table that the README shows; files/test_variants.py holds it to be true.
+`python -m test_folder.variants` prints the table of docs/loras.md; files/test_variants.py holds it to be true.
 """
 
 import io

@@ -23,7 +23,7 @@ from test_folder.files.reading import GOOD, KOHYA_Q, Q, assert_is_a_sentence, at
 from test_folder.files.spelling import KOHYA, keyed
 from test_folder.variants import VARIANTS, Variant, largest_error, table
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "loras.md"
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.family}, {v.name}")
@@ -32,11 +32,11 @@ def test_every_way_of_writing_means_the_same(models: dict[str, Family], tmp_path
     assert count > 10 and error < 1e-6
 
 
-def test_the_readme_shows_the_table(models: dict[str, Family], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_shows_the_table(models: dict[str, Family], capsys: pytest.CaptureFixture[str]) -> None:
     made = table(models)
     with capsys.disabled():
         print(f"\n{made}")
-    assert made in README.read_text()
+    assert made in PAGE.read_text()
 
 
 # Updates that are no pairs of factors.
