@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from typer.testing import CliRunner, Result
 
+from klora import cli
 from klora.bulk.lines import PromptFile, read_prompts
 from klora.studio.provenance import UsedLoRA, picture_sha256
 
 CPU = torch.device("cpu")
 QUICK = {"num_inference_steps": 2, "disable_safety_checker": True, "output_format": "png"}
 PROMPTS = ("a photo of a dog", "a red house by the sea", "two cats")
+OPTIONS = ("--num-inference-steps", "2", "--disable-safety-checker", "--model", "sdxl")  # of the command
 ONE_LEVEL = 1  # of 255, by which an image in a batch may differ from itself alone: a batched product rounds otherwise
 Runs = Callable[..., list[str]]
 
@@ -27,6 +30,11 @@ def written(path: Path, *lines: str | Mapping[str, Any]) -> Path:
     """A prompt file."""
     path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
     return path
+
+
+def generated(*arguments: str) -> Result:
+    """`klora generate`, quick."""
+    return CliRunner().invoke(cli.app, ["generate", *arguments, *OPTIONS])
 
 
 def read(path: Path, **common: Any) -> PromptFile:

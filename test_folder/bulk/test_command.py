@@ -9,19 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from klora import cli
 from klora.bulk.batches import Bulk
 from klora.form.request import Request
 from klora.studio.provenance import read_provenance
-from test_folder.bulk.prompting import PROMPTS, pictures, written
-
-OPTIONS = ("--num-inference-steps", "2", "--disable-safety-checker", "--model", "sdxl")
-
-
-def generated(*arguments: str) -> Result:
-    return CliRunner().invoke(cli.app, ["generate", *arguments, *OPTIONS])
+from test_folder.bulk.prompting import OPTIONS, PROMPTS, generated, pictures, written
 
 
 def test_a_lora_that_is_not_there_in_one_line_of_five(shell: Path) -> None:

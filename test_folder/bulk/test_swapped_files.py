@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from klora import cli
 from klora.bulk.batches import Bulk
 from klora.bulk.folder import Folder
 from klora.bulk.run import Digests, run
@@ -17,15 +16,9 @@ from klora.errors import RequestError
 from klora.form.request import Request
 from klora.studio import Check, Studio
 from klora.studio.digests import digests
-from test_folder.bulk.prompting import contents, pictures, read, unchecked, written
+from test_folder.bulk.prompting import contents, generated, pictures, read, unchecked, written
 from test_folder.fakes import Storage
 from test_folder.fakes.hub import Hub
-
-OPTIONS = ("--num-inference-steps", "2", "--disable-safety-checker", "--model", "sdxl")
-
-
-def generated(*arguments: str) -> Result:
-    return CliRunner().invoke(cli.app, ["generate", *arguments, *OPTIONS])
 
 
 def swapped(file: Path) -> tuple[str, str]:

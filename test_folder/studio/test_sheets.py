@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +21,15 @@ from klora.lora import LowRank
 from klora.studio import Studio, save_images
 from klora.studio.provenance import read_provenance
 from klora.studio.sheets import LEGIBLE, SWEEP, Way, contact_sheet, draw_ways, tallied, ways_of
+from test_folder.pairs import named_pair, pair_of
 
 PAIR = {"content_lora": "sdxl_content.safetensors", "style_lora": "sdxl_style.safetensors"}
-SHEETS = {"compare": 5, "sweep": len(SWEEP)}
 GREY = Image.new("RGB", (8, 8), "gray")
-
-
-@pytest.fixture(scope="module")
-def models(bases: Path) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KLORA_MODELS", str(bases))
-        yield bases
-
-
-@pytest.fixture(scope="module")
-def studio(models: Path) -> Studio:
-    return Studio(weights.find_base, models / "safety-checker", torch.device("cpu"))
 
 
 def asked(**given: Any) -> Request:
     quick = {"prompt": "a dog", "num_inference_steps": 3, "seed": 7, "width": 64, "height": 64, "output_format": "png"}
     return Request(**{**quick, "disable_safety_checker": True, **PAIR, **given})
-
-
-def files(loras: Path) -> dict[str, Path]:
-    return {name: loras / file for name, file in PAIR.items()}
 
 
 def cells(sheet: Image.Image, count: int, height: int, width: int = 64) -> list[np.ndarray]:
@@ -68,18 +52,18 @@ SWEPT: list[Mapping[str, Any]] = [{"style_bias": bias} for bias in (0.5, 0.7, 1,
 def test_a_sheet_shows_the_images_that_each_way_makes(
     studio: Studio, loras: Path, sheet: str, ways: list[Mapping[str, Any]]
 ) -> None:
-    before = studio.make(asked(), files(loras))[0]
+    before = studio.make(asked(), pair_of(loras))[0]
     steered = {"alpha": 1.25, **({"style_bias": 2.0} if sheet == "compare" else {})}
-    (shown,) = studio.make(asked(**{sheet: True}, **steered), files(loras)).values()
+    (shown,) = studio.make(asked(**{sheet: True}, **steered), pair_of(loras)).values()
     for cell, way in zip(cells(shown, len(ways), 64), ways, strict=True):
         alone = asked(**way, **({} if "fusion" in way else steered))
-        assert np.array_equal(cell, studio.make(alone, files(loras))[0])
-    assert np.array_equal(before, studio.make(asked(), files(loras))[0])
+        assert np.array_equal(cell, studio.make(alone, pair_of(loras))[0])
+    assert np.array_equal(before, studio.make(asked(), pair_of(loras))[0])
 
 
 def test_both_sheets_come_from_one_request(studio: Studio, loras: Path, tmp_path: Path) -> None:
     request = asked(compare=True, sweep=True)
-    images = studio.make(request, files(loras))
+    images = studio.make(request, pair_of(loras))
     paths = save_images(images, tmp_path, request)
     assert [path.name for path in paths] == ["klora_7_compare.png", "klora_7_sweep.png"]
     assert np.array_equal(cells(images["compare"], 5, 64)[4], cells(images["sweep"], 5, 64)[2])  # s*, style_bias 1
@@ -114,10 +98,10 @@ def test_ways_with_the_same_choice_have_one_decision() -> None:
     assert [way.caption for way in ways] == ["style acts in 0%"] * 3 + ["style acts in 50%"] * 2
 
 
-@pytest.mark.parametrize("sheet", SHEETS)
+@pytest.mark.parametrize("sheet", ["compare", "sweep"])
 def test_progress_reaches_all_steps_of_all_images(studio: Studio, loras: Path, sheet: str) -> None:
     told: list[tuple[int, int]] = []
-    studio.make(asked(**{sheet: True}), files(loras), on_step=lambda *step: told.append(step))
+    studio.make(asked(**{sheet: True}), pair_of(loras), on_step=lambda *step: told.append(step))
     assert told == sorted(told)
     assert told[0][0] == 0
     assert {steps for _, steps in told} == {told[-1][0]}
@@ -155,21 +139,15 @@ class Checker:
         return [place in self.withheld for place in range(len(images))]
 
 
-@pytest.fixture
-def strict(models: Path) -> Studio:
-    """A studio whose checker a test gives it."""
-    return Studio(weights.find_base, models / "safety-checker", torch.device("cpu"))
-
-
-def test_only_what_is_withheld_is_blank(strict: Studio, loras: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = cells(strict.make(asked(compare=True), files(loras))["compare"], 5, 64)
-    monkeypatch.setattr(strict, "_safety", lambda: Checker(1))
-    shown = cells(strict.make(asked(compare=True, disable_safety_checker=False), files(loras))["compare"], 5, 64)
+def test_only_what_is_withheld_is_blank(fresh: Studio, loras: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = cells(fresh.make(asked(compare=True), pair_of(loras))["compare"], 5, 64)
+    monkeypatch.setattr(fresh, "_safety", lambda: Checker(1))
+    shown = cells(fresh.make(asked(compare=True, disable_safety_checker=False), pair_of(loras))["compare"], 5, 64)
     assert (shown[1] == 255).all()
     assert all(np.array_equal(shown[place], whole[place]) for place in (0, 2, 3, 4))
-    monkeypatch.setattr(strict, "_safety", lambda: Checker(0, 1, 2, 3, 4))
+    monkeypatch.setattr(fresh, "_safety", lambda: Checker(0, 1, 2, 3, 4))
     with pytest.raises(SafetyError, match=r"withheld every image \(0, 1, 2, 3, 4\)"):
-        strict.make(asked(compare=True, disable_safety_checker=False), files(loras))
+        fresh.make(asked(compare=True, disable_safety_checker=False), pair_of(loras))
 
 
 @pytest.mark.parametrize("width", [40, 192, 400])
@@ -201,8 +179,8 @@ def test_a_pair_is_summed_up_in_the_log_and_the_metrics(
 ) -> None:
     facts: dict[str, Any] = {}
     with caplog.at_level(logging.INFO):
-        studio.make(asked(style_bias=1.4), files(loras), facts.__setitem__)
-    told = studio.report(asked(style_bias=1.4), files(loras)).summary()
+        studio.make(asked(style_bias=1.4), pair_of(loras), facts.__setitem__)
+    told = studio.report(asked(style_bias=1.4), pair_of(loras)).summary()
     assert facts["fusion"] == told
     assert told in caplog.messages and [text[:13] for text in caplog.messages].count("content_lora:") == 1
     assert f"style acts in {facts['style_share']:.0%}" in told
@@ -216,7 +194,7 @@ def test_a_sheet_tells_the_seconds_of_all_its_images_and_no_share_of_one(studio:
         for name in ("decode_seconds", "style_share", "flips", "flips_per_step", "gamma"):
             tell(name, value)
     assert told == [("decode_seconds", 1.0), ("gamma", 1.0), ("decode_seconds", 3.0), ("gamma", 2.0)]
-    studio.make(asked(sweep=True), files(loras), facts.__setitem__)
+    studio.make(asked(sweep=True), pair_of(loras), facts.__setitem__)
     assert not {"style_share", "flips", "flips_per_step"} & facts.keys()
     assert {"fusion", "gamma", "denoise_seconds"} <= facts.keys()
 
@@ -230,7 +208,7 @@ def test_a_sheet_tells_the_most_memory_that_one_image_took() -> None:
 
 
 def test_a_report_of_a_request_is_about_its_own_choice(studio: Studio, loras: Path) -> None:
-    report = studio.report(asked(style_bias=1.4, pattern="s"), files(loras))
+    report = studio.report(asked(style_bias=1.4, pattern="s"), pair_of(loras))
     content, style = (
         studio.load(*weights.find_base("sdxl")).read_lora(loras / f"sdxl_{role}.safetensors")
         for role in ("content", "style")
@@ -243,10 +221,10 @@ def test_a_report_of_a_request_is_about_its_own_choice(studio: Studio, loras: Pa
 def test_the_command_makes_a_sheet_and_makes_it_again(models: Path, loras: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        for name, path in files(loras).items():
-            Path(PAIR[name]).symlink_to(path)
-        given = [part for name, file in PAIR.items() for part in (f"--{name.replace('_', '-')}", file)]
-        given += ["--num-inference-steps", "2", "--seed", "7", "--disable-safety-checker", "--output-format", "png"]
+        for path in pair_of(loras).values():
+            Path(path.name).symlink_to(path)
+        given = [*named_pair("sdxl"), "--num-inference-steps", "2", "--seed", "7", "--output-format", "png"]
+        given += ["--disable-safety-checker"]
         made = CliRunner().invoke(cli.app, ["fuse", "a dog", *given, "--compare", "--report"])
         assert made.exit_code == 0, made.stderr
         names = ["klora_7_compare.png", "report.png", "report.json"]
