@@ -30,7 +30,7 @@ def bearer(token: str | None, authority: str) -> dict[str, str]:
 def file_name(path: str) -> str:
     """What a file is called on the disk: the end of its path in letters, digits and "._-", at most 80 of them."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", PurePosixPath(path).name)
-    return name[-MAX_NAME:].lstrip("._-") or "lora"
+    return name[-MAX_NAME:].lstrip(".-") or "lora"
 
 
 def plain_words(said: Iterable[Any]) -> tuple[str, ...]:

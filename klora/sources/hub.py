@@ -60,7 +60,7 @@ def resolve(
         names[beside] = CONFIG
     if words := _words(reference.repository, PurePosixPath(path), found.files):
         # Cut as its words' is, which are known as its own by it.
-        names = {path: names[path][-76:].lstrip("._-"), words: file_name(words)}
+        names = {path: names[path][-76:].lstrip(".-"), words: file_name(words)}
     return tuple(_download(reference.repository, found, path, name, endpoint, headers) for path, name in names.items())
 
 

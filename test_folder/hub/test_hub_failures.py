@@ -68,7 +68,7 @@ def test_a_card_that_makes_no_sense_says_nothing(authority: Hub, resolve: Resolv
 @pytest.mark.parametrize(
     ("path", "name"),
     {
-        "ünï cödé.safetensors": "n_c_d_.safetensors",
+        "ünï cödé.safetensors": "_n_c_d_.safetensors",
         f"{'x' * 100}.safetensors": f"{'x' * 68}.safetensors",
         ".hidden.safetensors": "hidden.safetensors",
         "a/-rf;$(x).safetensors": "rf_x_.safetensors",

@@ -68,6 +68,7 @@ LONG = "x" * 90
         ([LORA, "dog.safetensors", "dog_emb.safetensors"], "hf:o/m", [LORA, "dog_emb.safetensors"]),
         (["dog.safetensors", "cat_emb.safetensors"], "hf:o/m/dog.safetensors", ["dog.safetensors"]),
         (["dog_emb.safetensors"], "hf:o/m", ["dog_emb.safetensors"]),
+        (["水墨.safetensors", "水墨_emb.safetensors"], "hf:o/m", ["_.safetensors", "__emb.safetensors"]),
         ([f"{LONG}.safetensors", f"{LONG}_emb.safetensors"], "hf:o/m", [f"{'x' * 64}.safe", f"{'x' * 64}_emb.safe"]),
     ],
 )
