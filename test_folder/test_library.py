@@ -35,12 +35,22 @@ def test_what_is_here_is_lent_without_a_question_and_without_a_download(shop: Sh
     assert shop.authority.asked.total() == shop.origin.served.total() == 1
 
 
-def test_a_peft_repository_has_its_config_beside_its_weights(shop: Shop) -> None:
+@pytest.mark.parametrize(
+    ("lora", "beside"),
+    [
+        (("adapter_model.safetensors", CONTENT), ("adapter_config.json", b'{"r": 4}')),
+        (("dog.safetensors", CONTENT), ("dog_emb.safetensors", STYLE)),
+        (("dog.tar", tarred({"lora.safetensors": CONTENT})), ("dog_emb.safetensors", STYLE)),
+    ],
+)
+def test_what_a_repository_has_beside_its_lora_lies_beside_it(
+    shop: Shop, lora: tuple[str, bytes], beside: tuple[str, bytes]
+) -> None:
     """H8."""
-    shop.authority.has(hub("peft"), ("adapter_config.json", b'{"r": 4}'), ("adapter_model.safetensors", CONTENT))
-    with shop.borrowed(20, {}, lora=hub("peft")) as paths:
-        assert paths["lora"].name == "adapter_model.safetensors"
-        assert paths["lora"].with_name("adapter_config.json").read_bytes() == b'{"r": 4}'
+    shop.authority.has(hub("two"), lora, beside)
+    with shop.borrowed(20, {}, lora=hub("two")) as paths:
+        assert (paths["lora"].name, paths["lora"].read_bytes()) == lora
+        assert paths["lora"].with_name(beside[0]).read_bytes() == beside[1]
 
 
 def test_one_reference_for_both_inputs_is_fetched_once(shop: Shop) -> None:

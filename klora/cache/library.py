@@ -6,7 +6,7 @@ scope, for at most MAX_AGE seconds after the authority was last asked.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -35,7 +35,7 @@ Fetch = Callable[[Download, Draft, Deadline], str]
 class Library:
     """What a server lends from its store.
 
-    resolve: asks the authority what a reference comes to, now.   fetch: writes a download into a draft, and returns
+    resolve: asks the authority what a reference comes to, now, the LoRA first.   fetch: writes a download into a draft, and returns
     its sha256 in hex; both raise SourceError.   check: raises SourceError where a file is damaged.
     """
 
@@ -89,13 +89,13 @@ class Library:
         start, reference = time.monotonic(), asked.reference
         found = self._data(reference, asked.deadline) if isinstance(reference, Data) else self._found(asked)
         loans.callback(found.loan.close)  # a deque's append: safe from several threads
-        ref, main = found.ref, _main(found.ref.files)
-        _check_pin(reference, ref.files[main].sha256)
+        ref = found.ref
+        _check_pin(reference, ref.files[0].sha256)
         _check_base(asked, ref.base_model)
         logger.info("%s: %s, %d bytes, %.3f s", reference, found.how, ref.size, time.monotonic() - start)
         if ref.base_model or ref.triggers:
             logger.info("%s", _told(ref))
-        return Borrowed(found.loan.paths[main], self._store.scores(ref.files), ref.triggers)
+        return Borrowed(found.loan.paths[0], self._store.scores(ref.files), ref.triggers)
 
     def _found(self, asked: "_Asked") -> "_Found":
         if found := self._at_hand(asked):
@@ -107,7 +107,7 @@ class Library:
         """What needs no question; of what is not the pinned file the authority may have a later one. Raises again what
         was refused lately."""
         ref, pin = self._store.refs.get(asked.name), asked.reference.pin
-        known = ref and ref.authorised.is_recent(MAX_AGE) and pin in (None, ref.files[_main(ref.files)].sha256)
+        known = ref and ref.authorised.is_recent(MAX_AGE) and pin in (None, ref.files[0].sha256)
         if ref and known and (loan := self._store.lend(ref.files)):
             self._store.refs.touch(asked.name)
             return _Found(loan, ref, "hit")
@@ -128,7 +128,7 @@ class Library:
             raise
         if asked.scope == PUBLIC and any(download.credential for download in downloads):
             raise RuntimeError(f"{asked.plain} was asked for with a credential that the request did not bring")
-        told = downloads[_main(downloads)]
+        told = downloads[0]
         _check_pin(asked.reference, told.sha256)
         _check_base(asked, told.base_model)
         return self._kept(asked, downloads, known)
@@ -165,7 +165,7 @@ class Library:
                     how = "fetched"
                 pins.enter_context(held)
                 files.append(File(download.key, download.name, cast(str, sha256), held.size()))
-            told = downloads[_main(downloads)]
+            told = downloads[0]
             ref = Ref(str(asked.plain), asked.scope, tuple(files), Moment.now(), told.base_model, told.triggers)
             self._store.remember(ref, asked.deadline)
             return _Found(self._lent(ref.files), ref, how)
@@ -235,11 +235,6 @@ class _Asked:
     def name(self) -> str:
         """Of its ref, its flight and its refusals."""
         return ref_name(str(self.plain), self.scope)
-
-
-def _main(files: Sequence[File | Download]) -> int:
-    """Which of a reference's files is the LoRA."""
-    return next((n for n, file in enumerate(files) if file.name.endswith(".safetensors")), 0)
 
 
 def _check_pin(reference: Reference, sha256: str | None) -> None:

@@ -52,7 +52,10 @@ class File:
 
 @dataclass(frozen=True)
 class Ref:
-    """What a reference came to. scope: PUBLIC, or the keyed hash of the credential it was asked for with."""
+    """What a reference came to. scope: PUBLIC, or the keyed hash of the credential it was asked for with.
+
+    files: the LoRA, and what lies beside it.
+    """
 
     reference: str
     scope: str

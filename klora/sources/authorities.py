@@ -26,14 +26,14 @@ class Authorities:
     max_bytes: int = 2 << 30
 
     def resolve(self, reference: Reference, tokens: Mapping[str, str], deadline: Deadline) -> tuple[Download, ...]:
-        """What a reference comes to now. tokens: of the user's, by authority, "hf", "civitai", "replicate".
+        """What a reference comes to now, the LoRA first. tokens: of the user's, by authority, "hf", "civitai", "replicate".
 
         Raises NotFound, Denied, Unreachable, or SourceError where it is no LoRA, or larger than one may be.
         """
         downloads = self._asked(reference, tokens, deadline)
-        for name, size in ((download.name, download.size or 0) for download in downloads):
-            if size > self.max_bytes:  # before anybody makes room for it
-                raise SourceError(f"{name} is {size} bytes long. Expected at most {self.max_bytes}.")
+        for download in downloads:
+            if (download.size or 0) > self.max_bytes:  # before anybody makes room for it
+                raise SourceError(f"{download.name} is {download.size} bytes long. Expected at most {self.max_bytes}.")
         return downloads
 
     def _asked(self, reference: Reference, tokens: Mapping[str, str], deadline: Deadline) -> tuple[Download, ...]:
