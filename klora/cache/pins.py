@@ -7,7 +7,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Self
 
@@ -68,33 +68,24 @@ def pin(path: Path, flags: int = os.O_RDONLY) -> Pin | None:
 def seized(path: Path) -> Iterator[bool]:
     """Whether nobody uses what is at this path, and nobody will until the end of the block."""
     try:
-        alone = _locked(path, fcntl.LOCK_EX)
+        held = _locked(path, fcntl.LOCK_EX)
     except OSError:  # in use; or no file that could be
-        alone = None
-    try:
-        yield alone is not None
-    finally:
-        if alone is not None:
-            alone.close()
+        held = None
+    with held or nullcontext():
+        yield held is not None
 
 
 def _locked(path: Path, operation: int, flags: int = os.O_RDONLY) -> Pin | None:
-    try:
+    with suppress(FileNotFoundError), ExitStack() as stack:
         locked = Pin(os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o400))
-    except FileNotFoundError:
-        return None
-    try:
+        stack.enter_context(locked)
         fcntl.flock(locked.fileno(), operation | fcntl.LOCK_NB)
         # Between open and flock somebody may have removed or replaced it: then the lock is of nothing.
         if not os.path.samestat(os.fstat(locked.fileno()), path.lstat()):
             raise BlockingIOError(f"{path} is another file by now")
-    except FileNotFoundError:
-        locked.close()
-        return None
-    except BaseException:
-        locked.close()
-        raise
-    return locked
+        stack.pop_all()
+        return locked
+    return None
 
 
 @contextmanager

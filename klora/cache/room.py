@@ -66,7 +66,7 @@ class Room:
             )
         self._sweep_drafts()
         lacking = self._lacking(wanted)
-        spare = sum(entry.size for entry in self._spare())
+        spare = sum(entry.size for entry in self._spare(self._refs.by_blob()))
         if lacking.disk > max(lacking.own, spare):
             raise CacheFullError(
                 f"The disk of the LoRA cache is full: {wanted} bytes more were asked for, and of its "
@@ -159,10 +159,9 @@ class Room:
         promised = sum(entry.unwritten for entry in entries)
         return Lack(over, wanted + promised + self._min_free - self._folder.free_bytes())
 
-    def _spare(self, refs: dict[str, set[str]] | None = None) -> Iterator[Entry]:
+    def _spare(self, refs: dict[str, set[str]]) -> Iterator[Entry]:
         """What may go, in the order in which it goes: quarantine, blobs without a ref, then the longest unused."""
         yield from files(self._folder.quarantine)
-        refs = self._refs.by_blob() if refs is None else refs
         used = {blob: max(map(self._refs.last_use, names)) for blob, names in refs.items()}
         for entry in sorted(files(self._folder.blobs), key=lambda entry: used.get(entry.path.name, 0.0)):
             with seized(entry.path) as unused:
