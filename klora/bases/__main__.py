@@ -7,11 +7,11 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from klora.bases.hub import how_to_open
-from klora.bases.install import Listing, check_room, left_to_setup, listed
+from klora.bases.install import check_room, left_to_setup, listed
 from klora.bases.pget import find_pget
 from klora.bases.table import BASES, INDICES, base_of
 from klora.errors import BaseModelError
@@ -83,8 +83,10 @@ def fetch(
         raise BaseModelError(f"{how_to_open(closed[0], wanted[closed[0]])} {IN_A_BUILD}")
     pget = find_pget(environment.get("KLORA_PGET_SHA256"))
     listings = [listed(name, base, folder, token) for name, base in wanted.items() if name not in closed]
-    for line in _announced(listings):
-        logger.info("%s", line)
+    for listing in listings:
+        size, missing = listing.size / 1e9, listing.missing / 1e9
+        licence = listing.base.licence
+        logger.info("%s: %.2f GB, of which %.2f are missing; licence: %s.", listing.name, size, missing, licence)
     check_room([listing.name for listing in listings], folder, sum(listing.missing for listing in listings))
     for listing in listings:
         listing.distrust()
@@ -92,14 +94,6 @@ def fetch(
     for name in closed:
         if not any((folder / name / index).is_file() for index in INDICES):
             _leave(name, folder)
-
-
-def _announced(listings: Sequence[Listing]) -> Iterator[str]:
-    for listing in listings:
-        yield (
-            f"{listing.name}: {listing.size / 1e9:.2f} GB, of which {listing.missing / 1e9:.2f} are missing; "
-            f"licence: {listing.base.licence}."
-        )
 
 
 def _leave(name: str, folder: Path) -> None:

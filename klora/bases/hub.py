@@ -49,24 +49,18 @@ class Repository:
         self._endpoint = endpoint
         self._api = HfApi(endpoint=endpoint)
 
-    def commit(self) -> str:
-        """The commit of the revision in the table; only a branch has to be asked for."""
-        base = self.base
-        if re.fullmatch("[0-9a-f]{40}", base.revision):
-            return base.revision
-        return str(self._api.model_info(base.repository, revision=base.revision, **self._login).sha)
-
-    def wanted(self, commit: str) -> list[File]:
+    def wanted(self) -> list[File]:
         """The files of the base."""
-        tree = self._api.list_repo_tree(self.base.repository, revision=commit, recursive=True, **self._login)
-        files = [entry for entry in tree if isinstance(entry, RepoFile) and self.base.wants(entry.path)]
+        base = self.base
+        tree = self._api.list_repo_tree(base.repository, revision=base.revision, recursive=True, **self._login)
+        files = [entry for entry in tree if isinstance(entry, RepoFile) and base.wants(entry.path)]
         return [File(file.path, file.size, file.lfs.sha256 if file.lfs else None) for file in files]
 
-    def url(self, file: File, commit: str) -> str:
+    def url(self, file: File) -> str:
         """Where anyone finds a public file."""
-        return hf_hub_url(self.base.repository, file.path, revision=commit, endpoint=self._endpoint)
+        return hf_hub_url(self.base.repository, file.path, revision=self.base.revision, endpoint=self._endpoint)
 
-    def download(self, file: File, commit: str, folder: Path, stopped: Callable[[], bool]) -> None:
+    def download(self, file: File, folder: Path, stopped: Callable[[], bool]) -> None:
         """Fetch a file into a folder by the hub's client, which takes up broken connections where they broke."""
 
         class Bar(tqdm):  # type: ignore[misc]  # untyped
@@ -84,7 +78,7 @@ class Repository:
         hf_hub_download(
             self.base.repository,
             file.path,
-            revision=commit,
+            revision=self.base.revision,
             local_dir=folder,
             endpoint=self._endpoint,
             tqdm_class=Bar,

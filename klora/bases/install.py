@@ -57,26 +57,24 @@ def listed(name: str, base: Base, folder: Path, token: str | None = None, *, end
 
 @dataclass(frozen=True)
 class Source:
-    """The files that a base takes from one commit of a repository."""
+    """The files that a base takes from a repository."""
 
     repository: Repository
-    commit: str
     files: Sequence[File]
 
     def __str__(self) -> str:
-        return f"{self.repository.base.repository} at {self.commit}"
+        return f"{self.repository.base.repository} at {self.repository.base.revision}"
 
 
 def _source(name: str, repository: Repository, target: Path) -> Source:
     """What a repository has of a base. Raises BaseModelError where that is nothing, or has no index and should."""
     base = repository.base
     with in_words(name, repository, target):
-        commit = repository.commit()
-        files = repository.wanted(commit)
+        files = repository.wanted()
     if not any(base.completed_by or file.path in INDICES for file in files):
         expected = " and ".join(base.files) if base.completed_by else "a diffusers folder"
         raise BaseModelError(f"{base.repository} at {base.revision} holds nothing of {name}. Expected {expected}.")
-    return Source(repository, commit, files)
+    return Source(repository, files)
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ def _has_size(path: Path, size: int) -> bool:
 
 
 def _commits(sources: Sequence[Source]) -> str:
-    return " ".join(source.commit for source in sources)
+    return " ".join(source.repository.base.revision for source in sources)
 
 
 def _state_file(target: Path) -> Path:
@@ -224,7 +222,7 @@ class _Installation:
         path.unlink(missing_ok=True)  # the client would keep a file of this name that it has fetched before
         by_pget = self._fetched_by_pget(source, file)
         if not by_pget:
-            source.repository.download(file, source.commit, self.target, self._stop.is_set)
+            source.repository.download(file, self.target, self._stop.is_set)
             self._check(source, file, path)
         seconds, by = time.monotonic() - began, "pget" if by_pget else "huggingface_hub"
         logger.info("%s: %s, %d bytes in %.1f s by %s.", self.name, file.path, file.size, seconds, by)
@@ -235,7 +233,7 @@ class _Installation:
             return False
         part = self.target / ".cache" / "klora" / f"{uuid.uuid4().hex}.incomplete"
         try:
-            self.pget.fetch(source.repository.url(file, source.commit), part, file.size, self._stop.is_set)
+            self.pget.fetch(source.repository.url(file), part, file.size, self._stop.is_set)
             self._check(source, file, part)
         except (PgetError, BaseModelError) as error:
             if self._stop.is_set():

@@ -11,11 +11,10 @@ from klora.errors import BaseModelError
 class Base:
     """Where a base model comes from. family: a key of klora.models.FAMILIES, None for what makes no images.
 
-    revision: a commit; or a branch, then whatever it points to when the base is fetched.  files: patterns of the paths
-    to fetch, in which * also stands for folders.  gated: needs a Hugging Face token whose owner has accepted the
-    licence.  completed_by: of a base that is one checkpoint file under its authors' own names, where the small files
-    come from that make a diffusers-format folder of it.  Sampling defaults are the family's, which reads them off the
-    model.
+    revision: a commit, in full.  files: patterns of the paths to fetch, in which * also stands for folders.  gated:
+    needs a Hugging Face token whose owner has accepted the licence.  completed_by: of a base that is one checkpoint
+    file under its authors' own names, where the small files come from that make a diffusers-format folder of it.
+    Sampling defaults are the family's, which reads them off the model.
     """
 
     family: str | None

@@ -42,7 +42,7 @@ class Hub:
         self.others: dict[str, dict[str, bytes]] = {}
         self.only: dict[str, str] = {}
         self.repositories, self.gated, self.tokens = {REPOSITORY}, set[str](), {TOKEN}
-        self.commits = {COMMIT: COMMIT, OTHER_COMMIT: OTHER_COMMIT, "main": COMMIT}
+        self.commits = {COMMIT, OTHER_COMMIT}
         self.listed: dict[str, dict[str, object]] = {}
         self.broken: dict[str, int] = {}
         self.lost: set[str] = set()
@@ -55,7 +55,7 @@ class Hub:
         """Have these repositories, too."""
         self.repositories |= {base.repository for base in bases}
         self.gated |= {base.repository for base in bases if base.gated}
-        self.commits |= {base.revision: base.revision for base in bases if base.revision not in self.commits}
+        self.commits |= {base.revision for base in bases}
 
     def fetched(self, *kinds: str) -> list[str]:
         """The files whose bytes were asked for, once for each time."""
@@ -95,16 +95,13 @@ class Handler(BaseHTTPRequestHandler):
                 *starmap(hub.entry, hub.files_of(repository).items()),
             ]
             return self.answer(200, {"Content-Type": "application/json"}, json.dumps(tree).encode())
-        if kind == "revision":
-            facts = {"id": repository, "sha": hub.commits[revision]}
-            return self.answer(200, {"Content-Type": "application/json"}, json.dumps(facts).encode())
         if kind == "resolve" and repository in hub.gated and token is None:
             return self.answer(401, {"X-Error-Code": "GatedRepo"})
         if kind == hub.closed:
             return self.answer(403, {})
         if file in hub.lost:
             return self.answer(404, {"X-Error-Code": "EntryNotFound"})
-        return self.file(kind, repository, file, hub.commits[revision])
+        return self.file(kind, repository, file, revision)
 
     do_HEAD = do_GET  # noqa: N815
 
