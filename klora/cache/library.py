@@ -35,8 +35,8 @@ Fetch = Callable[[Download, Draft, Deadline], str]
 class Library:
     """What a server lends from its store.
 
-    resolve: asks the authority what a reference comes to, now, the LoRA first.   fetch: writes a download into a draft, and returns
-    its sha256 in hex; both raise SourceError.   check: raises SourceError where a file is damaged.
+    resolve: asks the authority what a reference comes to, now, the LoRA first.   fetch: writes a download into a draft,
+    and returns its sha256 in hex; both raise SourceError.   check: raises SourceError where a file is damaged.
     """
 
     def __init__(self, store: Store, resolve: Resolve, fetch: Fetch, check: Callable[[Path], None]) -> None:

@@ -26,9 +26,10 @@ class Authorities:
     max_bytes: int = 2 << 30
 
     def resolve(self, reference: Reference, tokens: Mapping[str, str], deadline: Deadline) -> tuple[Download, ...]:
-        """What a reference comes to now, the LoRA first. tokens: of the user's, by authority, "hf", "civitai", "replicate".
+        """What a reference comes to now, the LoRA first.
 
-        Raises NotFound, Denied, Unreachable, or SourceError where it is no LoRA, or larger than one may be.
+        tokens: of the user's, by authority, "hf", "civitai", "replicate". Raises NotFound, Denied, Unreachable, or
+        SourceError where it is no LoRA, or larger than one may be.
         """
         downloads = self._asked(reference, tokens, deadline)
         for download in downloads:
