@@ -32,24 +32,22 @@ Download = Callable[..., Path]
 class Hub:
     """A Hugging Face hub with one repository a base; says who asked for what.
 
-    files: what it serves, by path.  gated: which of "api" and "resolve" it refuses.  lost: paths that it lists but
-    does not have.  asked: (method, kind, revision, path, Authorization) of every request.
+    files: what it serves, by path.  gated: which of "api" and "resolve" it refuses.  asked: (method, kind, revision,
+    path, Authorization) of every request.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
-        self._published = files
+        self.files = files
         self.forget()
 
     def forget(self) -> None:
         """Serve every file to anyone, and forget who asked."""
-        self.files = self._published
         self.gated: tuple[str, ...] = ()
-        self.lost: set[str] = set()
         self.asked: list[tuple[str, str, str, str, str | None]] = []
 
     def fetched(self) -> set[str]:
         """The files whose contents were asked for and sent."""
-        return {path for method, kind, _, path, _ in self.asked if (method, kind) == ("GET", "resolve")} - self.lost
+        return {path for method, kind, _, path, _ in self.asked if (method, kind) == ("GET", "resolve")}
 
     def answer(self, method: str, address: str, token: str | None) -> tuple[int, dict[str, str], bytes]:
         kind, revision, path = self._parsed(unquote(urlsplit(address).path))
@@ -60,8 +58,6 @@ class Hub:
             return 403, {"X-Error-Code": "GatedRepo"}, b""
         if kind == "api":
             return 200, {"Content-Type": "application/json"}, json.dumps([*map(self._entry, self.files)]).encode()
-        if path in self.lost:
-            return 404, {"X-Error-Code": "EntryNotFound"}, b""
         content = self.files[path]
         return 200, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": revision}, content
 
@@ -189,29 +185,6 @@ def test_every_request_carries_the_token_that_was_given(hub: Hub, worker: Downlo
     assert {token for *_, token in hub.asked} == {f"Bearer {USERS_TOKEN}"}
 
 
-def test_the_machines_own_token_is_never_sent(hub: Hub, worker: Download, tmp_path: Path) -> None:
-    worker("sdxl", tmp_path, None)
-    assert {token for *_, token in hub.asked} == {None}
-
-
-def test_a_second_download_fetches_no_file(hub: Hub, worker: Download, tmp_path: Path) -> None:
-    worker("sdxl", tmp_path, None)
-    hub.forget()
-    worker("sdxl", tmp_path, None)
-    assert [(method, kind) for method, kind, *_ in hub.asked] == [("GET", "api")]  # the list of files
-
-
-def test_an_interrupted_download_goes_on_where_it_stopped(
-    hub: Hub, worker: Download, wanted: set[str], tmp_path: Path
-) -> None:
-    hub.lost = {UNET}
-    refusal(worker, "sdxl", tmp_path, None)
-    first = hub.fetched()
-    hub.forget()
-    worker("sdxl", tmp_path, None)
-    assert (first & hub.fetched(), first | hub.fetched()) == (set(), wanted)
-
-
 @pytest.mark.parametrize("kind", ["api", "resolve"])
 def test_a_gated_base_says_what_to_do_and_keeps_the_token_to_itself(
     hub: Hub, worker: Download, tmp_path: Path, kind: str
@@ -235,11 +208,6 @@ def test_a_refusal_is_an_error_though_the_folder_has_begun(hub: Hub, worker: Dow
     (tmp_path / "flux-dev" / "model_index.json").write_text("{}")
     hub.gated = ("api",)
     assert refusal(worker, "flux-dev", tmp_path, USERS_TOKEN).startswith("flux-dev is gated: ")
-
-
-def test_a_repository_without_any_wanted_file_is_refused(hub: Hub, worker: Download, tmp_path: Path) -> None:
-    hub.files = {"README.md": b"moved", "sd_xl_base_1.0.safetensors": b"all in one"}
-    refusal(worker, "sdxl", tmp_path, None)
 
 
 def test_a_base_that_the_table_does_not_have_is_refused(hub: Hub, worker: Download, tmp_path: Path) -> None:
