@@ -188,9 +188,10 @@ class Memory:
 
 
 def refused(resolve: Callable[..., object], kind: type[SourceError], text: str, token: object = None) -> str:
-    """The one sentence with which a reference is refused, as just this kind of error and without a token."""
+    """The one sentence with which a reference is refused, as just this kind of error, without a token or a chain."""
     with pytest.raises(kind) as error:
         resolve(text, token)
     assert type(error.value) is kind
+    assert error.value.__suppress_context__ or not error.value.__context__
     assert "Canary" not in str(error.value) and " Expected " in str(error.value)
     return str(error.value)

@@ -8,9 +8,9 @@ from klora.errors import SourceError
 from klora.sources.download import NotFound, Unreachable
 from klora.sources.kinds import HubFile
 from klora.sources.network import Network
-from test_folder.fakes import CONTENT, fetched
+from test_folder.fakes import CONTENT, fetched, refused
 from test_folder.fakes.hub import Hub, Repository
-from test_folder.hub.readers import ANN, Resolve, refused
+from test_folder.hub.readers import ANN, Resolve
 
 
 @pytest.mark.parametrize("text", ["hf:o/nowhere", "hf:o/m@nowhere"])

@@ -8,9 +8,9 @@ import pytest
 
 from klora.sources.download import Denied, NotFound
 from klora.sources.network import Network
-from test_folder.fakes import CONTENT, SIGNATURE, fetched
+from test_folder.fakes import CONTENT, SIGNATURE, fetched, refused
 from test_folder.fakes.hub import Hub
-from test_folder.hub.readers import ANN, BOB, Resolve, refused
+from test_folder.hub.readers import ANN, BOB, Resolve
 
 
 @pytest.mark.parametrize("revision", ["", "@{commit}"])
