@@ -9,7 +9,7 @@ import pytest
 from klora.errors import SourceError
 from klora.sources.deadline import Deadline
 from klora.sources.download import NotFound
-from klora.sources.kinds import Data, Local
+from klora.sources.kinds import Data
 from test_folder.fakes import tarred
 from test_folder.lending import CONTENT, SIZE, STYLE, Shop, hub, sha256, signed
 
@@ -64,11 +64,6 @@ def test_both_are_fetched_at_the_same_time(shop: Shop) -> None:
     shop.origin.pause = lambda path: together.wait()
     with shop.borrowed(20, {}, content_lora=hub("content"), style_lora=hub("style")):
         assert not together.broken
-
-
-def test_a_file_of_the_servers_own_is_not_the_caches(shop: Shop) -> None:
-    with pytest.raises(TypeError, match=r"^lora is a file of the server's own"):
-        shop.read(Local("x.safetensors"))
 
 
 def test_each_lora_has_its_line_in_the_log(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:

@@ -24,7 +24,7 @@ from klora.errors import KLoRAError, SourceError
 from klora.interruptible import interruptible
 from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, Download, NotFound, Unreachable, family_of
-from klora.sources.kinds import CivitaiFile, Data, Local, Reference
+from klora.sources.kinds import CivitaiFile, Data, Reference
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,6 @@ class Library:
         SourceError, NotFound, Denied, Unreachable or CacheFullError. The deadline is then cancelled.
         bases: {name: family} that they may be for, by their authorities' word; without any, for whatever they are.
         """
-        if local := [name for name, reference in references.items() if isinstance(reference, Local)]:
-            raise TypeError(f"{local[0]} is a file of the server's own; the cache lends what was fetched")
         with ExitStack() as loans:
             asked = {
                 name: _Asked(reference, scope_of(reference, tokens, self._secret), tokens, deadline, bases)
