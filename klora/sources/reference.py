@@ -25,6 +25,8 @@ MAX_DATA_CHARACTERS = 64 << 20
 
 # Hugging Face's, Replicate's and CivitAI's, which people paste into the wrong field.
 _TOKEN = re.compile(r"(?<![A-Za-z0-9_])(?:hf|r8)_\w+|[0-9a-fA-F]{32,}")
+# Where an @ ends no user name: after one of our schemes, or after owner/name.
+_WITH_REVISION = re.compile(r"(?:hf|civitai|replicate|urn|air):|[\w.-]+/[\w.-]+@", re.ASCII | re.IGNORECASE)
 
 _FORMS = (
     "hf:owner/name, civitai:<version>, replicate:owner/name, owner/name, an https address, a data URI or the path of a "
@@ -80,7 +82,7 @@ def shown(text: str) -> str:
     if _is_data(text):
         return "'data:...'"
     text = re.split("[?#]", text, maxsplit=1)[0]
-    if not text.lower().startswith(("hf:", "civitai:", "urn:", "air:")):
+    if not _WITH_REVISION.match(text):
         text = text.rpartition("@")[2]
     text = _TOKEN.sub("...", text)
     return repr(text if len(text) <= 80 else f"{text[:77]}...")

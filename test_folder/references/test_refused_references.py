@@ -127,6 +127,11 @@ def test_what_cannot_be_fetched_is_refused_in_a_sentence(text: str, why: str) ->
     assert len(sentence) < 300 and sentence.isprintable()
 
 
+@pytest.mark.parametrize("text", ["o/m@main", "replicate:o/m@1", "civitai:1@x", "hf:o@main"])
+def test_what_has_a_revision_is_shown_whole(text: str) -> None:
+    assert refusal(text).startswith(f"{text!r} cannot be used: ")
+
+
 def test_a_name_without_its_ending_is_told_that_paths_have_one() -> None:
     assert refusal("dog").endswith(" or the path of a .safetensors file.")
 
