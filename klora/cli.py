@@ -44,6 +44,7 @@ def main() -> None:
     """K-LoRA: one LoRA's subject in another LoRA's style."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)  # it advises what is not needed here
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as Ctrl-C: nothing stays half made
 
 
 def fuse(
@@ -108,7 +109,6 @@ def train(
     check_new(out, resume_from)
     from klora.training.job import TrainingBase, run_training
 
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leaves a tar, as Ctrl-C does
     _quiet_unless_seen()
     base = TrainingBase(**weights.training_base(base_model))
     publishing = Publishing(**{item.name: given.pop(item.name) for item in fields(Publishing) if item.name in given})
@@ -137,7 +137,6 @@ def generate(
     from klora.bulk.run import run
     from klora.studio.digests import digests
 
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     bulk = Bulk(**{item.name: given.pop(item.name) for item in fields(Bulk) if item.name in given})
     common = open_images({**given, "seed": seed, "output_format": output_format})
     made = run(read_prompts(prompts, common), bulk, out, open_studio, typer.echo, digests)

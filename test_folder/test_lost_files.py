@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -114,3 +116,21 @@ def test_a_folder_of_two_files_is_named_in_one_line(shell: Path, verb: str) -> N
     assert result.exit_code == 1
     [line] = [line for line in (result.stdout + result.stderr).splitlines() if ".safetensors files" in line]
     assert "two cannot be read (a folder of 2 .safetensors files). Expected one" in line
+
+
+def test_a_command_that_is_terminated_leaves_nothing_half_made(shell: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def saved(report: object, folder: Path) -> None:
+        (folder / "report.png").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("klora.report.pair.save_report", saved)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            cli.app(VERBS["report"])
+        except SystemExit as end:
+            os._exit(int(end.code or 0))
+        finally:
+            os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 143
+    assert not list((shell / "out").iterdir())
