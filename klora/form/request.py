@@ -132,13 +132,11 @@ class Request:
 
     def _check_views(self) -> None:
         asked = [name for name in ("report", "compare", "sweep") if getattr(self, name)]
-        if not asked:
-            return
-        if len(self.loras) < 2 or self.fusion != "klora":
+        if asked and (len(self.loras) < 2 or self.fusion != "klora"):
             raise RequestError(f"{asked[0]} shows K-LoRA's choice. Expected content_lora, style_lora and fusion klora.")
-        set_here = {"compare": ("pattern",), "sweep": ("style_bias",)}
+        set_here = {"compare": "pattern", "sweep": "style_bias"}
         for sheet in self.sheets:
-            self._require_defaults((*set_here[sheet], "num_outputs"), f"{sheet} is asked for")
+            self._require_defaults((set_here[sheet], "num_outputs"), f"{sheet} is asked for")
 
     @property
     def sheets(self) -> tuple[str, ...]:

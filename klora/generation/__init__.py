@@ -11,7 +11,7 @@ from klora.device import forget_peak, peak_bytes, synchronize
 from klora.errors import RequestError
 from klora.form.request import Request
 from klora.fusion import style_share
-from klora.generation.acting import Record, combine
+from klora.generation.acting import Record, acting, combine
 from klora.generation.prompts import Draw, Encode, draws_of, encoded, has_word, plain_encoder
 from klora.layers import attached
 from klora.lora import LoRA, Plan
@@ -66,7 +66,7 @@ def generate(
         plan = combine(request, steps, content, style, record, device)
         lap("fuse_seconds")
         draws = draws or draws_of(request, content, style, record)
-        batches = encoded(model, request, draws, content, style, encode or plain_encoder(model))
+        batches = encoded(model, request, draws, acting(request, content, style), encode or plain_encoder(model))
         lap("encode_seconds")
         for places, conditioning in batches:
             seeds = [draws[place].seed for place in places]

@@ -1,6 +1,6 @@
 """Which LoRAs of a request act, where, when and how strongly. Knows no prompt."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from klora.lora import LoRA, Plan
 
 Record = Callable[[str, Any], Any]
 """(name, number) -> ignored. Told what a run measured: fuse_seconds, denoise_seconds, style_share, ..."""
+
+Able = tuple[str, LoRA, float]
+"""(role, LoRA, scale) of what may act."""
 
 
 def combine(
@@ -30,19 +33,18 @@ def combine(
         wins = fusion.content_wins(schedule, steps, request.style_bias)
         record("gamma", fusion.gamma)
         return fusion.gated(wins, request.content_scale, request.style_scale)
-    return constant(request, content, style)
+    return constant(acting(request, content, style))
 
 
-def constant(request: Request, content: LoRA | None, style: LoRA | None, encoder: str | None = None) -> Plan:
-    """The LoRAs that act, at their scales: in the denoiser without K-LoRA's choice, or in a text encoder, which is
+def constant(able: Sequence[Able], encoder: str | None = None) -> Plan:
+    """All of these act, at their scales: in the denoiser without K-LoRA's choice, or in a text encoder, which is
     outside the choice because that is about denoising steps."""
-    able = acting(request, content, style)
     parts = tuple(lora.text_encoders.get(encoder, {}) if encoder else lora for _, lora, _ in able)
     return Plan.constant(parts, tuple(scale for _, _, scale in able))
 
 
-def acting(request: Request, content: LoRA | None, style: LoRA | None) -> list[tuple[str, LoRA, float]]:
-    """(role, LoRA, scale) of those that this request lets act at all."""
+def acting(request: Request, content: LoRA | None, style: LoRA | None) -> list[Able]:
+    """Those that this request lets act at all."""
     found = []
     for name, lora, scale in (("content", content, request.content_scale), ("style", style, request.style_scale)):
         if lora is not None and request.fusion in (name, "sum", "klora"):

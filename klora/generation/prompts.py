@@ -11,7 +11,7 @@ from torch import Tensor
 
 from klora.errors import RequestError
 from klora.form.request import Request
-from klora.generation.acting import Record, acting, constant
+from klora.generation.acting import Able, Record, acting, constant
 from klora.generation.words import spoken, taught
 from klora.layers import attached
 from klora.lora import LoRA, Words
@@ -58,16 +58,16 @@ def plain_encoder(model: Family) -> Encode:
 
 
 def encoded(
-    model: Family, request: Request, draws: Sequence[Draw], content: LoRA | None, style: LoRA | None, encode: Encode
+    model: Family, request: Request, draws: Sequence[Draw], able: Sequence[Able], encode: Encode
 ) -> list[Batch]:
-    """Batches of draws whose prompts are as long, as a rule one. encode: for what no LoRA has a say in. Raises
-    RequestError."""
-    if not any(lora.text_encoders or lora.words for _, lora, _ in acting(request, content, style)):
+    """Batches of draws whose prompts are as long, as a rule one. able: the LoRAs that act; encode: for what none of
+    them has a say in. Raises RequestError."""
+    if not any(lora.text_encoders or lora.words for _, lora, _ in able):
         return _read(encode, draws, request.negative_prompt)
     with ExitStack() as loans:
         for component, encoder in model.text_encoders.items():
-            loans.enter_context(attached(encoder, constant(request, content, style, component)))
-        written = loans.enter_context(taught(model.pipe, _words(request, draws, content, style)))
+            loans.enter_context(attached(encoder, constant(able, component)))
+        written = loans.enter_context(taught(model.pipe, _words(request, draws, able)))
         said = [Draw(written(draw.prompt), draw.seed) for draw in draws]
         return _read(plain_encoder(model), said, written(request.negative_prompt))
 
@@ -89,15 +89,15 @@ def _rows(parts: Sequence[Conditioning]) -> Conditioning:
     return {name: torch.cat([part[name] for part in parts]) for name in first}
 
 
-def _words(request: Request, draws: Sequence[Draw], content: LoRA | None, style: LoRA | None) -> Words:
-    """The words that the acting LoRAs teach the text encoders, also as content:WORD and style:WORD. Raises RequestError
+def _words(request: Request, draws: Sequence[Draw], able: Sequence[Able]) -> Words:
+    """The words that these LoRAs teach the text encoders, also as content:WORD and style:WORD. Raises RequestError
     where a prompt has a word that both teach."""
-    able = [(role, word, own) for role, lora, _ in acting(request, content, style) for word, own in lora.words.items()]
-    qualified = {f"{role}:{word}": own for role, word, own in able}
+    each = [(role, word, own) for role, lora, _ in able for word, own in lora.words.items()]
+    qualified = {f"{role}:{word}": own for role, word, own in each}
     prompts = (request.negative_prompt, *(draw.prompt for draw in draws))
     rest = [spoken(qualified).sub("", prompt) for prompt in prompts if qualified]  # "content:<s0><s1>" says no "<s1>"
     bare: dict[str, Mapping[str, Tensor]] = {}
-    for _, word, own in able:
+    for _, word, own in each:
         if word in bare and any(map(spoken([word]).search, rest)):
             raise RequestError(
                 f"Both LoRAs teach the word {word!r}. Write content:{word} or style:{word} in the prompt."

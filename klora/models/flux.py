@@ -31,7 +31,7 @@ from klora.models.family import (
     load_parts,
     quantization,
     word_widths,
-)  # fmt: skip
+)
 from klora.models.prompts import check_length
 
 

@@ -35,7 +35,7 @@ from klora.models.family import (
     load_parts,
     quantization,
     word_widths,
-)  # fmt: skip
+)
 from klora.models.prompts import pieces
 
 
