@@ -16,6 +16,8 @@ import torch
 import transformers
 from xdist.scheduler import LoadFileScheduling
 
+from klora.models import load_model
+from klora.models.family import Family
 from klora.sources.network import Network
 from test_folder import tiny
 from test_folder.conformance.client import Client
@@ -73,6 +75,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like KLORA_MODELS, with every base, tiny and random."""
     return tiny.build_bases(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def families(bases: Path) -> dict[str, Family]:
+    """A tiny base of each."""
+    return {family: load_model(family, bases / base, torch.device("cpu")) for family, base in tiny.BASES.items()}
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
@@ -20,15 +19,14 @@ from typer.testing import CliRunner, Result
 from klora import cli
 from klora.form.request import Request, open_image
 from klora.generation import generate
-from klora.models import load_model
 from klora.models.family import Family
 from test_folder.pairs import named_pair
 from test_folder.report.reporting import strictly
+from test_folder.tiny import BASES
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a photo of a dog"
 QUICK = ("--num-inference-steps", "3", "--disable-safety-checker", "--output-format", "png")
-BASES = {"sdxl": "sdxl", "flux": "flux-dev"}
 
 
 @pytest.fixture(autouse=True)
@@ -43,11 +41,6 @@ def shell(bases: Path, loras: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def fuse(*arguments: str) -> Result:
     return CliRunner().invoke(cli.app, ["fuse", PROMPT, *arguments])
-
-
-@pytest.fixture(scope="module")
-def families(bases: Path) -> dict[str, Family]:
-    return {family: load_model(family, bases / base, torch.device("cpu")) for family, base in BASES.items()}
 
 
 def generated(model: Family, family: str, **given: Any) -> tuple[list[Image.Image], dict[str, Any]]:

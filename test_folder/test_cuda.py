@@ -17,6 +17,7 @@ from klora.fusion import Schedule
 from klora.layers import Engine, attached
 from klora.lora import LoRA, LowRank, Plan
 from klora.models.family import Family
+from test_folder.tiny import BASES
 
 if not torch.cuda.is_available():
     pytest.skip("torch sees no CUDA device", allow_module_level=True)
@@ -25,10 +26,10 @@ STEPS, CUDA = 6, torch.device("cuda")
 REQUEST = Request("a photo of a sks dog", seed=3, num_inference_steps=STEPS, disable_safety_checker=True)
 
 
-@pytest.fixture(scope="module", params=["sdxl", "flux"])
+@pytest.fixture(scope="module", params=BASES)
 def model(request: pytest.FixtureRequest, bases: Path) -> Family:
     """Tiny, on the GPU, in float32, so that engines can be compared."""
-    return load_model(request.param, bases / {"sdxl": "sdxl", "flux": "flux-dev"}[request.param], CUDA, torch.float32)
+    return load_model(request.param, bases / BASES[request.param], CUDA, torch.float32)
 
 
 def pair_for(model: Family, loras: Path) -> dict[str, LoRA]:

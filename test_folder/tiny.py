@@ -41,6 +41,9 @@ olis woman man child person face hand eye hair detailed quality best masterpiece
 
 # Folders of base models.
 
+BASES = {"sdxl": "sdxl", "flux": "flux-dev"}
+"""One of each family."""
+
 
 def build_sdxl(folder: Path, seed: int = 0) -> Path:
     """Write a StableDiffusionXLPipeline: native size 64 px, U-Net of 0.5M parameters, everything else below 0.1M."""

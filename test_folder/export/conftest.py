@@ -1,14 +1,12 @@
-"""Two LoRAs that flip, and bases that read what is exported."""
+"""Two LoRAs that flip."""
 
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 
-from klora import Fusion, Schedule, fuse, load_model
-from klora.models.family import Family
-from test_folder.export.exporting import BASES, STEPS, lora, pairs
+from klora import Fusion, Schedule, fuse
+from test_folder.export.exporting import STEPS, lora, pairs
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +21,6 @@ def wins(fusion: Fusion) -> Tensor:
     found = fusion.content_wins(Schedule.from_pattern("s"), STEPS)
     assert (found.any(0) & ~found.all(0)).any(), "no layer flips, and there is nothing to average"
     return found
-
-
-@pytest.fixture(scope="module")
-def families(bases: Path) -> dict[str, Family]:
-    return {family: load_model(family, bases / base, torch.device("cpu")) for family, base in BASES.items()}
 
 
 @pytest.fixture

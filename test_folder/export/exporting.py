@@ -15,7 +15,6 @@ from klora.models.family import Family
 from test_folder import tiny
 
 STEPS = 8
-BASES = {"sdxl": "sdxl", "flux": "flux-dev"}
 # Of many forms; ranks 6 and 5 are more than the sides of the thin ones.
 SHAPES = {"wide": (24, 40), "tall": (40, 24), "square": (32, 32), "thin": (3, 30), "small": (4, 2), "even": (16, 16)}
 OWN = {"content": "contents_own", "style": "styles_own"}
@@ -36,7 +35,7 @@ def dense(pair: LowRank | None, like: LowRank | None = None) -> Tensor:
 
 
 def installed(bases: Path) -> dict[str, tuple[str, Path]]:
-    return {base: (family, bases / base) for family, base in BASES.items()}
+    return {base: (family, bases / base) for family, base in tiny.BASES.items()}
 
 
 def wanted(**given: Any) -> Export:

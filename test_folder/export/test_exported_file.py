@@ -17,8 +17,9 @@ from klora.files.lycoris import MAX_RANK
 from klora.form.pair import Export
 from klora.lora import Plan
 from klora.models.family import Family
-from test_folder.export.exporting import BASES, STEPS, dense, header, installed, wanted, with_text_encoder
+from test_folder.export.exporting import STEPS, dense, header, installed, wanted, with_text_encoder
 from test_folder.pairs import pair_of
+from test_folder.tiny import BASES
 
 
 def test_the_form_takes_the_ranks_and_dtypes_that_a_file_can_have() -> None:

@@ -3,15 +3,16 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from klora.models import FAMILIES, load_model
 from klora.models.family import Family
-from test_folder.files.reading import BASES, CPU
+from test_folder.tiny import BASES
 
 
 @pytest.fixture(scope="module")
 def models(bases: Path) -> dict[str, Family]:
-    return {family: load_model(family, bases / base, CPU) for family, base in BASES.items()}
+    return {family: load_model(family, bases / base, torch.device("cpu")) for family, base in BASES.items()}
 
 
 @pytest.fixture(params=FAMILIES)

@@ -13,9 +13,6 @@ from klora.lora import LoRA, LowRank
 from klora.models.family import Family
 from test_folder.files.spelling import Layers, keyed
 
-CPU = torch.device("cpu")
-BASES = {"sdxl": "sdxl", "flux": "flux-dev"}  # one base of each family
-
 Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"  # 32 x 32
 KOHYA_Q = f"lora_unet_{Q.replace('.', '_')}"
 K = Q.replace("to_q", "to_k")

@@ -18,9 +18,8 @@ from klora.report.inspection import inspect
 from klora.studio import Studio
 from test_folder.files.reading import GOOD
 from test_folder.pairs import pair_of
+from test_folder.tiny import BASES
 from test_folder.variants import VARIANTS, Variant
-
-FOLDERS = {"sdxl": "sdxl", "flux": "flux-dev"}
 
 
 @pytest.mark.parametrize("variant", VARIANTS[3::4], ids=lambda v: f"{v.family}, {v.name}")
@@ -28,17 +27,17 @@ def test_what_it_says_is_what_the_base_reads(
     models: dict[str, Family], bases: Path, tmp_path: Path, variant: Variant
 ) -> None:
     path, meant = variant.write(models[variant.family], tmp_path)
-    found = inspect(path, {folder: (family, bases / folder) for family, folder in FOLDERS.items()})
-    assert found.fits == (FOLDERS[variant.family],) and not found.refusals
+    found = inspect(path, {folder: (family, bases / folder) for family, folder in BASES.items()})
+    assert found.fits == (BASES[variant.family],) and not found.refusals
     assert found.report == models[variant.family].read_lora(path).report
     assert found.report.layers == sum(":" not in name for name in meant)
     assert sum(found.report.text_encoders.values()) == sum(":" in name for name in meant)
     assert found.made_for.startswith(models[variant.family].name)
 
 
-@pytest.mark.parametrize("family", FOLDERS)
+@pytest.mark.parametrize("family", BASES)
 def test_shapes_alone_make_the_whole_inventory(models: dict[str, Family], bases: Path, family: str) -> None:
-    bare = load_shapes(family, bases / FOLDERS[family])
+    bare = load_shapes(family, bases / BASES[family])
     assert all(x.is_meta for part in (bare.denoiser, *bare.text_encoders.values()) for x in part.parameters())
     assert bare.inventory == models[family].inventory
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from klora import fusion as subject
@@ -12,6 +11,7 @@ from klora.form.request import Request
 from klora.fusion import RANKS, Fusion, fuse, importance
 from klora.generation import combine
 from klora.lora import LoRA, LowRank
+from test_folder.fusion.drawn import full_sort
 
 META = torch.device("meta")  # its tensors have shapes alone: whoever asks for a value fails
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -28,11 +28,6 @@ def without_weights(lora: LoRA) -> LoRA:
     """The same shapes and what it remembers, so that whatever multiplies its factors fails."""
     layers = {name: LowRank(pair.A.to(META), pair.B.to(META)) for name, pair in lora.items()}
     return LoRA(layers, scores=lora.scores)
-
-
-def naive(pair: LowRank, k: int) -> Tensor:
-    """The sum of the k largest of the whole product, sorted, in float64."""
-    return (pair.B.double() @ pair.A.double()).abs().flatten().sort(descending=True).values[:k].sum()
 
 
 def same(first: Fusion, second: Fusion) -> bool:
@@ -80,7 +75,7 @@ def test_every_sum_of_one_pass_is_exactly_that_of_a_sorted_float64_product(
     pair = LowRank(whole(rank, columns), whole(rows, rank))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subject, "BLOCK_ELEMENTS", block)
-        assert torch.equal(importance([pair], ks)[0], torch.stack([naive(pair, k) for k in ks]))
+        assert torch.equal(importance([pair], ks)[0], torch.stack([full_sort(pair, k)[0] for k in ks]))
 
 
 @pytest.mark.parametrize("size", [(700, 2000), (2000, 700), (1100, 1000)], ids=str)
@@ -90,7 +85,7 @@ def test_large_layers_of_uneven_magnitude_equal_the_oracle(size: tuple[int, int]
     B = torch.randn(size[0], 8, generator=generator) * torch.exp(2 * torch.randn(size[0], 1, generator=generator))
     pair = LowRank(torch.randn(8, size[1], generator=generator), B)
     ks = [*(8 * rank for rank in RANKS), 333, pair.numel - 1, pair.numel]
-    expected = torch.stack([naive(pair, k) for k in ks])
+    expected = torch.stack([full_sort(pair, k)[0] for k in ks])
     torch.testing.assert_close(importance([pair], ks)[0], expected, rtol=1e-6, atol=0)  # float32 products
 
 
@@ -98,7 +93,7 @@ def test_sums_are_float64() -> None:
     """Of odd numbers that take all the bits of a float32, so that no sum of two or more fits in one."""
     odd = 2**24 - 1 - 2 * torch.arange(9.0)
     pair, ks = LowRank(torch.ones(1, 3), odd[:, None]), list(range(28))
-    assert torch.equal(importance([pair], ks)[0], torch.stack([naive(pair, k) for k in ks]))
+    assert torch.equal(importance([pair], ks)[0], torch.stack([full_sort(pair, k)[0] for k in ks]))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -128,7 +123,7 @@ def test_a_known_pair_of_common_ranks_is_decided_without_its_weights(rank: int) 
     known = fuse(without_weights(content), without_weights(style))
     assert same(known, fuse(dict(content), dict(style)))
     for index, name in enumerate(SHAPES):
-        expected = torch.stack([naive(content[name], 4 * rank), naive(style[name], 4 * rank)])
+        expected = torch.stack([full_sort(content[name], 4 * rank)[0], full_sort(style[name], 4 * rank)[0]])
         found = torch.stack([known.content_score[index], known.style_score[index]])
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 

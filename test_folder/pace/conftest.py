@@ -8,7 +8,7 @@ import torch
 
 from klora.models import load_model, pace
 from klora.models.family import Family
-from test_folder.pace.drawing import BASES
+from test_folder.tiny import BASES
 
 
 @pytest.fixture

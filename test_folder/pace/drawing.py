@@ -11,8 +11,6 @@ from klora.lora import LoRA
 from klora.models.family import Family
 from test_folder import tiny
 
-BASES = {"sdxl": "sdxl", "flux": "flux-dev"}
-
 
 def lora(model: Family, rank: int, folder: Path, seed: int = 0, layers: int | None = None) -> LoRA:
     """Of the last layers of a base, or all."""

@@ -18,7 +18,8 @@ from klora.models import compiling, pace
 from klora.models.compiling import compile_blocks, warm_up
 from klora.models.family import Compiled, Family
 from klora.models.pace import paced
-from test_folder.pace.drawing import BASES, lora, made
+from test_folder.pace.drawing import lora, made
+from test_folder.tiny import BASES
 
 
 @pytest.fixture

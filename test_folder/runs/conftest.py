@@ -8,7 +8,8 @@ import torch
 
 from klora import layers as klora_layers
 from klora.models import FAMILIES
-from test_folder.runs.drawing import BASES, ENGINES, random_lora
+from test_folder.runs.drawing import ENGINES, random_lora
+from test_folder.tiny import BASES
 
 
 @pytest.fixture(scope="module", params=BASES)

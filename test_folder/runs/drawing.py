@@ -9,7 +9,6 @@ from klora.lora import LowRank
 from test_folder import tiny
 
 ENGINES = {"gated": 0, "merged": 1 << 60}  # bytes of memory that make attached() choose it
-BASES = {"sdxl": "sdxl", "flux": "flux-dev"}
 SENTENCE = "a photo of a sks dog in watercolor style"
 STEPS = 4
 

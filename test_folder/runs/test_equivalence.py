@@ -10,7 +10,8 @@ from klora.fusion import Schedule, fuse
 from klora.generation import generate
 from klora.layers import attached
 from test_folder import tiny
-from test_folder.runs.drawing import BASES, ENGINES, SENTENCE, STEPS, asked, pixels, random_lora
+from test_folder.fusion.drawn import naive_gamma, naive_sums
+from test_folder.runs.drawing import ENGINES, SENTENCE, STEPS, asked, pixels, random_lora
 
 
 class Naive:
@@ -19,16 +20,8 @@ class Naive:
     def __init__(self, content, style, pattern, steps):
         self.content, self.style, self.pattern, self.steps = content, style, pattern, steps
         self.step, self.style_acted = 0, []
-        self.sums = {name: self.topk_and_l1(name) for name in content}
-        ratios = [content_l1 / style_l1 for _, _, content_l1, style_l1 in self.sums.values()]
-        self.gamma = np.mean([ratio for ratio in ratios if ratio < 3 * np.mean(ratios)])
-
-    def topk_and_l1(self, name):
-        """(content's sum of the K largest |dW|, style's, content's sum of all, style's)."""
-        pairs = self.content[name], self.style[name]
-        magnitudes = [(pair.B @ pair.A).abs().flatten().double().sort(descending=True).values for pair in pairs]
-        k = pairs[0].rank * pairs[1].rank
-        return [part.sum().numpy() for part in (magnitudes[0][:k], magnitudes[1][:k], *magnitudes)]
+        sums = naive_sums(content, style)
+        self.sums, self.gamma = dict(zip(content, sums, strict=True)), naive_gamma(sums)
 
     def delta(self, name):
         alpha, beta = {"s": (1.5, 0.5), "s*": (1.5, 1.275)}[self.pattern]
@@ -97,7 +90,7 @@ def test_whole_run_in_both_engines_equals_dense_weights_chosen_at_every_layer_ca
 
 
 def stock_pipeline(bases, family):
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(bases / BASES[family])
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(bases / tiny.BASES[family])
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
