@@ -13,13 +13,6 @@ def random_pair(rows, columns, rank, seed=0):
     return LowRank(*tiny.random_lora({"layer": (rows, columns)}, rank, seed=seed)["layer"])
 
 
-def whole_number_pair(rows, columns, rank):
-    """Entries in -3 .. 3: float32 products are exact, and many are equal."""
-    generator = torch.Generator().manual_seed(0)
-    A, B = (torch.randint(-3, 4, shape, generator=generator).float() for shape in ((rank, columns), (rows, rank)))
-    return LowRank(A, B)
-
-
 def random_pairs(layers, rank, seed, spread=0.0):
     """{name: LowRank} of `layers` layers of three shapes; spread: of the logarithm of a layer's magnitude."""
     shapes = {f"block.{index}": [(12, 8), (8, 16), (10, 10)][index % 3] for index in range(layers)}

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from klora import fusion as subject
 from klora.fusion import fuse
 from klora.lora import LowRank
-from test_folder.fusion.drawn import full_sort, random_pair, top_and_l1, whole_number_pair
+from test_folder.fusion.drawn import full_sort, random_pair, top_and_l1
 
 
 @pytest.mark.parametrize(
@@ -21,14 +21,6 @@ def test_importance_equals_a_full_sort_of_the_dense_product(rows, columns, rank,
     pair = random_pair(rows, columns, rank)
     # 1e-6: the products are float32 (2**-24 each), the oracle's float64.
     torch.testing.assert_close(top_and_l1(pair, k), full_sort(pair, k), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("block_elements", [1, 7, 40, 41, 1000, 1 << 20])
-@pytest.mark.parametrize("k", [1, 3, 100, 1599, 1600, 1601])
-def test_importance_of_whole_numbers_is_exact_for_every_block_size(monkeypatch, block_elements, k):
-    monkeypatch.setattr(subject, "BLOCK_ELEMENTS", block_elements)
-    pair = whole_number_pair(rows=40, columns=40, rank=3)
-    assert torch.equal(top_and_l1(pair, k), full_sort(pair, k))
 
 
 def test_importance_selects_the_very_elements_that_a_full_sort_selects(monkeypatch):
