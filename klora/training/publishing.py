@@ -4,8 +4,8 @@ import dataclasses
 import importlib
 import logging
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,12 +45,39 @@ class Publishing:
                 seen = f"hf_repo_id is {self.hf_repo_id!r}, but hf_token has a space or an odd letter in it"
                 raise RequestError(f"{seen}. Expected a token.")
 
-    def tracked(self, config: TrainConfig) -> "AbstractContextManager[OnProgress]":
-        """A listener that reports to Weights & Biases, if that was asked for."""
-        if not self.wandb_api_key:
-            return nullcontext(lambda progress: None)
-        names = (self.wandb_project, self.wandb_run or None, self.wandb_entity or None)
-        return _tracked(self.wandb_api_key, *names, dataclasses.asdict(config))
+    @contextmanager
+    def tracked(self, config: TrainConfig) -> "Iterator[OnProgress]":
+        """A listener that sends each report to Weights & Biases, if that was asked for.
+
+        The key goes into this run's settings, not into the machine's login. Raises RequestError, before training alone.
+        """
+        if not (key := self.wandb_api_key):
+            yield lambda progress: None
+            return
+        try:
+            # It stays half imported, and fails every later training, where its import is interrupted.
+            wandb: Any = interruptible(partial(importlib.import_module, "wandb"))
+        except ImportError as error:
+            said = "wandb_api_key is given and wandb is not installed"
+            raise RequestError(f"{said}. Install it, or leave it out.") from error
+        names = {"project": self.wandb_project, "name": self.wandb_run or None, "entity": self.wandb_entity or None}
+        with _translated(key):
+            settings = wandb.Settings(api_key=key, silent=True)
+            run = wandb.init(**names, config=dataclasses.asdict(config), settings=settings)
+
+        def on_progress(progress: "Progress") -> None:
+            values = {"loss": progress.loss, "fixed_loss": progress.fixed_loss, "learning_rate": progress.learning_rate,
+                      "steps_per_second": progress.steps_per_second}  # fmt: skip
+            with _survived(key):
+                run.log({name: value for name, value in values.items() if value is not None}, step=progress.step)
+
+        exit_code = 1
+        try:
+            yield on_progress
+            exit_code = 0
+        finally:
+            with _survived(key):
+                run.finish(exit_code=exit_code)
 
     def push(self, folder: Path) -> None:
         """Upload the folder, if that was asked for. What has been trained is not lost because a hub is out of reach:
@@ -60,38 +87,6 @@ class Publishing:
                 logger.info("uploaded to %s", push(folder, self.hf_repo_id, self.hf_token, self.hf_private))
             except KLoRAError as error:
                 logger.error("%s What was trained is in the tar.", error)
-
-
-@contextmanager
-def _tracked(
-    key: str, project: str, name: str | None, entity: str | None, facts: Mapping[str, Any]
-) -> "Iterator[OnProgress]":
-    """A listener that sends each report to a run of this project; facts: what the run is told of itself.
-
-    The key goes into this run's settings, not into the machine's login. Raises RequestError, before training alone.
-    """
-    try:
-        # It stays half imported, and fails every later training, where its import is interrupted.
-        wandb: Any = interruptible(partial(importlib.import_module, "wandb"))
-    except ImportError as error:
-        raise RequestError("wandb_api_key is given and wandb is not installed. Install it, or leave it out.") from error
-    with _translated(key):
-        settings = wandb.Settings(api_key=key, silent=True)
-        run = wandb.init(project=project, name=name, entity=entity, config=dict(facts), settings=settings)
-
-    def on_progress(progress: "Progress") -> None:
-        values = {"loss": progress.loss, "fixed_loss": progress.fixed_loss, "learning_rate": progress.learning_rate,
-                  "steps_per_second": progress.steps_per_second}  # fmt: skip
-        with _survived(key):
-            run.log({name: value for name, value in values.items() if value is not None}, step=progress.step)
-
-    exit_code = 1
-    try:
-        yield on_progress
-        exit_code = 0
-    finally:
-        with _survived(key):
-            run.finish(exit_code=exit_code)
 
 
 @contextmanager
