@@ -111,10 +111,8 @@ class Run:
 
     def load(self, path: Path) -> None:
         """Take a run up where save() left it. Raises RequestError."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                facts = json.loads(file.metadata()["run"])
-                state, step = _unflattened(facts["state"], file), int(facts["step"])
+        with _saved(path) as (facts, file):
+            state, step = _unflattened(facts["state"], file), int(facts["step"])
             with torch.no_grad():
                 for parameter, value in zip(self.parameters, state["parameters"], strict=True):
                     parameter.copy_(value)
@@ -124,8 +122,6 @@ class Run:
             if self.ema:
                 self.ema.load_state_dict(state["ema"])
                 self.ema.to(self.parameters[0].device)
-        except NO_RUN as error:
-            raise RequestError(f"resume_from cannot be taken up: {error}. Expected the tar of a training.") from error
         self.step = step
 
     def _follow_schedule(self) -> None:
@@ -145,9 +141,16 @@ class Run:
 
 def saved_step(path: Path) -> int:
     """How many steps a saved run has done. Raises RequestError."""
+    with _saved(path) as (facts, _):
+        return int(facts["step"])
+
+
+@contextmanager
+def _saved(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
+    """What the header of a saved run says, and its file. Raises RequestError, within it too, for what is no run."""
     try:
         with safe_open(path, framework="pt") as file:
-            return int(json.loads(file.metadata()["run"])["step"])
+            yield json.loads(file.metadata()["run"]), file
     except NO_RUN as error:
         raise RequestError(f"resume_from cannot be taken up: {error}. Expected the tar of a training.") from error
 
