@@ -29,7 +29,6 @@ TARGETS = {
 "all" is 494."""
 
 WORDED = ("trigger_word", "class_word", "class_prompt", "mask_prompt")
-OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "lion", "adafactor")
 WITHOUT: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "autocaption_prefix": ("autocaption", (False,)), "autocaption_suffix": ("autocaption", (False,)),
     "mask_prompt": ("mask_mode", ("none", "provided")), "mask_min_weight": ("mask_mode", ("none",)),
@@ -38,7 +37,6 @@ WITHOUT: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "sample_prompts": ("sample_steps", (0,)), "sample_interval": ("sample_steps", (0,)),
 }  # fmt: skip
 """Settings that change nothing where another one is one of these."""
-TIMES = ("auto", "uniform", "logit_normal", "shift", "content", "style")
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,8 @@ class TrainConfig:
     horizontal_flip: bool = ask(False, "Show pictures mirrored, too.")
     batch_size: int = ask(1, "Pictures to a batch.", ge=1, le=16)
     gradient_accumulation_steps: int = ask(1, "Batches to a step.", ge=1, le=64)
-    optimizer: str = ask("adamw", "What turns gradients into steps.", choices=OPTIMIZERS)
+    optimizer: str = ask("adamw", "What turns gradients into steps.",
+                         choices=("adamw", "adamw8bit", "prodigy", "lion", "adafactor"))  # fmt: skip
     lr_scheduler: str = ask("constant", "How the rate goes on.", choices=("constant", "linear", "cosine"))
     lr_warmup_steps: int = ask(0, "Steps over which the learning rate rises.", ge=0, le=10000)
     weight_decay: float = ask(1e-4, "Weight decay.", ge=0, le=1)
@@ -84,7 +83,7 @@ class TrainConfig:
     num_class_images: int = ask(100, "Pictures of the class that the base makes before training.", ge=1, le=1000)
     prior_loss_weight: float = ask(1.0, "Weight of what is kept.", ge=0, le=100)
     timestep_sampling: str = ask("auto", "Law of the noise levels. auto: uniform on SDXL, logit_normal on FLUX.1.",
-                                 choices=TIMES)  # fmt: skip
+                                 choices=("auto", "uniform", "logit_normal", "shift", "content", "style"))  # fmt: skip
     snr_gamma: float | None = ask(None, "Min-SNR weighting, 5 by its authors. Default: none.", ge=1e-3, le=100)
     noise_offset: float = ask(0.0, "Strength of noise that all cells of a channel share.", ge=0, le=1)
     ema_decay: float = ask(
@@ -166,12 +165,11 @@ class TrainConfig:
     def remarks(self) -> list[str]:
         """What is asked for and does not come about as the other settings stand, a sentence each."""
         default = {item.name: item.default for item in fields(self)}
-        idle = [
-            (name, other)
+        said = [
+            f"{name} changes nothing: {other} is {getattr(self, other)!r}"
             for name, (other, off) in WITHOUT.items()
             if getattr(self, name) != default[name] and getattr(self, other) in off
         ]
-        said = [f"{name} changes nothing: {other} is {getattr(self, other)!r}" for name, other in idle]
         if self.lr_warmup_steps > self.steps:
             asked = f"lr_warmup_steps is {self.lr_warmup_steps} and steps {self.steps}"
             said.append(f"{asked}: the learning rate is still rising at the end, and never what was asked for")
