@@ -249,7 +249,5 @@ def test_neighbours_share_no_batch_and_batches_of_one_bucket_are_not_kept_togeth
     assert sum(batch == list(range(batch[0], batch[0] + 4)) for batch in found) < 3
 
 
-def test_no_pictures_make_no_batches_and_an_empty_batch_is_refused() -> None:
+def test_no_pictures_make_no_batches() -> None:
     assert batches([], 4, seed=0, epoch=0) == []
-    with pytest.raises(RequestError, match="batch_size is 0"):
-        batches([(64, 64)], 0, seed=0, epoch=0)

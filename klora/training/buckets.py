@@ -96,8 +96,6 @@ def batches(sizes: Sequence[Size], batch_size: int, *, seed: int, epoch: int) ->
     sizes: the bucket of every picture.   The last batch of a bucket may be short. A bucket with fewer pictures than one
     batch is repeated, in its shuffled order, until the batch is full; only there does an index come more than once.
     """
-    if batch_size < 1:
-        raise RequestError(f"batch_size is {batch_size}. Expected at least 1.")
     key = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
     found: list[list[int]] = []
