@@ -4,14 +4,14 @@ A family contributes predict().   Shape legend: N examples, C channels, H and W 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from klora.models.family import Conditioning, Family, Prediction
 
@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device."""
-        return tree_map(lambda tensor: None if tensor is None else tensor.to(device), self)
+        return tree_map_only(Tensor, lambda tensor: tensor.to(device), self)
 
 
 class Objective(nn.Module):
@@ -74,8 +74,12 @@ class Objective(nn.Module):
     @torch.no_grad()
     def _base(self, *inputs: Any) -> Tensor:
         """What the denoiser says without its LoRA."""
-        with _closed(self._gate):
+        opened = self._gate.clone()
+        try:
+            self._gate.zero_()
             return self._predict(*inputs).predicted
+        finally:
+            self._gate.copy_(opened)
 
 
 def errors(prediction: Prediction, mask: Tensor | None = None, snr_gamma: float | None = None) -> Tensor:
@@ -119,13 +123,3 @@ def trainable_attention() -> AbstractContextManager[None]:
     not its own at FLUX.1's 4,608 tokens (torch 2.11, seen on an H200), and is no number at other lengths with a mask
     (pytorch/pytorch issue 196678). What runs forward alone keeps it."""
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-
-
-@contextmanager
-def _closed(gate: Tensor) -> Iterator[None]:
-    opened = gate.clone()
-    try:
-        gate.zero_()
-        yield
-    finally:
-        gate.copy_(opened)
