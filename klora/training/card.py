@@ -18,8 +18,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from PIL import Image, ImageDraw, ImageFont
 
 from klora.errors import RequestError
+from klora.training.writing import RESUME_STATE
 
-RESUME_STATE = "run.safetensors"  # is of use to who trains on alone
 # Of the sheet, in pixels; TEXT is the height of letters, LEADING goes from line to line.
 LARGEST, SMALLEST, MARGIN, GAP, TEXT, LEADING, LABEL_WIDTH, LINES = 384, 192, 24, 16, 18, 23, 180, 3
 
@@ -185,7 +185,7 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def push(folder: Path, repo_id: str, token: str, private: bool = True) -> str:
-    """Upload all but the resume state; return the address. Raises RequestError.
+    """Upload all but the resume state, of use to who trains on alone; return the address. Raises RequestError.
 
     private: makes a private repository, and refuses one of that name that is public.
     """

@@ -30,7 +30,7 @@ from klora.interruptible import interruptible
 from klora.lora import LoRA, save_lora
 from klora.models import FAMILIES, load_model
 from klora.training.annotate import Captioner, Segmenter, autocaptioned, segmented
-from klora.training.card import RESUME_STATE, SETTINGS, contact_sheet, fitted, model_card
+from klora.training.card import SETTINGS, contact_sheet, fitted, model_card
 from klora.training.config import TrainConfig
 from klora.training.dataset import UNDECODABLE, Picture, dataset_hash, read_upload
 from klora.training.kohya import save_kohya
@@ -38,7 +38,7 @@ from klora.training.loop import Load, OnProgress, Progress, train_lora
 from klora.training.memory import held
 from klora.training.publishing import Publishing
 from klora.training.taken_up import FACTS, LOG, TakenUp, taken_up
-from klora.training.writing import require_place, tarred, whole, writing
+from klora.training.writing import RESUME_STATE, require_place, tarred, whole, writing
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +91,7 @@ def run_training(
             with publishing.tracked(config) as track:
                 heard: list[OnProgress] = [partial(_log, folder / LOG), on_progress, track]
                 heard = heard if state.is_main_process else []
-                facts = {"hf_repo_id": publishing.hf_repo_id}
-                _train(base, upload, config, folder, state, heard, facts, before)
+                _train(base, upload, config, folder, state, heard, publishing.hf_repo_id, before)
             publishing.push(folder)
             return tarred(folder, out) if state.is_main_process else out
         except BaseException as error:
@@ -128,15 +127,17 @@ def _train(
     folder: Path,
     state: PartialState,
     heard: Sequence[OnProgress],
-    facts: Mapping[str, Any],
+    hf_repo_id: str,
     before: TakenUp | None,
 ) -> None:
-    """Fill the folder. facts: what to say of the training besides what is found here; before: its first part."""
+    """Fill the folder. hf_repo_id: where the model card says that it is; before: the training's first part."""
     if state.num_processes > 1:
         [config] = broadcast_object_list([config])  # a seed that was chosen at random
     family = FAMILIES[base.family]
     pictures = _read(upload, config)
-    facts = {**facts, **dataclasses.asdict(config)} | {
+    facts = {
+        "hf_repo_id": hf_repo_id,
+        **dataclasses.asdict(config),
         "base": base.name,
         "family": family.name,
         "repository": base.repository,

@@ -31,7 +31,7 @@ from klora.training.memory import check_precision, mode_for
 from klora.training.objective import Objective, trainable_attention
 from klora.training.run import Run, new_run, require_optimizer, saved_step
 from klora.training.trainable import trainable
-from klora.training.writing import whole
+from klora.training.writing import RESUME_STATE, whole
 
 Load = Callable[..., Family]
 """klora.models.load_model of one base: takes device, dtype, parts and quantized."""
@@ -263,7 +263,7 @@ class _Loop:
         if not self.run.finite:
             raise RequestError(f"What was learnt by step {step} is no number. Expected one: lower learning_rate.")
         if self.accelerator.is_main_process:
-            self.run.save(self.folder / "run.safetensors")
+            self.run.save(self.folder / RESUME_STATE)
             self.on_saved(step, self.run.lora())
         self.saved = step
 

@@ -5,16 +5,14 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
 from klora.errors import RequestError
-from klora.training.card import RESUME_STATE
 from klora.training.config import TrainConfig, stripped
 from klora.training.run import saved_step
-from klora.training.writing import writing
+from klora.training.writing import RESUME_STATE, writing
 
 LOG, FACTS = "train.jsonl", "config.json"
 MAX_BYTES = 8 << 30  # of all that is unpacked
@@ -108,17 +106,22 @@ def _unpack(tar: Path, folder: Path) -> None:
     room = MAX_BYTES
     # Plain, as ours are: tarfile reads an extended header of any length into memory, and a packed one has no bounds.
     # As a stream, which never goes back: members of negative sizes would follow one another for ever (CVE-2025-8194).
-    with _reading(), tarfile.open(tar, "r|", bufsize=1 << 20) as archive:
-        for member in archive:
-            if member.issparse():
-                raise tarfile.ReadError(f"{member.name} has holes")  # and may be terabytes of them
-            name = member.name.removeprefix("./")  # as `tar -cf made.tar -C folder .` has it
-            if not member.isfile() or not (name in _NEEDED or _MADE.fullmatch(name)):
-                continue
-            room -= member.size
-            if room < 0:
-                raise RequestError(f"resume_from holds more than {MAX_BYTES} bytes. {_OURS}.")
-            _write(cast(IO[bytes], archive.extractfile(member)), folder / name)
+    try:
+        with tarfile.open(tar, "r|", bufsize=1 << 20) as archive:
+            for member in archive:
+                if member.issparse():
+                    raise tarfile.ReadError(f"{member.name} has holes")  # and may be terabytes of them
+                name = member.name.removeprefix("./")  # as `tar -cf made.tar -C folder .` has it
+                if not member.isfile() or not (name in _NEEDED or _MADE.fullmatch(name)):
+                    continue
+                room -= member.size
+                if room < 0:
+                    raise RequestError(f"resume_from holds more than {MAX_BYTES} bytes. {_OURS}.")
+                _write(cast(IO[bytes], archive.extractfile(member)), folder / name)
+    except RequestError:
+        raise
+    except (tarfile.TarError, ValueError, RecursionError, OSError) as error:  # the two of extended headers
+        raise RequestError(f"resume_from cannot be read as a plain tar. {_OURS}, not compressed.") from error
 
 
 def _write(source: IO[bytes], path: Path) -> None:
@@ -128,16 +131,6 @@ def _write(source: IO[bytes], path: Path) -> None:
     for chunk in iter(partial(source.read, 1 << 20), b""):
         with writing(), path.open("ab") as file:
             file.write(chunk)
-
-
-@contextmanager
-def _reading() -> Iterator[None]:
-    try:
-        yield
-    except RequestError:
-        raise
-    except (tarfile.TarError, ValueError, RecursionError, OSError) as error:  # the two of extended headers
-        raise RequestError(f"resume_from cannot be read as a plain tar. {_OURS}, not compressed.") from error
 
 
 def _lines(log: Path, step: int) -> Iterator[str]:

@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 
 from klora.errors import RequestError
 
+RESUME_STATE = "run.safetensors"  # all that it takes to go on
+
 
 @contextmanager
 def writing(what: str = "training") -> Iterator[None]:
