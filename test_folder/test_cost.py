@@ -22,7 +22,8 @@ from klora.training.cost import step_flops, step_memory
 from klora.training.memory import TRAINED_BYTES, WORKSPACE_BYTES
 from klora.training.objective import Objective
 from test_folder import published
-from test_folder.test_objective import BASES, CPU, LEVELS, a_batch, lent
+from test_folder.test_objective import LEVELS, a_batch, lent
+from test_folder.trainer.material import BASES, CPU
 
 # The published models: how to build them, their depths, latent channels, sizes of a prompt and of what is pooled of it.
 REAL = {

@@ -22,9 +22,8 @@ from klora.models.linears import linear_shapes
 from klora.training.objective import Batch, Objective, draw_noise, draw_times, errors, shifted
 from klora.training.trainable import trainable
 from test_folder import tiny
+from test_folder.trainer.material import BASES, CPU
 
-CPU = torch.device("cpu")
-BASES = {"sdxl": "sdxl", "flux": "flux-dev"}
 LEVELS = torch.tensor([0.02, 0.2, 0.6, 0.95])
 same = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-7)
 

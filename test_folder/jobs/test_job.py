@@ -1,6 +1,5 @@
 """A training from an upload to its tar, also by the `klora` command: what it leaves, and what it refuses."""
 
-import io
 import json
 import os
 import resource
@@ -10,7 +9,6 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +24,8 @@ from klora.errors import RequestError
 from klora.training import job
 from klora.training.cache import encode_pictures
 from klora.training.config import TrainConfig
-from klora.training.dataset import Picture
 from test_folder.jobs.short import QUICK, entered, held, klora_train, trained, weights_of
-
-CPU = torch.device("cpu")
+from test_folder.trainer.material import CPU, picture, png
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +153,6 @@ def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(
         (("--hf-repo-id", "me/dog"), "Error: hf_repo_id is 'me/dog' but hf_token is not given. Give it, too."),
         (("--hf-repo-id", "dog", "--hf-token", "hf_x"), "Error: hf_repo_id is 'dog'. Expected owner/name"),
         (("--wandb-api-key", "secret"), "Error: wandb_api_key is given and wandb is not installed."),
-        (("--optimizer", "prodigy"), "Error: optimizer is prodigy and prodigyopt is not installed. Expected adamw."),
-        (("--precision", "nf4"), "Error: precision is nf4 and bitsandbytes is not installed. Expected bf16 or fp32."),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_in_a_sentence(options: tuple[str, ...], said: str) -> None:
@@ -199,18 +193,13 @@ def test_a_mask_makes_another_lora_and_what_is_outside_does_not_count(
     caplog.set_level("INFO")
     model, mask = load_model("sdxl", bases / "sdxl", CPU), Image.new("L", (64, 64))
     mask.paste(255, (0, 0, 36, 64))
-    data = {}
-    for name, image in (("picture", Image.new("RGB", (64, 64), "red")), ("mask", mask)):
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        data[name] = buffer.getvalue()
-    picture = Picture("a.png", data["picture"], None, data["mask"])
+    shown = [picture(0, "red", mask=mask), picture(0, "red")]
     for least in (0.0, 0.25):
         given = QUICK | {"mask_mode": "provided", "mask_min_weight": least}
-        examples = encode_pictures(model, [picture, replace(picture, mask=None)], ["a toy"] * 2, TrainConfig(**given))
+        examples = encode_pictures(model, shown, ["a toy"] * 2, TrainConfig(**given))
         masked, whole = (example.views[0].mask[0] for example in examples)
         assert torch.equal(masked, torch.tensor([1.0] * 4 + [0.5] + [least] * 3).expand(8, 8)) and whole.eq(1).all()
-    Path("pictures/red.mask.png").write_bytes(data["mask"])
+    Path("pictures/red.mask.png").write_bytes(png(mask))
     assert weights_of(trained(mask_mode="provided")) != weights_of(held(quick))
     assert "1 of 3 pictures have a mask" in caplog.messages
     Image.new("L", (64, 64)).save("pictures/red.mask.png")

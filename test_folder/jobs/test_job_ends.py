@@ -166,18 +166,22 @@ def test_what_fails_after_the_last_step_leaves_all_that_was_learnt(monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("reports", "said"),
-    [(4, "The loss is nan at step 3. Expected a number"), (1, "What was learnt by step 3 is no number. Expected one")],
-    ids=["reported", "between two reports"],
+    ("reports", "factor", "said"),
+    [
+        (4, torch.nan, "The loss is nan at step 3. Expected a number"),
+        (4, torch.inf, "The loss is inf at step 3. Expected a number"),
+        (1, torch.nan, "What was learnt by step 3 is no number. Expected one"),
+    ],
+    ids=["reported", "reported as endless", "between two reports"],
 )
 def test_a_loss_that_is_no_number_leaves_the_last_state_that_is(
-    reports: int, said: str, monkeypatch: pytest.MonkeyPatch
+    reports: int, factor: float, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right, step = objective.errors, loop._Loop._step
 
     def wrong_from_3_on(self: Any) -> torch.Tensor:
         if self.run.step == 2:
-            monkeypatch.setattr(objective, "errors", lambda *given: right(*given) * torch.nan)
+            monkeypatch.setattr(objective, "errors", lambda *given: right(*given) * factor)
         return step(self)
 
     monkeypatch.setattr(loop, "REPORTS", reports)

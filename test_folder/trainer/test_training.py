@@ -168,26 +168,6 @@ def test_stock_diffusers_applies_the_file_as_we_do(load: Load, pictures: list[Pi
     assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
 
 
-def test_a_loss_that_is_no_number_ends_the_training(sdxl: Load, pictures: list[Picture], tmp_path: Path) -> None:
-    settings = config(learning_rate=10.0, steps=40, max_grad_norm=1000, lr_scheduler="constant")
-    with pytest.raises(
-        RequestError, match=r"^The loss is (nan|inf) at step \d+\. Expected a number: lower learning_rate\.$"
-    ):
-        train_lora(overflowing(sdxl), pictures, settings, tmp_path)
-
-
-def overflowing(load: Load) -> Load:
-    """The same, whose predictions leave the range of numbers."""
-
-    def loaded(**options: Any) -> Family:
-        model = load(**options)
-        predict = model.predict
-        model.predict = lambda *inputs: predict(*inputs)._replace(gain=None, target=torch.tensor(torch.inf))  # type: ignore[method-assign]
-        return model
-
-    return loaded
-
-
 # Interruption and resumption
 
 RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
