@@ -29,7 +29,7 @@ TARGETS = {
 "all" is 494."""
 
 WORDED = ("trigger_word", "class_word", "class_prompt", "mask_prompt")
-WITHOUT: Mapping[str, tuple[str, tuple[Any, ...]]] = {
+WITHOUT = {
     "autocaption_prefix": ("autocaption", (False,)), "autocaption_suffix": ("autocaption", (False,)),
     "mask_prompt": ("mask_mode", ("none", "provided")), "mask_min_weight": ("mask_mode", ("none",)),
     "class_prompt": ("prior_preservation", ("none",)), "prior_loss_weight": ("prior_preservation", ("none",)),
@@ -164,12 +164,7 @@ class TrainConfig:
     @property
     def remarks(self) -> list[str]:
         """What is asked for and does not come about as the other settings stand, a sentence each."""
-        default = {item.name: item.default for item in fields(self)}
-        said = [
-            f"{name} changes nothing: {other} is {getattr(self, other)!r}"
-            for name, (other, off) in WITHOUT.items()
-            if getattr(self, name) != default[name] and getattr(self, other) in off
-        ]
+        said = idle(self, WITHOUT)
         if self.lr_warmup_steps > self.steps:
             asked = f"lr_warmup_steps is {self.lr_warmup_steps} and steps {self.steps}"
             said.append(f"{asked}: the learning rate is still rising at the end, and never what was asked for")
@@ -189,6 +184,16 @@ class TrainConfig:
 
     def _filled(self, template: str) -> str:
         return template.format(trigger=self.trigger, word=self.class_word or WORDS[self.lora_type])
+
+
+def idle(settings: Any, without: Mapping[str, tuple[str, tuple[Any, ...]]]) -> list[str]:
+    """What is given in vain where another setting is one of these, a sentence each. settings: a dataclass instance."""
+    default = {item.name: item.default for item in fields(settings)}
+    return [
+        f"{name} changes nothing: {other} is {getattr(settings, other)!r}"
+        for name, (other, off) in without.items()
+        if getattr(settings, name) != default[name] and getattr(settings, other) in off
+    ]
 
 
 def stripped(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def run_training(
             with publishing.tracked(config) as track:
                 heard: list[OnProgress] = [partial(_log, folder / LOG), on_progress, track]
                 heard = heard if state.is_main_process else []
-                _train(base, upload, config, folder, state, heard, publishing.hf_repo_id, before)
+                _train(base, upload, config, folder, state, heard, publishing, before)
             publishing.push(folder)
             return tarred(folder, out) if state.is_main_process else out
         except BaseException as error:
@@ -127,16 +127,16 @@ def _train(
     folder: Path,
     state: PartialState,
     heard: Sequence[OnProgress],
-    hf_repo_id: str,
+    publishing: Publishing,
     before: TakenUp | None,
 ) -> None:
-    """Fill the folder. hf_repo_id: where the model card says that it is; before: the training's first part."""
+    """Fill the folder. before: the training's first part, which this one goes on from."""
     if state.num_processes > 1:
         [config] = broadcast_object_list([config])  # a seed that was chosen at random
     family = FAMILIES[base.family]
     pictures = _read(upload, config)
     facts = {
-        "hf_repo_id": hf_repo_id,
+        "hf_repo_id": publishing.hf_repo_id,
         **dataclasses.asdict(config),
         "base": base.name,
         "family": family.name,
@@ -151,7 +151,7 @@ def _train(
         "klora": __version__,
     }
     logger.info("%d pictures, seed %d", len(pictures), config.seed)
-    for remark in config.remarks:
+    for remark in config.remarks + publishing.remarks:
         logger.info("%s", remark)
     if before:
         before.check_same(facts)

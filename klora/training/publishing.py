@@ -15,12 +15,18 @@ from klora.errors import KLoRAError, RequestError
 from klora.form.fields import ask, check
 from klora.interruptible import interruptible
 from klora.training.card import check_repo_id, push
-from klora.training.config import TrainConfig
+from klora.training.config import TrainConfig, idle
 
 if TYPE_CHECKING:  # a form needs no torch
     from klora.training.loop import OnProgress, Progress
 
 logger = logging.getLogger(__name__)
+
+WITHOUT = {
+    "hf_token": ("hf_repo_id", ("",)), "hf_private": ("hf_repo_id", ("",)), "wandb_project": ("wandb_api_key", ("",)),
+    "wandb_run": ("wandb_api_key", ("",)), "wandb_entity": ("wandb_api_key", ("",)),
+}  # fmt: skip
+"""As training.config's: settings that change nothing where another one is one of these."""
 
 
 @dataclass(frozen=True, repr=False)  # it holds secrets
@@ -44,6 +50,11 @@ class Publishing:
             if not re.fullmatch("[!-~]+", self.hf_token):  # no header can carry it, and the HTTP library would quote it
                 seen = f"hf_repo_id is {self.hf_repo_id!r}, but hf_token has a space or an odd letter in it"
                 raise RequestError(f"{seen}. Expected a token.")
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is asked for and does not come about, as TrainConfig's."""
+        return idle(self, WITHOUT)
 
     @contextmanager
     def tracked(self, config: TrainConfig) -> "Iterator[OnProgress]":

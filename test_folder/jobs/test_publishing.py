@@ -105,9 +105,23 @@ def test_a_tracker_that_was_loading_when_a_training_was_cancelled_tracks_the_nex
 def test_a_hub_out_of_reach_loses_nothing(
     quick: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    tar = trained(publishing=Publishing(hf_repo_id="me/dog", hf_token="hf_x"))
+    tar = trained(publishing=Publishing(hf_repo_id="me/dog", hf_token="hf_x", wandb_run="first"))
     assert b'load_lora_weights("me/dog"' in tar["README.md"]
     assert all(b"hf_x" not in data for data in tar.values())
     assert weights_of(tar) == weights_of(held(quick))
     assert any("hf_repo_id" in line and line.endswith("What was trained is in the tar.") for line in caplog.messages)
+    assert "wandb_run changes nothing: wandb_api_key is ''" in caplog.messages
+
+
+def test_what_is_given_without_what_would_use_it_is_said() -> None:
+    given = {"hf_token": "hf_x", "hf_private": False, "wandb_project": "dogs", "wandb_run": "1", "wandb_entity": "me"}
+    assert Publishing(**given).remarks == [
+        "hf_token changes nothing: hf_repo_id is ''",
+        "hf_private changes nothing: hf_repo_id is ''",
+        "wandb_project changes nothing: wandb_api_key is ''",
+        "wandb_run changes nothing: wandb_api_key is ''",
+        "wandb_entity changes nothing: wandb_api_key is ''",
+    ]
+    assert Publishing(**given, hf_repo_id="me/dog", wandb_api_key="k3y").remarks == Publishing().remarks == []
