@@ -15,7 +15,6 @@ from klora.training.run import saved_step
 from klora.training.writing import RESUME_STATE, writing
 
 LOG, FACTS = "train.jsonl", "config.json"
-MAX_BYTES = 8 << 30  # of all that is unpacked
 # What a run that is taken up again may be told anew; all else is as it was.
 FREE = {"steps", "sample_prompts", "sample_interval", "sample_steps", "checkpoint_interval", "keep_checkpoints",
         "precision", "gradient_checkpointing", "compile"}  # fmt: skip
@@ -103,8 +102,8 @@ def taken_up(tar: Path, folder: Path) -> TakenUp:
 
 
 def _unpack(tar: Path, folder: Path) -> None:
-    room = MAX_BYTES
-    # Plain, as ours are: tarfile reads an extended header of any length into memory, and a packed one has no bounds.
+    # Plain, as ours are, and without holes: so nothing unpacks to more than the tar takes, which for a large rank is
+    # many GB, and an extended header, which tarfile reads into memory, is no longer than that.
     # As a stream, which never goes back: members of negative sizes would follow one another for ever (CVE-2025-8194).
     try:
         with tarfile.open(tar, "r|", bufsize=1 << 20) as archive:
@@ -112,12 +111,8 @@ def _unpack(tar: Path, folder: Path) -> None:
                 if member.issparse():
                     raise tarfile.ReadError(f"{member.name} has holes")  # and may be terabytes of them
                 name = member.name.removeprefix("./")  # as `tar -cf made.tar -C folder .` has it
-                if not member.isfile() or not (name in _NEEDED or _MADE.fullmatch(name)):
-                    continue
-                room -= member.size
-                if room < 0:
-                    raise RequestError(f"resume_from holds more than {MAX_BYTES} bytes. {_OURS}.")
-                _write(cast(IO[bytes], archive.extractfile(member)), folder / name)
+                if member.isfile() and (name in _NEEDED or _MADE.fullmatch(name)):
+                    _write(cast(IO[bytes], archive.extractfile(member)), folder / name)
     except RequestError:
         raise
     except (tarfile.TarError, ValueError, RecursionError, OSError) as error:  # the two of extended headers
