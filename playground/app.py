@@ -48,9 +48,10 @@ def serve(server: Server, trainer: str, token: str | None, port: int) -> None:
 
 def _settings(folder: str) -> dict[str, Any]:
     """On loopback, and nothing remembered: a browser would keep the runs, and with them the tokens of the form."""
+    here = Path(__file__).parent
     theme = gr.themes.Default(primary_hue="slate", neutral_hue="slate", font=FONT, font_mono=("monospace",))
     return {
         "server_name": HOST, "share": False, "allowed_paths": [folder], "run_history": False, "footer_links": [],
-        "theme": theme, "css_paths": Path(__file__).with_name("style.css"), "ssr_mode": False, "pwa": False,
-        "enable_monitoring": False, "mcp_server": False, "max_file_size": "200mb",
+        "theme": theme, "css_paths": here / "style.css", "js": (here / "page.js").read_text(), "ssr_mode": False,
+        "pwa": False, "enable_monitoring": False, "mcp_server": False, "max_file_size": "200mb",
     }  # fmt: skip

@@ -181,10 +181,12 @@ class FusionTab:
     def _drawn_again(
         self, again: bool, ticket: Ticket | None, shown: Shown, trained: Mapping[str, str], reports: bool, *values: Any
     ) -> Iterator[Update]:
-        """The same seed, the sliders as they are now; nothing where nothing was made before. Nor of a file of prompts:
-        it takes long, and would be ended by this to begin anew."""
+        """The same seed, the sliders as they are now; nothing where nothing was made before, or where they stand as
+        they did: Gradio's fields beside them say that they are let go when they are merely passed by. Nor of a file of
+        prompts: it takes long, and would be ended by this to begin anew."""
         many = any(field.name == "prompts" and value for field, value in zip(self._fields, values, strict=True))
-        if again and shown.seed is not None and not many:
+        moved = ticket is None or ticket.sliders != self._sliders(values)
+        if again and shown.seed is not None and not many and moved:
             yield from self._draw({"seed": shown.seed}, ticket, shown, trained, reports, *values)
         else:
             yield {self._standing: gr.skip()}
@@ -194,7 +196,7 @@ class FusionTab:
         reports: bool, *values: Any,
     ) -> Iterator[Update]:  # fmt: skip
         """Run one request; the newest of a tab takes the place of the one before. changes: to what the form holds."""
-        ticket = (ticket or Ticket()).replace()
+        ticket = (ticket or Ticket()).replace(self._sliders(values))
         yield {self._ticket: ticket, self._standing: bar(Run("starting"))}
         try:
             inputs = self._inputs(values, changes, trained, reports)
@@ -203,6 +205,11 @@ class FusionTab:
         except PlaygroundError as error:
             if not ticket.replaced:
                 yield {self._standing: problem(str(error))}
+
+    def _sliders(self, values: Sequence[Any]) -> list[Any]:
+        """Where they stand that draw again. values: of the whole form."""
+        named = ("style_bias", *SCALES)
+        return [value for field, value in zip(self._fields, values, strict=True) if field.name in named]
 
     def _inputs(
         self, values: Sequence[Any], changes: Mapping[str, Any], trained: Mapping[str, str], reports: bool

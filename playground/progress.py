@@ -1,7 +1,7 @@
 """How a request stands, to look at, and a tab's hold on the one that it has running. Knows no request's meaning."""
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any, Protocol
 
@@ -25,16 +25,19 @@ class Server(Protocol):
 
 
 class Ticket:
-    """A tab's hold on its running request. stop: set to cancel it.  replaced: whether that was for the next one."""
+    """A tab's hold on its last request. stop: set to cancel it.  replaced: whether that was for the next one.
 
-    def __init__(self) -> None:
-        self.stop, self.replaced = threading.Event(), False
+    sliders: where they stood when it was made.
+    """
 
-    def replace(self) -> "Ticket":
+    def __init__(self, sliders: Sequence[Any] = ()) -> None:
+        self.stop, self.replaced, self.sliders = threading.Event(), False, sliders
+
+    def replace(self, sliders: Sequence[Any] = ()) -> "Ticket":
         """Cancel this request and say no more of it; the hold on the next one."""
         self.replaced = True
         self.stop.set()
-        return Ticket()
+        return Ticket(sliders)
 
 
 def cancel(ticket: Ticket | None) -> None:

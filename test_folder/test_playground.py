@@ -213,6 +213,44 @@ def test_the_slider_only_moves_where_it_is_not_to_draw(page: Page) -> None:
     assert page.inner_text("#now-meter") == before
 
 
+def test_keys_let_the_slider_go_as_a_hand_does(page: Page) -> None:
+    first, share = make(page), style_share(page, "#now")
+    page.focus(DIAL)
+    with drawing(page):
+        for _ in range(10):
+            page.keyboard.press("ArrowRight")
+    assert np.array_equal(shown(page, "#before"), first)
+    assert style_share(page, "#now") > share
+    assert "style_bias 1.41" in page.inner_text("#now-meter")
+
+
+def test_a_field_beside_a_slider_that_is_passed_by_begins_nothing_anew(page: Page) -> None:
+    make(page)
+    page.fill(field("num_inference_steps"), "500")
+    page.click("#make")
+    expect(page.locator("#standing")).to_contain_text(re.compile(r"Step \d\d+ of 500"))
+    page.focus("#input-style_scale input[type=range]")
+    for _ in range(6):
+        page.keyboard.press("Shift+Tab")
+    page.wait_for_timeout(500)
+    expect(page.locator("#standing")).to_have_text(re.compile(r"Step \d\d+ of 500"), timeout=1)
+    page.click("#cancel")
+    expect(page.locator("#standing")).to_have_text("Cancelled.")
+
+
+def test_a_field_beside_a_slider_that_is_left_blank_or_out_of_bounds_is_filled(page: Page) -> None:
+    scale = page.locator("#input-content_scale input[type=number]")
+    make(page)
+    with drawing(page):
+        scale.fill("7")
+        scale.press("Tab")
+    expect(scale).to_have_value("3")
+    with drawing(page):
+        scale.fill("")
+        scale.press("Tab")
+    expect(scale).to_have_value("1")
+
+
 def test_the_sum_is_shown_whatever_the_slider_says(page: Page, server: Client) -> None:
     page.uncheck("#again input")
     drag(page, 0.75)
