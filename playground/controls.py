@@ -36,6 +36,11 @@ def control(field: Field, **more: Any) -> gr.components.Component:
     return gr.Textbox(field.default or "", max_lines=4, **said)
 
 
+def told(value: str = "", **more: Any) -> gr.HTML:
+    """What a screen reader says when it changes. more: options of the component."""
+    return gr.HTML(value, js_on_load="element.setAttribute('aria-live', 'polite')", **more)
+
+
 def label(field: Field) -> str:
     """Its name as words."""
     words = re.sub(r"\blora\b", "LoRA", field.name.replace("_", " "))

@@ -12,7 +12,7 @@ import gradio as gr
 
 from playground import dial
 from playground.connection import Run
-from playground.controls import control, in_form_order, parted
+from playground.controls import control, in_form_order, parted, told
 from playground.errors import PlaygroundError
 from playground.form import Field, inputs_of
 from playground.outputs import Made, Output, files_of, samples_in, sorted_out
@@ -95,7 +95,7 @@ class FusionTab:
                 label="Style slider",
             )  # fmt: skip
             gr.HTML(dial.TICKS)
-            self._said = gr.HTML(dial.said(first))
+            self._said = told(dial.said(first))
             with gr.Row():
                 self._again = gr.Checkbox(
                     True,
@@ -117,7 +117,7 @@ class FusionTab:
                 if view in names
             }
             self._cancel = gr.Button("Cancel", elem_id="cancel")
-        self._standing = gr.HTML(elem_id="standing")
+        self._standing = told(elem_id="standing")
 
     def _lay_out_pictures(self) -> None:
         def picture(label: str, **more: Any) -> gr.Image:

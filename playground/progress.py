@@ -49,10 +49,18 @@ def cancel(ticket: Ticket | None) -> None:
 def bar(run: Run) -> str:
     """A bar and a line: step i of n."""
     if not run.step:
-        return f'<div class="standing"><progress></progress><span>{BEGUN.get(run.status, run.status)} …</span></div>'
+        return _standing("", f"{BEGUN.get(run.status, run.status)} …")
     step, steps, said = run.step
     text = f"Step {step} of {steps}" + (f", {escape(said)}" if said else "")
-    return f'<div class="standing"><progress value="{step}" max="{steps}"></progress><span>{text}</span></div>'
+    return _standing(f' value="{step}" max="{steps}"', text)
+
+
+def _standing(place: str, text: str) -> str:
+    """Not read out by itself: it changes several times a second."""
+    return (
+        f'<div class="standing" aria-live="off"><progress aria-label="Progress"{place}></progress>'
+        f"<span>{text}</span></div>"
+    )
 
 
 def problem(sentence: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from playground.connection import Run
-from playground.controls import control, in_form_order, parted
+from playground.controls import control, in_form_order, parted, told
 from playground.errors import PlaygroundError
 from playground.form import Field, inputs_of
 from playground.fusion import FusionTab
@@ -55,7 +55,7 @@ class TrainingTab:
         with gr.Row():
             self._train = gr.Button("Train", variant="primary", elem_id="train", scale=2)
             self._cancel = gr.Button("Cancel", elem_id="cancel-training")
-        self._standing = gr.HTML(elem_id="training-standing")
+        self._standing = told(elem_id="training-standing")
         self._samples = gr.Gallery(
             label="Samples", columns=4, height=300, object_fit="contain", elem_id="samples", visible=False
         )

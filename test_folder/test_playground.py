@@ -251,6 +251,20 @@ def test_a_field_beside_a_slider_that_is_left_blank_or_out_of_bounds_is_filled(p
     expect(scale).to_have_value("1")
 
 
+def test_what_has_the_focus_is_seen_and_how_a_request_ends_is_read_out(page: Page) -> None:
+    page.focus(field("prompt"))
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        outlined = page.evaluate("getComputedStyle(document.activeElement).outline")
+        assert "solid 3px" in outlined, page.evaluate("document.activeElement.outerHTML")
+        if page.evaluate("document.activeElement.id") == "cancel":
+            break
+    for place in ("#standing", "#dial .said"):
+        assert page.locator(place).first.evaluate(
+            "e => (e.closest('[aria-live]') ?? e.querySelector('[aria-live]')).ariaLive"
+        ) == "polite"  # fmt: skip
+
+
 def test_the_sum_is_shown_whatever_the_slider_says(page: Page, server: Client) -> None:
     page.uncheck("#again input")
     drag(page, 0.75)
