@@ -225,12 +225,13 @@ class FusionTab:
 
     def _update(self, end: Run, inputs: Mapping[str, Any], shown: Shown) -> Update:
         """What the page shows of a request that has succeeded. Raises PlaygroundError."""
-        made = sorted_out(files_of(end.output, self._server.connection.fetch), reported="report" in inputs)
+        view = next((view for view in VIEWS if view in inputs), None)
+        files = files_of(end.output, self._server.connection.fetch, "klora", end.metrics.get("seed"), view)
+        made = sorted_out(files, reported="report" in inputs)
         if made.tar:
             return self._tar_update(made.tar, shown)
         if not made.images:
             raise PlaygroundError("The server answers without an image. Expected one: see its log.")
-        view = next((view for view in VIEWS if view in inputs), None)
         return self._sheet_update(made, view) if view else self._picture_update(made, end, inputs, shown)
 
     def _sheet_update(self, made: Made, view: str) -> Update:

@@ -3,6 +3,7 @@
 import base64
 import io
 import mimetypes
+import re
 import tarfile
 import uuid
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ SAMPLE_BYTES = 50 << 20
 
 @dataclass(frozen=True)
 class Output:
-    """One file. name: the server's, where it gives one, else a number and an ending."""
+    """One file. name: the server's, where it gives one, else ours, a number and an ending."""
 
     name: str
     mime: str
@@ -48,10 +49,14 @@ class Made:
     tar: Output | None
 
 
-def files_of(output: Any, fetch: Callable[[str], bytes]) -> list[Output]:
-    """The files of a prediction's or a training's output, by name where all have one: uploads end in any order."""
+def files_of(output: Any, fetch: Callable[[str], bytes], *named: Any) -> list[Output]:
+    """The files of a prediction's or a training's output, by name where all have one: uploads end in any order.
+
+    named: what tells those without a name from other requests'.
+    """
+    stem = re.sub(r"\W+", "-", "_".join(str(word) for word in named if word is not None))[:60]
     listed = output.values() if isinstance(output, dict) else [output] if isinstance(output, str) else output or []
-    files = [_file(number, uri, fetch) for number, uri in enumerate(listed)]
+    files = [_file(f"{stem}_{number}", uri, fetch) for number, uri in enumerate(listed)]
     return files if any(uri.startswith("data:") for uri in listed) else sorted(files, key=lambda file: file.name)
 
 
@@ -78,10 +83,10 @@ def samples_in(tar: bytes) -> list[Output]:
     return sorted(found, key=lambda file: file.name)
 
 
-def _file(number: int, uri: str, fetch: Callable[[str], bytes]) -> Output:
+def _file(own: str, uri: str, fetch: Callable[[str], bytes]) -> Output:
     if uri.startswith("data:"):
         head, _, data = uri.partition(",")
         mime = head.removeprefix("data:").partition(";")[0]
-        return Output(f"{number}{mimetypes.guess_extension(mime) or ''}", mime, base64.b64decode(data))
-    name = PurePosixPath(unquote(urlsplit(uri).path)).name or str(number)
+        return Output(f"{own}{mimetypes.guess_extension(mime) or ''}", mime, base64.b64decode(data))
+    name = PurePosixPath(unquote(urlsplit(uri).path)).name or own
     return Output(name, mimetypes.guess_type(name)[0] or "application/octet-stream", fetch(uri))

@@ -92,11 +92,11 @@ class TrainingTab:
 
     def _update(self, server: Server, end: Run, inputs: Mapping[str, Any]) -> Update:
         """The samples, the tar, and what the buttons hand over. Raises PlaygroundError."""
-        [tar] = files_of(end.output, server.connection.fetch)
+        name = inputs.get("trigger_word") or inputs.get("class_word") or inputs.get("lora_type", "LoRA")
+        [tar] = files_of(end.output, server.connection.fetch, "lora", name)
         samples = [(file.saved(self._folder), file.name) for file in samples_in(tar.data)]
         [given] = end.output.values() if isinstance(end.output, dict) else [end.output]
         fits = not given.startswith("data:") or len(given) <= MOST_CHARACTERS
-        name = inputs.get("trigger_word") or inputs.get("class_word") or inputs.get("lora_type", "LoRA")
         said = "Done. Hand it to the other tab." if fits else (
             f"Done. The tar has {len(tar.data) >> 20} MB, more than the field of a LoRA takes: put it into the "
             "server's KLORA_LORA_ROOT and name it there."

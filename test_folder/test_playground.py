@@ -320,6 +320,7 @@ def test_the_heat_map_and_the_sheets_have_places_of_their_own(page: Page) -> Non
     assert shown(page, "#heat-map").shape[1] > 500
     with page.expect_download() as download:
         page.click("#table")
+    assert download.value.suggested_filename == "klora_3_2.json"
     assert b"gamma" in Path(download.value.path()).read_bytes()
     page.uncheck("#with-report input")
     with drawing(page):
@@ -383,6 +384,9 @@ def test_a_lora_is_trained_and_fused(page: Page, tmp_path: Path) -> None:
         page.click("#train")
         expect(page.locator("#training-standing")).to_contain_text("Done.")
     assert page.locator("#samples img").count() > 0
+    with page.expect_download() as download:
+        page.click("#tar")
+    assert download.value.suggested_filename == "lora_subject_0.tar"
     page.click("#use-content_lora")
     page.click("button[role=tab]:has-text('Fuse')")
     expect(page.locator(field("content_lora"))).to_have_value(re.compile("trained here: "))
