@@ -215,7 +215,7 @@ class Predictor(BasePredictor):
             default=False,
         ),
         prompts: Optional[Path] = Input(
-            description="File for many images in one tar, with captions: a prompt on each line, or as JSON lines the inputs by name. Each prompt takes the place of {} in the prompt above.",
+            description="File for many images in one tar, with captions: up to 1,000 lines, each a prompt, or in JSON the inputs by name. Each prompt takes the place of {} in the prompt above.",
             default=None,
         ),
         hf_api_token: Optional[Secret] = Input(
