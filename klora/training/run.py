@@ -29,7 +29,8 @@ OPTIMIZERS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
     "adamw8bit": ("bitsandbytes.optim", "AdamW8bit", {}),
     "prodigy": ("prodigyopt", "Prodigy", {"safeguard_warmup": True, "use_bias_correction": True}),
     "lion": ("lion_pytorch", "Lion", {}),
-    "adafactor": ("torch.optim", "Adafactor", {}),
+    # By itself it scales a step with its parameter's size, a thousandth at least, and B begins at 0.
+    "adafactor": ("torch.optim", "Adafactor", {"eps": (None, 1.0)}),
 }
 """(module, class, options) by the form's name; imported when asked for."""
 # What reading a file raises that is no saved run. RuntimeError is also RecursionError's.

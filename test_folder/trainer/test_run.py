@@ -50,6 +50,18 @@ def test_a_run_that_is_given_more_steps_follows_their_law_from_the_first_of_them
     assert saved_step(tmp_path / "run.safetensors") == 4
 
 
+def test_a_learning_rate_means_as_much_to_adafactor_as_to_adamw_for_what_begins_at_nothing() -> None:
+    moved = {}
+    for optimizer in ("adamw", "adafactor"):
+        run = a_run(TrainConfig(optimizer=optimizer, weight_decay=0.0))
+        for parameter in run.parameters:
+            nn.init.zeros_(parameter)
+        advanced(run)
+        moved[optimizer] = torch.cat([parameter.detach().flatten() for parameter in run.parameters])
+    torch.testing.assert_close(moved["adafactor"], moved["adamw"])
+    assert float(moved["adamw"][0]) == pytest.approx(-1e-2)
+
+
 FACTORS = {"step": 1, "state": {"items": [["parameters", [{"tensor": "A"}, {"tensor": "B"}]], ["optimizer", None]]}}
 
 
