@@ -85,8 +85,10 @@ def exported(
     texts = (pair.content.text_encoders and wanted.content_scale, pair.style.text_encoders and wanted.style_scale)
     if wanted.format == "kohya" and any(texts):  # before the layers are scored, which takes minutes of large files
         raise RequestError("format is kohya, whose files hold no text encoder here. Expected diffusers for these.")
+    _refuse_words((pair.content, pair.style))
+    _within(steps, count := wanted.num_inference_steps or pair.steps)
     fusion = fused(pair, scores)
-    wins = fusion.content_wins(schedule, wanted.num_inference_steps or pair.steps, wanted.style_bias)
+    wins = fusion.content_wins(schedule, count, wanted.style_bias)
     exact = baked(fusion, wins, wanted.content_scale, wanted.style_scale, steps)
     lora = rounded(reduced(exact, wanted.rank) if wanted.rank else exact, DTYPES[wanted.dtype])
     told = _told(exact, lora, wins, steps)
@@ -112,10 +114,7 @@ def baked(
     """
     share = _content_share(wins, steps).tolist()
     loras, scales = (fusion.content, fusion.style), (content_scale, style_scale)
-    for role, lora in zip(_ROLES, loras, strict=True):
-        if isinstance(lora, LoRA) and lora.words:
-            word = next(iter(lora.words))
-            raise LoRAError(f"{role}_lora teaches the word {word!r}. Expected a LoRA of layers alone for an export.")
+    _refuse_words(loras)
     gates = {
         name: (won * content_scale, (1 - won) * style_scale) for name, won in zip(fusion.layers, share, strict=True)
     }
@@ -161,12 +160,24 @@ def errors(exact: LoRA, kept: LoRA) -> tuple[dict[str, float], float]:
     return {name: own[0] / own[1] if own[1] else 0.0 for name, own in norms.items()}, total
 
 
+def _refuse_words(loras: Sequence[Mapping[str, LowRank]]) -> None:
+    for role, lora in zip(_ROLES, loras, strict=True):
+        if isinstance(lora, LoRA) and lora.words:
+            word = next(iter(lora.words))
+            raise LoRAError(f"{role}_lora teaches the word {word!r}. Expected a LoRA of layers alone for an export.")
+
+
+def _within(steps: tuple[int, int] | None, count: int) -> slice:
+    """Those of a run of this many. Raises RequestError."""
+    first, last = steps or (0, count)
+    if not 0 <= first < last <= count:
+        raise RequestError(f"steps is {first}:{last}. Expected A:B with A < B, from 0 to {count}.")
+    return slice(first, last)
+
+
 def _content_share(wins: Tensor, steps: tuple[int, int] | None) -> Tensor:
     """The share of the steps in which content acts, float64 [L]."""
-    first, last = steps or (0, len(wins))
-    if not 0 <= first < last <= len(wins):
-        raise RequestError(f"steps is {first}:{last}. Expected A:B with A < B, from 0 to {len(wins)}.")
-    return wins[first:last].double().mean(0)
+    return wins[_within(steps, len(wins))].double().mean(0)
 
 
 def _stacked(loras: Sequence[Mapping[str, LowRank]], gates: Mapping[str, tuple[float, ...]]) -> dict[str, LowRank]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from klora import Fusion, LoRA, LowRank, export
@@ -87,6 +87,19 @@ def test_words_are_refused(fusion: Fusion, wins: Tensor) -> None:
     taught = LoRA(fusion.style, words={"TOK": {"text_encoder": torch.zeros(1, 32)}})
     with pytest.raises(LoRAError, match=r"^style_lora teaches the word 'TOK'\."):
         baked(replace(fusion, style=taught), wins)
+
+
+def test_steps_that_a_run_does_not_have_and_words_are_refused_before_layers_are_scored(
+    families: dict[str, Family], bases: Path, loras: Path, tmp_path: Path, out: Path, unscored: None
+) -> None:
+    pair = pair_of(loras, "sdxl")
+    with pytest.raises(RequestError, match=r"^steps is 0:31\. Expected A:B with A < B, from 0 to 30\."):
+        exported(wanted(num_inference_steps=None, steps="0:31"), pair, installed(bases), out)
+    taught = tmp_path / "taught.safetensors"
+    width = families["sdxl"].text_encoders["text_encoder"].config.hidden_size
+    save_file({**load_file(pair["style_lora"]), "bundle_emb.szn.clip_l": torch.zeros(1, width)}, taught)
+    with pytest.raises(LoRAError, match=r"^style_lora teaches the word 'szn'\."):
+        exported(wanted(), {**pair, "style_lora": taught}, installed(bases), out)
 
 
 def test_what_no_file_can_hold_is_refused() -> None:
