@@ -76,7 +76,7 @@ def opened(root: Path) -> Folder:
         folder.secret()  # fails now, and not in a request, where the disk cannot be written
     except OSError as error:
         raise SourceError(
-            f"The LoRA cache cannot be at {root}: {error.strerror}. Expected a folder that the server may write."
+            f"The LoRA cache cannot be at {root}: {error.strerror}. Expected KLORA_CACHE to say where it can."
         ) from error
     return folder
 

@@ -58,8 +58,7 @@ def test_a_folder_of_somebody_else_is_refused(root: Path, monkeypatch: pytest.Mo
 def test_a_file_is_no_root(root: Path) -> None:
     root.write_text("x")
     assert (
-        refusal(root)
-        == f"The LoRA cache cannot be at {root}: File exists. Expected a folder that the server may write."
+        refusal(root) == f"The LoRA cache cannot be at {root}: File exists. Expected KLORA_CACHE to say where it can."
     )
 
 
@@ -72,7 +71,7 @@ def test_a_root_that_cannot_be_written_is_refused(root: Path, monkeypatch: pytes
     root.mkdir(mode=0o700)
     monkeypatch.setattr(os, "mkdir", read_only)
     assert refusal(root) == (
-        f"The LoRA cache cannot be at {root}: Read-only file system. Expected a folder that the server may write."
+        f"The LoRA cache cannot be at {root}: Read-only file system. Expected KLORA_CACHE to say where it can."
     )
 
 
