@@ -48,7 +48,15 @@ class Installed(NamedTuple):
 
 def models_folder() -> Path:
     """KLORA_MODELS, else ~/.cache/klora/models: one folder a base."""
-    return Path(os.environ.get("KLORA_MODELS") or Path.home() / ".cache" / "klora" / "models")
+    return _own_folder("KLORA_MODELS", "models")
+
+
+def _own_folder(setting: str, name: str) -> Path:
+    """The one that a setting names, else ~/.cache/klora/name. Raises RequestError."""
+    try:
+        return Path(os.environ.get(setting) or Path.home() / ".cache" / "klora" / name)
+    except RuntimeError as error:  # as of a user whom the machine does not know, without HOME
+        raise RequestError(f"There is no home folder, and {setting} is not set. Expected it to be.") from error
 
 
 def use_toys_if_no_bases(toys: Path = TOYS) -> None:
@@ -221,7 +229,7 @@ def runnable(model: str | None) -> list[str]:
 
 def cache_folder() -> Path:
     """KLORA_CACHE, else ~/.cache/klora/loras: the folder of fetched LoRAs."""
-    return Path(os.environ.get("KLORA_CACHE") or Path.home() / ".cache" / "klora" / "loras")
+    return _own_folder("KLORA_CACHE", "loras")
 
 
 def cache_bytes() -> int:

@@ -1,12 +1,13 @@
 """Names of bases become folders, and what is not installed is refused naming what is."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import weights
-from klora.errors import BaseModelError
+from klora.errors import BaseModelError, RequestError
 from klora.form.request import MODELS
 from klora.models import FAMILIES
 
@@ -132,6 +133,19 @@ def test_models_are_in_the_cache_folder_unless_klora_models_says_otherwise(
     assert weights.safety_checker_path() == Path("/nobody/.cache/klora/models/safety-checker")
     monkeypatch.setenv("KLORA_MODELS", "/elsewhere")
     assert weights.models_folder() == Path("/elsewhere")
+
+
+def test_a_user_without_a_home_is_told_which_settings_name_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 5)  # whom no machine knows
+    for setting, folder in (("KLORA_MODELS", weights.models_folder), ("KLORA_CACHE", weights.cache_folder)):
+        monkeypatch.delenv(setting, raising=False)
+        with pytest.raises(
+            RequestError, match=f"^There is no home folder, and {setting} is not set. Expected it to be"
+        ):
+            folder()
+        monkeypatch.setenv(setting, "/elsewhere")
+        assert folder() == Path("/elsewhere")
 
 
 def test_the_table_has_every_model_of_the_form_in_its_order_and_no_unknown_family() -> None:
