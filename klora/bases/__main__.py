@@ -35,7 +35,7 @@ def parsed(arguments: Sequence[str], folder: Path | None) -> argparse.Namespace:
     )
     parser = argparse.ArgumentParser(
         prog="download-weights" if folder else "python -m klora.bases",
-        description="Fetch base models, or what is missing of them, and check every byte.",
+        description="Fetch base models, or what is missing of them, and check what comes.",
         epilog=f"bases:\n{table}\n\nHF_TOKEN: a Hugging Face token, for gated bases. KLORA_PGET_SHA256: of the pget "
         "that may fetch public ones.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
