@@ -149,6 +149,19 @@ class Request:
         given = {item.name: (getattr(self, item.name), item.default) for item in fields(self)}
         return {name: value for name, (value, default) in given.items() if value != default}
 
+    def remarks(self, roles: Collection[str]) -> list[str]:
+        """What is asked for and changes nothing with LoRAs of these roles alone and the other inputs, a sentence
+        each."""
+        acting = [role for role in roles if self.fusion in (role, "klora", "sum")]
+        why = {f"{role}_scale": f"no {role} LoRA acts" for role in ("content", "style") if role not in acting}
+        if self.image is None:
+            why["prompt_strength"] = "there is no image to start from"
+        if self.width is not None or self.height is not None:
+            why["megapixels"] = "width or height is given"
+        if self.output_format == "png":
+            why["output_quality"] = "png is exact"
+        return [f"{name} changes nothing: {reason}" for name, reason in why.items() if name in self.changed]
+
     @property
     def loras(self) -> dict[str, str]:
         """The LoRA references that were given, by input."""

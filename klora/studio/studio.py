@@ -107,8 +107,9 @@ class Studio:
         def drawn(asked: Request, reached: OnStep) -> list[Image.Image]:
             return self._drawn(asked, ready, ready.draws(asked, tell), tell, reached)
 
-        for name, lora in ready.loras.items():
-            logger.info("%s_lora: %s", name, lora.report)
+        said = [f"{name}_lora: {lora.report}" for name, lora in ready.loras.items()]
+        for line in said + request.remarks(ready.loras):
+            logger.info("%s", line)
         if len(ready.loras) == 2 and request.fusion == "klora":
             told = ready.report(request).summary()
             logger.info(told)

@@ -1,6 +1,7 @@
 """A request becomes the images that generate makes, at its LoRAs' scales, each prompt read once and each step told."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,15 @@ def test_every_base_makes_the_images_that_generate_makes(studio: Studio, loras: 
     expected = generate(model, asked, content=content, style=style)
     assert same(made(studio, asked, files), {index: np.asarray(image) for index, image in enumerate(expected)})
     assert not same(made(studio, asked, {}), made(studio, asked, files))
+
+
+def test_the_log_names_each_lora_and_what_changes_nothing(
+    studio: Studio, loras: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "klora.studio.studio")
+    made(studio, request(style_scale=2), {"content_lora": loras / "sdxl_content.safetensors"})
+    lora, idle = caplog.messages
+    assert lora.startswith("content_lora: diffusers: ") and idle == "style_scale changes nothing: no style LoRA acts"
 
 
 def test_layers_of_a_text_encoder_act_at_their_loras_scale(studio: Studio, loras: Path) -> None:
