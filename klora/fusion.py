@@ -63,7 +63,7 @@ class Schedule:
         return line % self.alpha if self.wraps else line
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fusion:
     """Two LoRAs, scored against each other layer by layer.
 

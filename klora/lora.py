@@ -19,7 +19,7 @@ Words = Mapping[str, Mapping[str, Tensor]]
 """{word of a prompt: {text encoder's component: its vectors [N, D]}}"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowRank:
     """One layer's update dW = B A, with alpha/rank already folded into B.  A [R, I], B [O, R], same device."""
 
@@ -63,7 +63,7 @@ Acting = list[tuple[LowRank, float]]
 """What acts in a layer: pairs, each with its gate, which is not 0."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoRA(Mapping[str, LowRank]):
     """A LoRA file as data: a mapping of the denoiser's layers, in execution order, and what else came with them.
     text_encoders: {component: {module name: LowRank}}; words: that it teaches the text encoders;
@@ -76,8 +76,8 @@ class LoRA(Mapping[str, LowRank]):
     metadata: Mapping[str, str] = field(default_factory=dict)
     words: Words = field(default_factory=dict)
     report: Any = None
-    scores: dict[str, dict[int, float]] = field(default_factory=dict, compare=False, repr=False)
-    _placed: dict[Place, Mapping[str, LowRank]] = field(default_factory=dict, compare=False, repr=False)
+    scores: dict[str, dict[int, float]] = field(default_factory=dict, repr=False)
+    _placed: dict[Place, Mapping[str, LowRank]] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> LowRank:
         return self.layers[name]
@@ -112,7 +112,7 @@ def _moved(layers: Mapping[str, LowRank], device: torch.device, dtype: torch.dty
     return {name: LowRank(pair.A.to(device, dtype), pair.B.to(device, dtype)) for name, pair in layers.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """Which LoRA acts where, when and how strongly.  gates: float [steps, layers, LoRAs]; one step means always.
     content_wins: bool [steps, layers] where two LoRAs were chosen between."""

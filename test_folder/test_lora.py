@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from klora.fusion import fuse
 from klora.lora import LoRA, LowRank, Plan, readable
 from test_folder.files.reading import pair
 
@@ -12,6 +13,12 @@ def test_lora_is_the_mapping_of_its_denoiser_layers() -> None:
     lora = LoRA(layers, {"text_encoder": {"x": LowRank(*pair(4, 5))}})
     assert dict(lora) == layers and list(lora) == ["b", "a"] and len(lora) == 2
     assert "x" not in lora and lora.get("x") is None
+
+
+def test_loras_may_be_compared_though_tensors_cannot() -> None:
+    first, second = (LoRA({"a": LowRank(*pair(4, 5))}) for _ in "ab")
+    assert first == first and first != second and second in [first, second]
+    assert fuse(first, second) != fuse(first, second)
 
 
 def test_constant_plan_lets_every_lora_act_always_at_its_scale() -> None:
