@@ -34,17 +34,17 @@ def load_model(
     """
     if family not in FAMILIES:
         raise BaseModelError(f"There is no family {family!r}. Expected one of {', '.join(FAMILIES)}.")
-    device = torch.device(device or default_device())
-    if device == torch.device("cuda"):  # the current one, of which every thread has its own
-        device = torch.device("cuda", torch.cuda.current_device())
+    here = torch.device(device or default_device())
     _refuse_incomplete(path := Path(path))
     own = torch.get_default_dtype()
 
     def load() -> Family:
-        with torch.cuda.device(device if device.type == "cuda" else -1):  # a thread's own; quantisers ask for it
-            return FAMILIES[family].load(path, device, dtype or default_dtype(device), parts, quantized)
+        with torch.cuda.device(here if here.type == "cuda" else -1):  # a thread's own; quantisers ask for it
+            return FAMILIES[family].load(path, here, dtype or default_dtype(here), parts, quantized)
 
     try:
+        if here == torch.device("cuda"):  # the current one, of which every thread has its own
+            here = torch.device("cuda", torch.cuda.current_device())
         model = interruptible(load)
     except Exception as error:  # for a damaged folder the libraries raise whatever they stumble on
         raise BaseModelError(f"The base in {path} cannot be loaded as {family}: {error}") from error

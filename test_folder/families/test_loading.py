@@ -83,6 +83,13 @@ def test_a_base_is_loaded_with_its_gpu_as_the_current_one(bases: Path, monkeypat
     assert entered == ["cuda:1", "cuda:2", "-1"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_a_gpu_that_is_not_there_is_refused_in_a_sentence(bases: Path, device: str) -> None:
+    with pytest.raises(BaseModelError, match="cannot be loaded as sdxl: "):
+        load_model("sdxl", bases / "sdxl", device)
+
+
 def test_a_device_may_come_by_its_name_as_torch_has_it(bases: Path) -> None:
     assert load_model("sdxl", bases / "sdxl", "cpu", parts=()).pipe.unet.dtype == torch.float32
 
