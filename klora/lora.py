@@ -112,6 +112,17 @@ def _moved(layers: Mapping[str, LowRank], device: torch.device, dtype: torch.dty
     return {name: LowRank(pair.A.to(device, dtype), pair.B.to(device, dtype)) for name, pair in layers.items()}
 
 
+class Step(int):
+    """Of a denoising, 0-based, that knows of how many."""
+
+    of: int
+
+    def __new__(cls, at: int, of: int) -> "Step":
+        step = super().__new__(cls, at)
+        step.of = of
+        return step
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Which LoRA acts where, when and how strongly.  gates: float [steps, layers, LoRAs]; one step means always.

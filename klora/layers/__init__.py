@@ -62,8 +62,8 @@ def attached(
     rank, so that what was compiled with one pair serves every other. float8: linears by which the merged engine
     multiplies in float8, whatever LoRAs adapt: faster, and equal no longer. pixels: of an image;
     headroom_bytes() of them are left free by the choice of an engine. On leaving, by whatever exception, every
-    module and parameter is back. Raises LoRAError when a layer is not a linear of the module, or has another shape, and
-    RequestError for an engine that there is not.
+    module and parameter is back; until then its state_dict() is not the base's. Raises LoRAError when a layer is not a
+    linear of the module, or has another shape, and RequestError for an engine that there is not.
     """
     if engine not in (None, *get_args(Engine)):
         raise RequestError(f"engine is {engine!r}. Expected 'gated', 'merged' or None, for the one that fits.")

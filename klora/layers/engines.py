@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from klora.device import has_triton
+from klora.errors import RequestError
 from klora.layers.float8 import FLOAT8, Float8Linear, scales_of
 from klora.layers.loans import InPlaceOf, Loan, lend
 from klora.layers.pairs import Pairs, linear_in
@@ -51,8 +52,14 @@ class Gate:
         self.flips = 0  # the first writing is no flip
 
     def set_step(self, step: int) -> Self:
-        """Let the LoRAs act as planned for this step, 0-based; steps beyond the last keep its choice."""
-        step = min(step, len(self._gates) - 1)
+        """Let the LoRAs act as planned for this step, 0-based; after the last they act as in it.
+
+        Raises RequestError for a step that is not the plan's, and for a Step of another number of steps: the schedule
+        would be another. A plan of one step is for any number."""
+        planned, of = len(self._gates), getattr(step, "of", len(self._gates))
+        if planned > 1 and not (0 <= step <= planned == of):
+            raise RequestError(f"Step {step} of {of}, but {planned} are planned. Expected attached() for as many.")
+        step = min(step, planned - 1)
         changed = (self._gates[step] != self._current).any(-1).nonzero().flatten().tolist()
         if changed:
             self._apply(step, changed)
@@ -79,6 +86,8 @@ def lent_merged(
     lent = dict[int, nn.Parameter]()
 
     def apply(step: int, changed: list[int]) -> None:
+        if any(linears[index].weight is not lent[index] for index in changed if index in lent):
+            raise RequestError("Another attached() lies over this one. Expected the inner one alone to change steps.")
         rows = zip(changed, gates[step, changed].tolist(), strict=True)
         write((index, _acting(pairs[index], own)) for index, own in rows)
         torch.clear_autocast_cache()  # of what these weights were
@@ -127,12 +136,10 @@ def _merges(
     def write(layers: Iterable[tuple[int, Acting]]) -> None:
         for index, acting in layers:
             weight, out = weights[index].detach(), outs[index]
+            merged = torch.empty_like(weight) if index in scales else out
+            _merge(weight, acting, merged)
             if index in scales:
-                merged = torch.empty_like(weight)
-                _merge(weight, acting, merged)
                 out.copy_(merged.div_(scales[index][:, None]))
-            else:
-                _merge(weight, acting, out)
 
     return write
 
@@ -141,12 +148,9 @@ def _merge(weight: Tensor, acting: Acting, out: Tensor) -> None:
     """out = weight + sum of gate * B A, in one pass over the weight."""
     if not acting:
         out.copy_(weight)
-    elif len(acting) == 1:  # as mostly: nothing is to be stacked, and no B rounded
-        [(pair, gate)] = acting
+    else:  # one, as mostly: nothing is to be stacked, and no B rounded
+        [(pair, gate)] = acting if len(acting) == 1 else [(_stacked([LowRank(p.A, p.B * g) for p, g in acting]), 1.0)]
         torch.addmm(weight, pair.B, pair.A, alpha=gate, out=out)
-    else:
-        both = _stacked([LowRank(pair.A, pair.B * gate) for pair, gate in acting])
-        torch.addmm(weight, both.B, both.A, out=out)
 
 
 def lent_gated(denoiser: nn.Module, plan: Plan, pairs: Mapping[int, Pairs], loans: list[Loan]) -> Gate:

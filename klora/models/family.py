@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from klora.errors import BaseModelError, RequestError
 from klora.files.names import Inventory
 from klora.form.request import Request
-from klora.lora import LoRA
+from klora.lora import LoRA, Step
 from klora.models.linears import execution_order, linear_shapes
 
 Conditioning = Mapping[str, Tensor]
@@ -127,26 +127,21 @@ class Family(Protocol):
 
 
 def load_parts(
-    pipeline: Any,
-    path: Path,
-    device: torch.device,
-    parts: Collection[Part],
-    checkpoint: Path | None = None,
-    **options: Any,
+    kind: Any, path: Path, device: torch.device, parts: Collection[Part], checkpoint: Path | None = None, **options: Any
 ) -> Any:  # Any: a diffusers pipeline, class and instance
     """A diffusers pipeline with these parts on the device. Of a VAE or denoiser that is not wanted it has the shapes
     alone, on the meta device; of text encoders nothing.
 
     checkpoint: what checkpoint_in() has found, and then "dtype" among the options is {component: dtype}.
     """
-    index = pipeline.load_config(path, local_files_only=True)
+    index = kind.load_config(path, local_files_only=True)
     components = {"text": ("text_encoder", "text_encoder_2"), "vae": ("vae",), "denoiser": ("unet", "transformer")}
     absent = {name for part in components.keys() - set(parts) for name in components[part] if name in index}
     bare = {name: None if name in components["text"] else _weightless(index[name][1], path / name) for name in absent}
     if checkpoint:
-        pipe = _read_checkpoint(pipeline, checkpoint, bare, **options)
+        pipe = _read_checkpoint(kind, checkpoint, bare, **options)
     else:
-        pipe = pipeline.from_pretrained(path, **bare, **options, use_safetensors=True, local_files_only=True)
+        pipe = kind.from_pretrained(path, **bare, **options, use_safetensors=True, local_files_only=True)
     for name, module in pipe.components.items():
         # What is quantised has been put on the device by its quantiser.
         if isinstance(module, nn.Module) and name not in absent and not getattr(module, "is_quantized", False):
@@ -224,17 +219,22 @@ def following(pipe: Any, on_step: Callable[[int], Any]) -> Iterator[Callable[...
 
     i is the place of the timestep in the scheduler's list, not a count of calls: image-to-image starts part-way,
     second-order schedulers call twice a step, denoising_end cuts it. Yields the pipeline's `callback_on_step_end`: it
-    counts for schedulers that do not know their own place, as DDIM."""
+    counts for schedulers that do not know their own place, as DDIM; such a one that goes on and does not call it is
+    refused by a RequestError."""
     told: list[Any] = [None, 0]  # the list of the call that was last told of, and how many of its steps are over
 
-    def before_forward(*_: Any) -> None:
+    def before_forward(_: nn.Module, args: tuple[Any, ...]) -> None:
         times, end = pipe.scheduler.timesteps, getattr(pipe, "denoising_end", None)  # SDXL's alone have one
         total = len(times)
         last = int((times >= round((1 - end) * pipe.scheduler.config.num_train_timesteps)).sum()) if end else total
         begin = max(0, last - getattr(pipe, "num_timesteps", last))  # some pipelines tell it uncut, some not at all
         counted = begin + (told[1] if told[0] is times else 0)  # each call has a list of its own
-        known = (getattr(pipe.scheduler, name, None) for name in ("step_index", "begin_index"))
-        on_step(next((at for at in known if at is not None), counted) * pipe.scheduler.num_inference_steps // total)
+        known = [getattr(pipe.scheduler, name, None) for name in ("step_index", "begin_index")]
+        place = next((at for at in known if at is not None), counted)
+        if known == [None, None] and any(time in times and time != times[place] for time in args[1:2]):
+            raise RequestError("This scheduler keeps no step. Expected callback_on_step_end= what following() yields.")
+        steps = pipe.scheduler.num_inference_steps or total  # DDPM does not count timesteps of one's own
+        on_step(Step(place * steps // total, steps))
 
     def on_step_end(_: Any, index: int, __: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         told[:] = pipe.scheduler.timesteps, index + 1

@@ -8,7 +8,9 @@ import torch
 from diffusers import (
     ControlNetModel,
     DDIMScheduler,
+    DDPMScheduler,
     EulerDiscreteScheduler,
+    PNDMScheduler,
     StableDiffusionXLAdapterPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
@@ -16,7 +18,11 @@ from diffusers import (
     T2IAdapter,
 )
 
+from klora.errors import RequestError
 from klora.form.request import SCHEDULERS
+from klora.fusion import Schedule, fuse
+from klora.layers import attached
+from klora.lora import LowRank
 from klora.models.family import Family, following
 from test_folder.families.painting import paint, photo
 
@@ -89,6 +95,42 @@ def test_a_pipeline_that_calls_nobody_back_is_followed_by_its_scheduler(sdxl: Fa
     with following(pipe, told.append):
         pipe("a dog", image=photo(), num_inference_steps=3, output_type="latent")
     assert told == [0, 1, 2]
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler, PNDMScheduler])
+def test_a_scheduler_that_does_not_know_its_place_is_refused_where_nobody_is_called_back(
+    sdxl: Family, scheduler: Any
+) -> None:
+    """Each of its steps would be taken for the first."""
+    told: list[int] = []
+    own = {"scheduler": scheduler.from_config(sdxl.pipe.scheduler.config, skip_prk_steps=True)}
+    pipe = StableDiffusionXLPipeline(**sdxl.pipe.components | own)
+    with following(pipe, told.append), pytest.raises(RequestError, match="callback_on_step_end"):
+        pipe("a dog", num_inference_steps=4, output_type="latent")
+    assert told == [0]
+
+
+def test_timesteps_of_ones_own_are_counted_by_their_list(sdxl: Family) -> None:
+    """Of these DDPM does not know how many there are."""
+    told: list[int] = []
+    scheduler = DDPMScheduler.from_config(sdxl.pipe.scheduler.config)
+    pipe = StableDiffusionXLPipeline(**sdxl.pipe.components | {"scheduler": scheduler})
+    with following(pipe, told.append) as on_step_end:
+        pipe("a dog", timesteps=[900, 500, 100], callback_on_step_end=on_step_end, output_type="latent")
+    assert told == [0, 1, 2]
+
+
+@pytest.mark.parametrize("planned", [3, 5])
+def test_a_pipeline_that_runs_another_number_of_steps_than_were_planned_is_refused(model: Family, planned: int) -> None:
+    layer = next(name for name, part in model.denoiser.named_modules() if isinstance(part, torch.nn.Linear))
+    rows, columns = model.denoiser.get_submodule(layer).weight.shape
+    pair = LowRank(torch.ones(1, columns), torch.ones(rows, 1))
+    fusion = fuse({layer: pair}, {layer: pair})
+    with attached(model.denoiser, fusion, Schedule.from_pattern("s"), steps=planned) as gate:
+        with pytest.raises(RequestError, match=f"Step 0 of 4, but {planned} are planned"):
+            paint(model, gate.set_step)
+        if planned == 3:
+            paint(model, gate.set_step, num_inference_steps=3)
 
 
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DDIMScheduler])

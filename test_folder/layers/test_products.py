@@ -6,9 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 
+from klora.errors import RequestError
 from klora.fusion import Schedule, fuse
 from klora.layers import attached
-from klora.lora import LowRank, Plan
+from klora.lora import LowRank, Plan, Step
 from test_folder.layers.network import ENGINES, LAYERS, dense, random_lora, switching_plan, two_loras
 
 
@@ -39,13 +40,29 @@ def test_two_loras_that_act_at_once_equal_dense_weights(network, x, engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_step_beyond_the_last_keeps_the_last(network, x, engine):
+def test_told_that_all_steps_are_over_the_last_ones_choice_stays(network, x, engine):
     with attached(network, switching_plan(network), engine=engine) as gate:
         gate.set_step(7)
         expected = network(x)
-        for step in (8, 9, 1000):
+        gate.set_step(8)
+        assert torch.equal(network(x), expected)
+
+
+@pytest.mark.parametrize("step", [-1, 9, Step(0, 7), Step(8, 30)])
+def test_a_step_of_another_schedule_is_refused_and_nothing_moves(network, x, step):
+    with attached(network, switching_plan(network)) as gate:
+        expected = network(x)
+        with pytest.raises(RequestError, match=r"8 are planned\. Expected"):
             gate.set_step(step)
-            assert torch.equal(network(x), expected)
+        assert torch.equal(network(x), expected)
+
+
+def test_what_always_acts_does_so_in_any_number_of_steps(network, x):
+    lora = random_lora(network, LAYERS, 2, seed=1)
+    with attached(network, Plan.constant((lora,), (1.0,))) as gate:
+        expected = network(x)
+        for step in (0, 1, Step(29, 30)):
+            assert torch.equal((gate.set_step(step), network(x))[1], expected)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

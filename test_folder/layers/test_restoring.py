@@ -1,5 +1,6 @@
 """However a block is left, or refused to begin, everything comes back."""
 
+import copy
 import re
 from contextlib import suppress
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from cog import CancelationException
 
-from klora.errors import LoRAError
+from klora.errors import LoRAError, RequestError
 from klora.layers import attached, clear, lending
 from klora.lora import LowRank, Plan
 from test_folder.layers.network import ENGINES, LAYERS, dense, photograph, random_lora, switching_plan
@@ -51,6 +52,20 @@ def test_nested_blocks_add_up_and_are_undone_in_order(network, x, outer, layers,
             torch.testing.assert_close(network(x), dense(alone, second, 0)(x), rtol=0, atol=1e-5)
         assert photograph(network) == between
         torch.testing.assert_close(network(x), alone(x), rtol=0, atol=1e-5)
+    assert photograph(network) == before
+
+
+def test_an_outer_block_whose_steps_change_beneath_merged_weights_is_refused(network, x):
+    """They were made of its own, and would stay as they are."""
+    before, plan, alone = photograph(network), switching_plan(network), copy.deepcopy(network)
+    with (
+        attached(network, plan, engine="merged") as outer,
+        attached(network, switching_plan(network), engine="merged") as inner,
+    ):
+        with pytest.raises(RequestError, match="inner one alone"):
+            outer.set_step(3)
+        inner.set_step(3)
+        torch.testing.assert_close(network(x), dense(dense(alone, plan, 0), plan, 3)(x), rtol=0, atol=1e-5)
     assert photograph(network) == before
 
 
