@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from klora.layers import attached
     from klora.lora import LoRA, LowRank, save_lora
     from klora.models import FAMILIES, load_model
-    from klora.models.family import following
     from klora.models.flux import Flux
+    from klora.models.following import following
     from klora.models.sdxl import SDXL
 
 __version__ = "0.1.0"  # pyproject.toml's, which an image that has klora in a folder cannot be asked for
@@ -27,7 +27,7 @@ __all__ = [
 _HOMES = {
     "errors": ["KLoRAError"], "form.request": ["Request"], "fusion": ["Fusion", "Schedule", "fuse"],
     "generation": ["generate"], "layers": ["attached"], "lora": ["LoRA", "LowRank", "save_lora"],
-    "models": ["FAMILIES", "load_model"], "models.family": ["following"], "models.flux": ["Flux"],
+    "models": ["FAMILIES", "load_model"], "models.following": ["following"], "models.flux": ["Flux"],
     "models.sdxl": ["SDXL"],
 }  # fmt: skip
 

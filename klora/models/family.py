@@ -1,10 +1,9 @@
-"""What a family of base models is, and the pieces that families share: parts of a diffusers pipeline, one call of it,
-and where it stands in its schedule. Knows no family by name.
+"""What a family of base models is, and what families share: parts of a diffusers pipeline, and one call of it. Knows no
+family by name.
 """
 
 import importlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 from klora.errors import BaseModelError, RequestError
 from klora.files.names import Inventory
 from klora.form.request import Request
-from klora.lora import LoRA, Step
+from klora.lora import LoRA
+from klora.models.following import following
 from klora.models.linears import execution_order, linear_shapes
 
 Conditioning = Mapping[str, Tensor]
@@ -211,43 +211,6 @@ def quantization(component: str, kind: Quantized | None, dtype: torch.dtype) -> 
     four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
     backends = {"int8": ("bitsandbytes_8bit", {"load_in_8bit": True}), "nf4": ("bitsandbytes_4bit", four_bits)}
     return {"quantization_config": diffusers.PipelineQuantizationConfig(*backends[kind], [component])}
-
-
-@contextmanager
-def following(pipe: Any, on_step: Callable[[int], Any]) -> Iterator[Callable[..., dict[str, Any]]]:
-    """Call on_step(i) before the denoiser of a diffusers pipeline runs step i of the full schedule, i in [0, steps).
-
-    i is the place of the timestep in the scheduler's list, not a count of calls: image-to-image starts part-way,
-    second-order schedulers call twice a step, denoising_end cuts it. Yields the pipeline's `callback_on_step_end`: it
-    counts for schedulers that do not know their own place, as DDIM; such a one that goes on and does not call it is
-    refused by a RequestError."""
-    told: list[Any] = [None, 0]  # the list of the call that was last told of, and how many of its steps are over
-
-    def before_forward(_: nn.Module, args: tuple[Any, ...]) -> None:
-        times, end = pipe.scheduler.timesteps, getattr(pipe, "denoising_end", None)  # SDXL's alone have one
-        total = len(times)
-        last = int((times >= round((1 - end) * pipe.scheduler.config.num_train_timesteps)).sum()) if end else total
-        begin = max(0, last - getattr(pipe, "num_timesteps", last))  # some pipelines tell it uncut, some not at all
-        counted = begin + (told[1] if told[0] is times else 0)  # each call has a list of its own
-        known = [getattr(pipe.scheduler, name, None) for name in ("step_index", "begin_index")]
-        place = next((at for at in known if at is not None), counted)
-        if known == [None, None] and any(time in times and time != times[place] for time in args[1:2]):
-            raise RequestError("This scheduler keeps no step. Expected callback_on_step_end= what following() yields.")
-        steps = pipe.scheduler.num_inference_steps or total  # DDPM does not count timesteps of one's own
-        on_step(Step(place * steps // total, steps))
-
-    def on_step_end(_: Any, index: int, __: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        told[:] = pipe.scheduler.timesteps, index + 1
-        return kwargs
-
-    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-    # Stored by hand, not by register_forward_pre_hook: a cancellation must not fall between a hook and its handle.
-    hooks, key = denoiser._forward_pre_hooks, object()
-    try:
-        hooks[key] = before_forward
-        yield on_step_end
-    finally:
-        hooks.pop(key, None)
 
 
 def denoise(

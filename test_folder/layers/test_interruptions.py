@@ -15,7 +15,7 @@ import torch
 from klora import layers
 from klora.layers import attached, engines, float8, loans, pairs
 from klora.models import family
-from klora.models.family import following
+from klora.models.following import following
 from test_folder.layers import network as small
 from test_folder.layers.network import ENGINES, photograph, switching_plan
 

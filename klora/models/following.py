@@ -1,0 +1,51 @@
+"""Where a diffusers pipeline is in its steps, for what acts by them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from klora.lora import Step
+
+
+@contextmanager
+def following(pipe: Any, on_step: Callable[[int], Any]) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Call on_step(i) before the denoiser of a diffusers pipeline runs step i of the full schedule, i in [0, steps).
+
+    i is the place of the timestep in the scheduler's list, not a count of calls: image-to-image starts part-way,
+    second-order schedulers call twice a step, denoising_end cuts it. Yields the pipeline's `callback_on_step_end`: it
+    counts where neither the scheduler nor the denoiser's timestep tells the place."""
+    told: list[Any] = [None, 0]  # the list of the call that was last told of, and how many of its steps are over
+
+    def before_forward(_: nn.Module, args: tuple[Any, ...]) -> None:
+        times, end = pipe.scheduler.timesteps, getattr(pipe, "denoising_end", None)  # SDXL's alone have one
+        total = len(times)
+        last = int((times >= round((1 - end) * pipe.scheduler.config.num_train_timesteps)).sum()) if end else total
+        begin = max(0, last - getattr(pipe, "num_timesteps", last))  # some pipelines tell it uncut, some not at all
+        counted = begin + (told[1] if told[0] is times else 0)  # each call has a list of its own
+        known = [getattr(pipe.scheduler, name, None) for name in ("step_index", "begin_index")]
+        place = next(at for at in (*known, *(_place(time, times) for time in args[1:2]), counted) if at is not None)
+        steps = pipe.scheduler.num_inference_steps or total  # DDPM does not count timesteps of one's own
+        on_step(Step(place * steps // total, steps))
+
+    def on_step_end(_: Any, index: int, __: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        told[:] = pipe.scheduler.timesteps, index + 1
+        return kwargs
+
+    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    # Stored by hand, not by register_forward_pre_hook: a cancellation must not fall between a hook and its handle.
+    hooks, key = denoiser._forward_pre_hooks, object()
+    try:
+        hooks[key] = before_forward
+        yield on_step_end
+    finally:
+        hooks.pop(key, None)
+
+
+def _place(time: Any, times: Any) -> int | None:
+    """Where a timestep is in a list of them that it is a view of, as the denoiser of SDXL has it from its pipelines. By
+    address: a value may be there twice, and to compare it would wait for the GPU."""
+    if not (isinstance(time, Tensor) and isinstance(times, Tensor)):
+        return None
+    return next((at for at, own in enumerate(times) if own.data_ptr() == time.data_ptr()), None)
