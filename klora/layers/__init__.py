@@ -63,7 +63,8 @@ def attached(
     multiplies in float8, whatever LoRAs adapt: faster, and equal no longer. pixels: of an image;
     headroom_bytes() of them are left free by the choice of an engine. On leaving, by whatever exception, every
     module and parameter is back; until then its state_dict() is not the base's. Raises LoRAError when a layer is not a
-    linear of the module, or has another shape, and RequestError for an engine that there is not.
+    linear of the module, or has another shape, and RequestError for an engine that there is not, or that is merged for
+    quantised weights, which cannot be written as W + dW.
     """
     if engine not in (None, *get_args(Engine)):
         raise RequestError(f"engine is {engine!r}. Expected 'gated', 'merged' or None, for the one that fits.")
@@ -72,6 +73,8 @@ def attached(
     alike, float8 = tuple(alike), dict.fromkeys(float8)
     plan = covering(asked, float8) if float8 else asked
     linears = [linear_in(denoiser, name) for name in plan.layers]
+    if engine == "merged" and _quantised(linears):
+        raise RequestError("engine is 'merged', but the base is quantised. Expected 'gated', or None.")
     engine = engine or ("merged" if _fits(linears, [name in float8 for name in plan.layers], pixels) else "gated")
     if engine == "gated" and (alike or float8):
         plan = filled(asked, denoiser, alike) if asked.layers and alike else asked
@@ -88,7 +91,12 @@ def attached(
 def _fits(linears: list[nn.Linear], float8: list[bool], pixels: int) -> bool:
     """Whether active weights, some of them in float8, fit beside the pristine ones and the headroom."""
     weights = [linear.weight for linear in linears]
-    if any(type(linear) is not nn.Linear for linear in linears) or any(w.itemsize < 2 for w in weights):
-        return False  # a quantised base: its weights cannot be written as W + dW
+    if _quantised(linears):
+        return False
     needed = sum(w.numel() if rounded else w.nbytes for w, rounded in zip(weights, float8, strict=True))
     return not weights or needed + headroom_bytes(pixels) <= free_bytes(weights[0].device)
+
+
+def _quantised(linears: list[nn.Linear]) -> bool:
+    """Whether some have weights of another form, or of fewer bytes, than W + dW takes."""
+    return any(type(linear) is not nn.Linear or linear.weight.itemsize < 2 for linear in linears)

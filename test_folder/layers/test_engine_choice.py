@@ -71,6 +71,9 @@ def test_engine_is_gated_for_weights_that_cannot_be_written(monkeypatch, network
     network.to_q = layer
     with attached(network, switching_plan(network)) as gate:
         assert gate.engine == "gated"
+    with pytest.raises(RequestError, match=r"^engine is .merged., but the base is quantised"):
+        attached(network, switching_plan(network), engine="merged").__enter__()
+    assert network.to_q is layer
 
 
 @pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.int8, torch.int32], ids=str)
