@@ -75,19 +75,19 @@ class Predictor(BasePredictor):
         ),
         negative_prompt: str = Input(description="What the image should not show. SDXL bases only.", default=""),
         content_scale: Optional[float] = Input(
-            description="Strength of the content LoRA where it acts; never changes where that is. Blank means 1.",
+            description="Strength of the content LoRA where it acts; never changes where it acts. Blank means 1.",
             ge=-1,
             le=3,
             default=None,
         ),
         style_scale: Optional[float] = Input(
-            description="Strength of the style LoRA where it acts; never changes where that is. Blank means 1.",
+            description="Strength of the style LoRA where it acts; never changes where it acts. Blank means 1.",
             ge=-1,
             le=3,
             default=None,
         ),
         fusion: str = Input(
-            description="How the two LoRAs meet: klora chooses one per layer and step, sum adds them, content and style use one alone.",
+            description="How the two LoRAs are combined: klora chooses one per layer and step, sum adds them, content and style use one alone.",
             choices=["klora", "sum", "content", "style"],
             default="klora",
         ),
@@ -112,7 +112,7 @@ class Predictor(BasePredictor):
             default=None,
         ),
         aspect_ratio: Optional[str] = Input(
-            description="Shape of the image. Blank means custom when width or height is given, else the input image's, else 1:1.",
+            description="Shape of the image. Blank means custom if width or height is given, else the input image's, else 1:1.",
             choices=[
                 "1:1",
                 "16:9",
@@ -148,7 +148,7 @@ class Predictor(BasePredictor):
             default="1",
         ),
         image: Optional[Path] = Input(
-            description="Image to start from, cut to the shape asked for. Blank: noise.", accept="image/*", default=None
+            description="Input image, cropped to the output shape. Blank: noise.", accept="image/*", default=None
         ),
         mask: Optional[Path] = Input(
             description="Where to repaint the image: white is repainted, black is kept. Leave blank to redraw all of it.",
@@ -169,7 +169,7 @@ class Predictor(BasePredictor):
             default=None,
         ),
         guidance_scale: Optional[float] = Input(
-            description="Adherence to the prompt. Blank means the base's own: 7.5 on SDXL, 3.5 on flux-dev. flux-schnell takes none.",
+            description="How closely to follow the prompt. Blank means the base's own: 7.5 on SDXL, 3.5 on flux-dev. flux-schnell takes none.",
             ge=0,
             le=50,
             default=None,
@@ -192,11 +192,11 @@ class Predictor(BasePredictor):
             description="Quality of webp and jpg images, from 0 to 100; png is always exact.", ge=0, le=100, default=80
         ),
         add_triggers: bool = Input(
-            description="Add the trigger words that the LoRAs' files, or their pages, name, where the prompt lacks them.",
+            description="Add the trigger words that the LoRAs' files or pages name, if the prompt lacks them.",
             default=True,
         ),
         go_fast: bool = Input(
-            description="Trade a small, repeatable difference for time: FLUX leaves out what hardly changes between steps, and compiled blocks run where the server has them. The metrics say which.",
+            description="Faster, with small, repeatable differences in the image: FLUX skips what hardly changes between steps, and compiled blocks run if the server has them. The metrics say which.",
             default=False,
         ),
         disable_safety_checker: bool = Input(
@@ -215,7 +215,7 @@ class Predictor(BasePredictor):
             default=False,
         ),
         prompts: Optional[Path] = Input(
-            description="File for many images in one tar, with captions: up to 1,000 lines, each a prompt, or in JSON the inputs by name. Each prompt takes the place of {} in the prompt above.",
+            description="File of up to 1,000 lines, to make an image per line: each line is a prompt, or a JSON object of inputs. Returns one tar of images and captions. Each prompt replaces {} in the prompt above.",
             default=None,
         ),
         hf_api_token: Optional[Secret] = Input(

@@ -31,7 +31,7 @@ class TrainingOutput(BaseModel):
 
 def train(
     input_images: Path = Input(
-        description="A zip or tar of pictures, each with a caption in a .txt file of its name or in a captions.csv if you like."
+        description="A zip or tar of pictures, with optional captions: a .txt file of the same name for each picture, or a captions.csv."
     ),
     base_model: str = Input(
         description="Base model to train on; the LoRA works on this base and its relatives.",
@@ -44,25 +44,27 @@ def train(
         default="subject",
     ),
     trigger_word: Optional[str] = Input(
-        description="The word that will stand for it in prompts. Blank means sbu for a subject and szn for a style.",
+        description="The word that calls it in prompts. Blank means sbu for a subject and szn for a style.",
         default=None,
     ),
     class_word: Optional[str] = Input(
-        description="What the pictures show, in a word: dog, portrait. It goes into the prompt of pictures without caption.",
+        description="What the pictures show, in one word, such as dog or portrait. It goes into the prompt of pictures without a caption.",
         default=None,
     ),
     instance_prompt: Optional[str] = Input(
-        description="The whole prompt of pictures without caption, with [trigger] where the trigger word goes. Blank means one made of trigger_word and class_word.",
+        description="The whole prompt of pictures without a caption, with [trigger] where the trigger word goes. Blank means one made of trigger_word and class_word.",
         default=None,
     ),
     autocaption: bool = Input(
-        description="Let a captioning model describe the pictures that have no caption, where one is installed.",
+        description="Let a captioning model describe the pictures that have no caption. It has to be installed.",
         default=False,
     ),
     autocaption_prefix: Optional[str] = Input(
-        description="Put in front of what the captioning model says.", default=None
+        description="Text before each caption by the captioning model.", default=None
     ),
-    autocaption_suffix: Optional[str] = Input(description="Put behind what the captioning model says.", default=None),
+    autocaption_suffix: Optional[str] = Input(
+        description="Text after each caption by the captioning model.", default=None
+    ),
     steps: int = Input(description="Training steps.", ge=1, le=10000, default=1000),
     learning_rate: Optional[float] = Input(
         description="Learning rate. Blank means 0.00005 on sdxl and 0.0001 on flux-dev, and 1 with prodigy.",
@@ -77,7 +79,7 @@ def train(
         default=None,
     ),
     lora_alpha: Optional[float] = Input(
-        description="Scale of the update, times the rank. Blank means the rank.", ge=0.001, le=1024, default=None
+        description="The update is scaled by alpha / rank. Blank means the rank.", ge=0.001, le=1024, default=None
     ),
     lora_targets: str = Input(
         description="Which layers to adapt. LoRAs of the same layers fuse best.",
@@ -85,92 +87,92 @@ def train(
         default="attention",
     ),
     layers_to_optimize_regex: Optional[str] = Input(
-        description="For experts: adapt the linear layers whose names this regular expression matches, not lora_targets.",
+        description="For experts: adapt the linear layers whose names this regular expression matches, instead of lora_targets.",
         default=None,
     ),
     resolution: Optional[str] = Input(
-        description="Sides in pixels of the squares to whose areas pictures are scaled, as 512,768,1024. Blank means 1024 on sdxl and 512,768,1024 on flux-dev.",
+        description="Pictures are scaled to the area of squares with these sides in pixels, such as 512,768,1024. Blank means 1024 on sdxl and 512,768,1024 on flux-dev.",
         default=None,
     ),
     crop: str = Input(
-        description="bucket keeps each picture's shape as far as can be, center cuts squares, random cuts anywhere, salience around the mask.",
+        description="How pictures are cropped: bucket keeps each picture's shape as far as possible, center crops squares, random crops anywhere, salience around the mask.",
         choices=["bucket", "center", "random", "salience"],
         default="bucket",
     ),
     horizontal_flip: bool = Input(
-        description="Show the pictures mirrored, too. Harms what is not symmetric, and letters.", default=False
+        description="Also train on mirrored pictures. Harms letters and subjects that are not symmetric.", default=False
     ),
-    batch_size: int = Input(description="Pictures to a batch.", ge=1, le=16, default=1),
-    gradient_accumulation_steps: int = Input(description="Batches to a step.", ge=1, le=64, default=1),
+    batch_size: int = Input(description="Pictures per batch.", ge=1, le=16, default=1),
+    gradient_accumulation_steps: int = Input(description="Batches per step.", ge=1, le=64, default=1),
     optimizer: str = Input(
-        description="What turns gradients into steps.",
-        choices=["adamw", "adamw8bit", "prodigy", "lion", "adafactor"],
-        default="adamw",
+        description="Optimizer.", choices=["adamw", "adamw8bit", "prodigy", "lion", "adafactor"], default="adamw"
     ),
     lr_scheduler: str = Input(
-        description="How the learning rate goes on.", choices=["constant", "linear", "cosine"], default="constant"
+        description="Learning rate schedule.", choices=["constant", "linear", "cosine"], default="constant"
     ),
     lr_warmup_steps: int = Input(description="Steps over which the learning rate rises.", ge=0, le=10000, default=0),
     weight_decay: float = Input(description="Weight decay.", ge=0, le=1, default=0.0001),
     max_grad_norm: float = Input(
-        description="Gradients are scaled down to this norm. 0 means not at all.", ge=0, le=1000, default=1.0
+        description="Gradients are clipped to this norm. 0 means no clipping.", ge=0, le=1000, default=1.0
     ),
     caption_dropout_rate: float = Input(
-        description="Share of examples that see no caption, from 0 to 1.", ge=0, le=1, default=0.0
+        description="Share of examples trained without a caption, from 0 to 1.", ge=0, le=1, default=0.0
     ),
     mask_mode: str = Input(
-        description="What restricts learning to a part of the pictures: masks in the upload (NAME.mask.png), or what clipseg finds.",
+        description="Masks that restrict learning to a part of the pictures: those in the upload (NAME.mask.png), or what clipseg finds.",
         choices=["none", "provided", "clipseg"],
         default="none",
     ),
-    mask_prompt: Optional[str] = Input(
-        description="What clipseg is to look for. Blank means class_word.", default=None
+    mask_prompt: Optional[str] = Input(description="What clipseg looks for. Blank means class_word.", default=None),
+    mask_min_weight: float = Input(
+        description="Loss weight outside of a mask; inside it is 1.", ge=0, le=1, default=0.1
     ),
-    mask_min_weight: float = Input(description="What counts outside of a mask; inside is 1.", ge=0, le=1, default=0.1),
     prior_preservation: str = Input(
-        description="What keeps the base from forgetting the class: its own output without the trigger word, or pictures of the class that it makes first.",
+        description="How the base is kept from forgetting the class: its own output without the trigger word, or pictures of the class that it makes first.",
         choices=["none", "output", "class_images"],
         default="none",
     ),
     class_prompt: Optional[str] = Input(
-        description="The prompt of what is to be kept. Blank means one made of class_word.", default=None
+        description="Prompt of the class to preserve. Blank means one made of class_word.", default=None
     ),
     num_class_images: int = Input(
         description="Pictures of the class that the base makes before training.", ge=1, le=1000, default=100
     ),
-    prior_loss_weight: float = Input(description="Weight of what is to be kept.", ge=0, le=100, default=1.0),
+    prior_loss_weight: float = Input(
+        description="Weight of the loss that preserves the class.", ge=0, le=100, default=1.0
+    ),
     timestep_sampling: str = Input(
-        description="Law of the noise levels. auto is uniform on sdxl and logit_normal on flux-dev; content dwells on noise, style on detail; shift is FLUX's own.",
+        description="Distribution of noise levels. auto is uniform on sdxl and logit_normal on flux-dev; content favours noise, style detail; shift is FLUX's own.",
         choices=["auto", "uniform", "logit_normal", "shift", "content", "style"],
         default="auto",
     ),
     snr_gamma: Optional[float] = Input(
-        description="Min-SNR weighting, 5 as published. Blank means none.", ge=0.001, le=100, default=None
+        description="Gamma of min-SNR weighting; its authors use 5. Blank means none.", ge=0.001, le=100, default=None
     ),
     noise_offset: float = Input(
-        description="Strength of a noise that is equal all over the picture; helps with very dark and bright ones.",
+        description="Strength of extra noise that is constant over the picture; helps with very dark and bright ones.",
         ge=0,
         le=1,
         default=0.0,
     ),
     ema_decay: float = Input(
-        description="Decay of a running mean of the LoRA, which is then the result. 0 means none.",
+        description="Decay of a moving average of the LoRA (EMA), which is then the result. 0 means none.",
         ge=0,
         le=0.9999,
         default=0.0,
     ),
     precision: str = Input(
-        description="How the base's weights are held. auto is bf16, or less where memory is short.",
+        description="Precision of the base's weights. auto is bf16, or less if memory is short.",
         choices=["auto", "bf16", "fp32", "int8", "nf4"],
         default="auto",
     ),
     gradient_checkpointing: str = Input(
-        description="Compute activations twice to save memory. auto does where memory is short.",
+        description="Compute activations twice to save memory. auto does so if memory is short.",
         choices=["auto", "on", "off"],
         default="auto",
     ),
     compile: str = Input(
-        description="Compile the base's blocks. auto does on a GPU, for runs that are long enough.",
+        description="Compile the base's blocks. auto does so on a GPU, for runs that are long enough.",
         choices=["auto", "on", "off"],
         default="auto",
     ),
@@ -181,19 +183,19 @@ def train(
         default=None,
     ),
     sample_prompts: Optional[str] = Input(
-        description="Prompts of sample images, one a line. Blank means four made of trigger_word and class_word.",
+        description="Prompts of sample images, one per line. Blank means four made of trigger_word and class_word.",
         default=None,
     ),
     sample_interval: int = Input(
-        description="Steps between sample images. 0 means at the end alone.", ge=0, le=10000, default=0
+        description="Steps between sample images. 0 means only at the end.", ge=0, le=10000, default=0
     ),
     sample_steps: int = Input(
         description="Denoising steps of a sample image. 0 means no samples.", ge=0, le=100, default=28
     ),
     checkpoint_interval: int = Input(description="Steps between checkpoints. 0 means none.", ge=0, le=10000, default=0),
-    keep_checkpoints: int = Input(description="How many checkpoints are kept, the latest.", ge=1, le=100, default=2),
+    keep_checkpoints: int = Input(description="How many of the latest checkpoints are kept.", ge=1, le=100, default=2),
     resume_from: Optional[Path] = Input(
-        description="The tar of a training, finished or broken off, with the same base_model and pictures: it goes on up to steps. What else is left at its default here is as it was there, but for hf_ and wandb_ inputs, which are told anew.",
+        description="Tar of a finished or stopped training to continue up to steps, with the same base_model and pictures. Other inputs left at their default keep that training's values, except hf_ and wandb_ inputs, which are given anew.",
         default=None,
     ),
     hf_repo_id: Optional[str] = Input(
@@ -202,14 +204,14 @@ def train(
     ),
     hf_token: Optional[Secret] = Input(description="Hugging Face token with the right to write there.", default=None),
     hf_private: bool = Input(
-        description="Make that repository private; one that is there and public is refused.", default=True
+        description="Make that repository private; an existing public one is refused.", default=True
     ),
     wandb_api_key: Optional[Secret] = Input(
         description="Weights & Biases key. Blank means that nothing is reported there.", default=None
     ),
     wandb_project: str = Input(description="Weights & Biases project.", default="klora"),
     wandb_run: Optional[str] = Input(
-        description="Weights & Biases name of the run. Blank means one of its own.", default=None
+        description="Name of the Weights & Biases run. Blank means one that it makes up.", default=None
     ),
     wandb_entity: Optional[str] = Input(
         description="Weights & Biases user or team. Blank means the key's.", default=None

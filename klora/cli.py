@@ -50,7 +50,7 @@ def main() -> None:
 def fuse(
     out: Annotated[Path, typer.Option(help="Folder for the images.", file_okay=False)] = Path("out"), **given: Any
 ) -> None:
-    """Make images from a prompt and up to two LoRAs: files, or what the server's form takes."""
+    """Make images from a prompt and up to two LoRAs, given as files or as the references that the server accepts."""
     started, facts = time.perf_counter(), dict[str, Any]()
     request = Request(**open_images(given))
     bases = weights.runnable(request.model)
@@ -71,12 +71,12 @@ def reproduce(
         Path, typer.Argument(help="An image that klora has made.", metavar="IMAGE", exists=True, dir_okay=False)
     ],
     out: Annotated[Path, typer.Option(help="Folder for the image.", file_okay=False)] = Path("reproduced"),
-    content_lora: Annotated[str | None, typer.Option(help="Its content LoRA, where that is elsewhere now.")] = None,
-    style_lora: Annotated[str | None, typer.Option(help="Its style LoRA, where that is elsewhere now.")] = None,
+    content_lora: Annotated[str | None, typer.Option(help="Its content LoRA, if that has moved.")] = None,
+    style_lora: Annotated[str | None, typer.Option(help="Its style LoRA, if that has moved.")] = None,
     image: Annotated[Path | None, typer.Option(help="The image that it was made from.", **FILE)] = None,
     mask: Annotated[Path | None, typer.Option(help="The mask that it was made with.", **FILE)] = None,
 ) -> None:
-    """Make an image again, from what its file tells of how it was made, and say whether the pixels are the same."""
+    """Make an image again from what its file records, and say whether the pixels are the same."""
     from klora.studio.likeness import difference
     from klora.studio.provenance import read_provenance
 
@@ -100,9 +100,9 @@ def train(
     pictures: Annotated[Path, typer.Argument(help="A zip, a tar or a folder of pictures.", exists=True)],
     base_model: Annotated[Literal["sdxl", "flux-dev"], typer.Option(help="Base model to train on.")] = "sdxl",
     out: Annotated[
-        Path, typer.Option(help="The tar to write, of a new name, or resume_from's.", dir_okay=False)
+        Path, typer.Option(help="The tar to write: a new name, or that of resume_from.", dir_okay=False)
     ] = Path("trained_model.tar"),
-    resume_from: Annotated[Path | None, typer.Option(help="Such a tar: its training goes on.", exists=True)] = None,
+    resume_from: Annotated[Path | None, typer.Option(help="Tar of a training to continue.", exists=True)] = None,
     **given: Any,
 ) -> None:
     """Train a LoRA on pictures."""
@@ -122,18 +122,17 @@ def train(
 
 def generate(
     prompts: Annotated[
-        Path,
-        typer.Argument(help="A prompt on each line, or, in a .jsonl, the inputs by name.", exists=True, dir_okay=False),
+        Path, typer.Argument(help="One prompt per line; in a .jsonl file, inputs by name.", exists=True, dir_okay=False)
     ],
     out: Annotated[
         Path, typer.Option(help="Folder for the images; what is there already stays.", file_okay=False)
     ] = Path("out"),
-    seed: Annotated[int, typer.Option(help="Of the first line; line i has seed + i.", min=0, max=MAX_SEED)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first line; line i has seed + i.", min=0, max=MAX_SEED)] = 0,
     output_format: Annotated[Literal["png", "jpg", "webp"], typer.Option(help="File format.")] = "png",
     **given: Any,
 ) -> None:
-    """Make an image for each line of a prompt file: 00000.png, with its caption in 00000.txt, and how it was made in
-    00000.json. The same command goes on where it was interrupted."""
+    """Make one image per line of a prompt file: 00000.png, with its caption in 00000.txt and how it was made in
+    00000.json. After an interruption, the same command continues."""
     from klora.bulk.run import run
     from klora.studio.digests import digests
 
@@ -172,11 +171,11 @@ def inspect(
 
 def report(
     out: Annotated[
-        Path, typer.Option(help="Folder for report.png and report.json, or report-2 and so on.", file_okay=False)
+        Path, typer.Option(help="Folder for report.png and report.json; further ones are numbered.", file_okay=False)
     ] = Path("out"),
     **given: Any,
 ) -> None:
-    """Say who acts where and when for a pair of LoRAs, and what would change it; makes no image."""
+    """Say which of two LoRAs acts in which layer and step, and what would change it. Makes no image."""
     question = Question(**given)
     with weights.LoRAFiles(anywhere=True).borrowed(question.loras, weights.own_tokens()) as (files, lent):
         from klora.report.pair import answer, save_report
@@ -186,11 +185,10 @@ def report(
 
 
 def export(
-    out: Annotated[Path, typer.Option(help="The .safetensors file to write, of a new name.", dir_okay=False)],
-    **given: Any,
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write: a new name.", dir_okay=False)], **given: Any
 ) -> None:
-    """Bake a fusion into one ordinary LoRA, for tools without K-LoRA: its mean over some steps or all. That is K-LoRA
-    itself only where no layer flips in them, and another thing elsewhere; it says how far the one is from the other."""
+    """Bake a fusion into one ordinary LoRA, for tools without K-LoRA: its mean over some steps or all. The mean equals
+    K-LoRA only if no layer flips in these steps; otherwise it is different, and the command says how far."""
     wanted = Export(**given)
     check_new(out)
     with weights.LoRAFiles(anywhere=True).borrowed(wanted.loras, weights.own_tokens()) as (files, lent):

@@ -115,7 +115,7 @@ def test_help_lists_every_field_and_out() -> None:
 
 def test_help_shows_what_is_in_brackets() -> None:
     text = CliRunner().invoke(cli.app, ["train", "--help"]).stdout
-    assert "The prompt of pictures without caption, with [trigger] in it." in re.sub(r"[\s│]+", " ", text)
+    assert "Prompt of pictures without a caption, with [trigger] in it." in re.sub(r"[\s│]+", " ", text)
 
 
 def test_the_installed_command_is_this_one() -> None:

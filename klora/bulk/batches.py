@@ -17,17 +17,17 @@ Batch = Sequence[Job]
 class Bulk:
     """How a prompt file is worked through, checked on creation. Raises RequestError."""
 
-    batch_size: int = ask(4, "Images that are made together: as many as fit the memory.", ge=1, le=64)
+    batch_size: int = ask(4, "Images that are made together: as many as fit in memory.", ge=1, le=64)
     count: int | None = ask(
-        None, "Number of images. More than lines: these come again, with new seeds. Default: one each.", ge=1, le=10**8
+        None, "Number of images; beyond the lines, they repeat with new seeds. Default: one per line.", ge=1, le=10**8
     )
-    shuffle: int | None = ask(None, "Make the images in an order drawn from this seed.", ge=0, le=MAX_SEED)
+    shuffle: int | None = ask(None, "Make the images in a random order, drawn from this seed.", ge=0, le=MAX_SEED)
     shard: str = ask("1/1", "Make only the i-th of n parts, written i/n; all parts may share the folder.")
     on_error: str | None = ask(
-        None, "At a line that cannot be used, or fails. Default: stop, but skip empty ones.", choices=("stop", "skip")
+        None, "What to do at a bad line or a failure. Default: stop; skip empty lines.", choices=("stop", "skip")
     )
-    ray: bool = ask(False, "Spread the work over a Ray cluster, a worker on each GPU.")
-    ray_workers: int | None = ask(None, "Ray workers, and so Ray. Default: one for each GPU.", ge=1, le=10_000)
+    ray: bool = ask(False, "Spread the work over a Ray cluster, one worker per GPU.")
+    ray_workers: int | None = ask(None, "Number of Ray workers; implies --ray. Default: one per GPU.", ge=1, le=10_000)
 
     def __post_init__(self) -> None:
         check(self)

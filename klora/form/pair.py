@@ -43,12 +43,12 @@ class Export(Question):
     num_inference_steps: int | None = _as_requested("num_inference_steps")
     content_scale: float = _as_requested("content_scale")
     style_scale: float = _as_requested("style_scale")
-    steps: str | None = ask(
-        None, "Steps to average, as in 0:10: from the first, which is 0, to before step 10. Default: all."
+    steps: str | None = ask(None, "Steps to average, as A:B; 0:10 means the first ten. Default: all.")
+    rank: int | None = ask(
+        None, "Reduce layers to this rank. Default: keep the sum of both LoRAs' ranks.", ge=1, le=512
     )
-    rank: int | None = ask(None, "Rank to reduce layers to. Default: none, both LoRAs' ranks together.", ge=1, le=512)
-    dtype: str = ask("fp16", "Of the weights in the file.", choices=("fp16", "bf16", "fp32"))
-    format: str = ask("diffusers", "Whose names the layers have in the file.", choices=("diffusers", "kohya"))
+    dtype: str = ask("fp16", "Data type of the weights in the file.", choices=("fp16", "bf16", "fp32"))
+    format: str = ask("diffusers", "Naming of the layers in the file.", choices=("diffusers", "kohya"))
 
     @property
     def span(self) -> tuple[int, int] | None:

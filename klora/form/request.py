@@ -46,40 +46,42 @@ class Request:
     style_lora: str | None = ask(None, "LoRA of the style.")
     model: str | None = ask(None, "Base model. Default: the one that the LoRAs were made for.", choices=MODELS)
     negative_prompt: str = ask("", "What the image should not show; SDXL only.")
-    content_scale: float = ask(1.0, "Strength of the content LoRA where it acts; never enters the choice.", ge=-1, le=3)
-    style_scale: float = ask(1.0, "Strength of the style LoRA where it acts; never enters the choice.", ge=-1, le=3)
+    content_scale: float = ask(1.0, "Strength of the content LoRA where it acts; never changes where.", ge=-1, le=3)
+    style_scale: float = ask(1.0, "Strength of the style LoRA where it acts; never changes where.", ge=-1, le=3)
     fusion: str = ask("klora", "K-LoRA, the sum of both LoRAs, or one of them alone.", choices=FUSIONS)
-    pattern: str = ask("auto", "How style gains on content over the steps; auto is s*.", choices=("auto", "s", "s*"))
+    pattern: str = ask(
+        "auto", "s: content first, style last. s*: style, content, style. auto: s*.", choices=("auto", "s", "s*")
+    )
     style_bias: float = ask(1.0, "Above 1 style acts in more layers and steps, below 1 in fewer.", ge=0, le=10)
     alpha: float | None = ask(None, "Slope of the schedule. Default: 1.5.", ge=0, le=10)
     beta: float | None = ask(None, "Start of the schedule. Default: 0.5 for s, 1.275 for s*.", ge=0, le=10)
     aspect_ratio: str | None = ask(
         None,
-        "Shape of the image. Default: custom when width or height is given, else the input image's, else 1:1.",
+        "Shape of the image. Default: custom if width or height is given, else the input image's, else 1:1.",
         choices=(*ASPECT_RATIOS, "custom", "match_input_image"),
     )
     width: int | None = ask(None, "Width in pixels, for a custom aspect ratio.", ge=64, le=2048)
     height: int | None = ask(None, "Height in pixels, for a custom aspect ratio.", ge=64, le=2048)
     megapixels: str = ask("1", "Area of the image, as a share of the base's own.", choices=("0.25", "0.5", "1", "2"))
-    image: Image.Image | None = ask(None, "Image to start from, cut about its middle to the shape asked for.")
+    image: Image.Image | None = ask(None, "Image to start from, cropped at its centre to the shape asked for.")
     mask: Image.Image | None = ask(None, "Where to repaint the image: white is repainted.")
     prompt_strength: float = ask(0.8, "How much of the input image is redrawn.", ge=0, le=1)
     num_outputs: int = ask(1, "Number of images.", ge=1, le=4)
     num_inference_steps: int | None = ask(None, "Denoising steps. Default: the base's own.", ge=1, le=500)
-    guidance_scale: float | None = ask(None, "Adherence to the prompt. Default: the base's own.", ge=0, le=50)
+    guidance_scale: float | None = ask(None, "How closely to follow the prompt. Default: the base's own.", ge=0, le=50)
     scheduler: str | None = ask(None, "Noise schedule; SDXL only. Default: K_EULER.", choices=SCHEDULERS)
     seed: int = ask(random_seed, "Image i uses seed + i. Default: chosen at random.", ge=0, le=MAX_SEED)
     output_format: str = ask("webp", "File format.", choices=("webp", "jpg", "png"))
     output_quality: int = ask(80, "Quality of webp and jpg.", ge=0, le=100)
     add_triggers: bool = ask(
-        True, "Add the trigger words that the LoRAs' files, or their pages, name, where the prompt lacks them."
+        True, "Add the trigger words that the LoRAs' files or pages name, if the prompt lacks them."
     )
     go_fast: bool = ask(
-        False, "Faster by a small difference: FLUX leaves out what hardly changes between steps, compiled blocks run."
+        False, "Faster, with small differences: FLUX skips what hardly changes between steps, and compiled blocks run."
     )
-    disable_safety_checker: bool = ask(False, "Show images without checking them.")
+    disable_safety_checker: bool = ask(False, "Show images without checking them for unsafe content.")
     report: bool = ask(
-        False, "Add report.png and report.json: which LoRA acts where and when, and what would change it."
+        False, "Add report.png and report.json: which LoRA acts in which layer and step, and what would change that."
     )
     compare: bool = ask(False, "One sheet instead: content alone, style alone, their sum, K-LoRA with s and with s*.")
     sweep: bool = ask(False, "One sheet instead: style_bias 0.5, 0.7, 1, 1.4 and 2.")

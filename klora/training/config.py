@@ -47,57 +47,61 @@ class TrainConfig:
     """
 
     lora_type: str = ask("subject", "What the pictures have in common.", choices=tuple(TRIGGERS))
-    trigger_word: str = ask("", "The word that will stand for it. Default: sbu for a subject, szn for a style.")
-    class_word: str = ask("", "What the pictures show, in a word: dog, portrait.")
+    trigger_word: str = ask("", "The word that calls it in prompts. Default: sbu for a subject, szn for a style.")
+    class_word: str = ask("", "What the pictures show, in one word, such as dog or portrait.")
     instance_prompt: str = ask(
-        "", "The prompt of pictures without caption, with [trigger] in it. Default: made of the two words."
+        "", "Prompt of pictures without a caption, with [trigger] in it. Default: made of the two words above."
     )
     autocaption: bool = ask(False, "Let a captioning model describe the pictures that have no caption.")
-    autocaption_prefix: str = ask("", "Put in front of what the captioning model says.")
-    autocaption_suffix: str = ask("", "Put behind what the captioning model says.")
+    autocaption_prefix: str = ask("", "Text before each caption by the captioning model.")
+    autocaption_suffix: str = ask("", "Text after each caption by the captioning model.")
     steps: int = ask(1000, "Training steps.", ge=1, le=10000)
-    learning_rate: float | None = ask(None, "Default: 5e-5 on SDXL, 1e-4 on FLUX.1, 1 by Prodigy.", ge=1e-8, le=10)
+    learning_rate: float | None = ask(None, "Default: 5e-5 on SDXL, 1e-4 on FLUX.1, 1 with Prodigy.", ge=1e-8, le=10)
     lora_rank: int | None = ask(None, "Rank. Default: 8 on SDXL, 16 on FLUX.1.", ge=1, le=128)
-    lora_alpha: float | None = ask(None, "Scale of the update times rank. Default: the rank.", ge=1e-3, le=1024)
+    lora_alpha: float | None = ask(None, "The update is scaled by alpha / rank. Default: the rank.", ge=1e-3, le=1024)
     lora_targets: str = ask("attention", "Which layers to adapt.", choices=tuple(TARGETS))
-    layers_to_optimize_regex: str = ask("", "Adapt the linear layers whose names this matches, not lora_targets.")
-    resolution: str = ask("", "Sides in pixels of squares to whose areas pictures are scaled, as 512,768,1024.")
-    crop: str = ask("bucket", "How pictures are cut.", choices=("bucket", "center", "random", "salience"))
-    horizontal_flip: bool = ask(False, "Show pictures mirrored, too.")
-    batch_size: int = ask(1, "Pictures to a batch.", ge=1, le=16)
-    gradient_accumulation_steps: int = ask(1, "Batches to a step.", ge=1, le=64)
-    optimizer: str = ask("adamw", "What turns gradients into steps.",
+    layers_to_optimize_regex: str = ask(
+        "", "Adapt the linear layers whose names this matches, instead of lora_targets."
+    )
+    resolution: str = ask("", "Pictures are scaled to the area of squares of these sides, such as 512,768,1024.")
+    crop: str = ask("bucket", "How pictures are cropped.", choices=("bucket", "center", "random", "salience"))
+    horizontal_flip: bool = ask(False, "Also train on mirrored pictures.")
+    batch_size: int = ask(1, "Pictures per batch.", ge=1, le=16)
+    gradient_accumulation_steps: int = ask(1, "Batches per step.", ge=1, le=64)
+    optimizer: str = ask("adamw", "Optimizer.",
                          choices=("adamw", "adamw8bit", "prodigy", "lion", "adafactor"))  # fmt: skip
-    lr_scheduler: str = ask("constant", "How the rate goes on.", choices=("constant", "linear", "cosine"))
+    lr_scheduler: str = ask("constant", "Learning rate schedule.", choices=("constant", "linear", "cosine"))
     lr_warmup_steps: int = ask(0, "Steps over which the learning rate rises.", ge=0, le=10000)
     weight_decay: float = ask(1e-4, "Weight decay.", ge=0, le=1)
-    max_grad_norm: float = ask(1.0, "Gradients are scaled down to this norm. 0: not at all.", ge=0, le=1000)
-    caption_dropout_rate: float = ask(0.0, "Share of examples that see no caption.", ge=0, le=1)
-    mask_mode: str = ask("none", "What restricts learning to a part of the pictures.",
+    max_grad_norm: float = ask(1.0, "Gradients are clipped to this norm. 0: no clipping.", ge=0, le=1000)
+    caption_dropout_rate: float = ask(0.0, "Share of examples trained without a caption.", ge=0, le=1)
+    mask_mode: str = ask("none", "Masks that restrict learning to a part of the pictures.",
                          choices=("none", "provided", "clipseg"))  # fmt: skip
-    mask_prompt: str = ask("", "What clipseg is to look for. Default: class_word.")
-    mask_min_weight: float = ask(0.1, "What counts outside of a mask, inside being 1.", ge=0, le=1)
-    prior_preservation: str = ask("none", "What keeps the base from forgetting.",
+    mask_prompt: str = ask("", "What clipseg looks for. Default: class_word.")
+    mask_min_weight: float = ask(0.1, "Loss weight outside of a mask; inside it is 1.", ge=0, le=1)
+    prior_preservation: str = ask("none", "How the base is kept from forgetting the class.",
                                   choices=("none", "output", "class_images"))  # fmt: skip
-    class_prompt: str = ask("", "The prompt of what is to be kept. Default: a {class_word}.")
+    class_prompt: str = ask("", "Prompt of the class to preserve. Default: a {class_word}.")
     num_class_images: int = ask(100, "Pictures of the class that the base makes before training.", ge=1, le=1000)
-    prior_loss_weight: float = ask(1.0, "Weight of what is kept.", ge=0, le=100)
-    timestep_sampling: str = ask("auto", "Law of the noise levels. auto: uniform on SDXL, logit_normal on FLUX.1.",
+    prior_loss_weight: float = ask(1.0, "Weight of the loss that preserves the class.", ge=0, le=100)
+    timestep_sampling: str = ask("auto", "Distribution of noise levels. auto: uniform on SDXL, logit_normal on FLUX.1.",
                                  choices=("auto", "uniform", "logit_normal", "shift", "content", "style"))  # fmt: skip
-    snr_gamma: float | None = ask(None, "Min-SNR weighting, 5 by its authors. Default: none.", ge=1e-3, le=100)
-    noise_offset: float = ask(0.0, "Strength of noise that all cells of a channel share.", ge=0, le=1)
-    ema_decay: float = ask(
-        0.0, "Decay of a running mean of the LoRA, which is then the result. 0: none.", ge=0, le=0.9999
+    snr_gamma: float | None = ask(
+        None, "Gamma of min-SNR weighting; its authors use 5. Default: none.", ge=1e-3, le=100
     )
-    precision: str = ask("auto", "How the base's weights are held.", choices=("auto", "bf16", "fp32", "int8", "nf4"))
+    noise_offset: float = ask(0.0, "Strength of extra noise that is constant within a channel.", ge=0, le=1)
+    ema_decay: float = ask(
+        0.0, "Decay of a moving average of the LoRA (EMA), which is then the result. 0: none.", ge=0, le=0.9999
+    )
+    precision: str = ask("auto", "Precision of the base's weights.", choices=("auto", "bf16", "fp32", "int8", "nf4"))
     gradient_checkpointing: str = ask("auto", "Recompute activations to save memory.", choices=("auto", "on", "off"))
     compile: str = ask("auto", "Compile the denoiser's blocks.", choices=("auto", "on", "off"))
     seed: int = ask(random_seed, "The same seed and pictures give the same LoRA.", ge=0, le=MAX_SEED)
-    sample_prompts: str = ask("", "Prompts of the sample images, one a line. Default: four of our own.")
-    sample_interval: int = ask(0, "Steps between sample images. 0: at the end alone.", ge=0, le=10000)
+    sample_prompts: str = ask("", "Prompts of the sample images, one per line. Default: four of our own.")
+    sample_interval: int = ask(0, "Steps between sample images. 0: only at the end.", ge=0, le=10000)
     sample_steps: int = ask(28, "Denoising steps of a sample image. 0: no samples.", ge=0, le=100)
     checkpoint_interval: int = ask(0, "Steps between checkpoints. 0: none.", ge=0, le=10000)
-    keep_checkpoints: int = ask(2, "How many checkpoints are kept, the latest.", ge=1, le=100)
+    keep_checkpoints: int = ask(2, "How many of the latest checkpoints are kept.", ge=1, le=100)
 
     def __post_init__(self) -> None:
         check(self)

@@ -35,10 +35,10 @@ class Publishing:
 
     hf_repo_id: str = ask("", "Hugging Face repository, owner/name, to which the LoRA is uploaded.")
     hf_token: str = ask("", "Hugging Face token with the right to write there.")
-    hf_private: bool = ask(True, "Make the repository private; one that is there and public is refused.")
-    wandb_api_key: str = ask("", "Weights & Biases key: report the training there.")
+    hf_private: bool = ask(True, "Make the repository private; an existing public one is refused.")
+    wandb_api_key: str = ask("", "Weights & Biases key, to report the training there.")
     wandb_project: str = ask("klora", "Weights & Biases project.")
-    wandb_run: str = ask("", "Weights & Biases name of the run. Default: one of its own.")
+    wandb_run: str = ask("", "Name of the Weights & Biases run. Default: one that it makes up.")
     wandb_entity: str = ask("", "Weights & Biases user or team. Default: the key's.")
 
     def __post_init__(self) -> None:

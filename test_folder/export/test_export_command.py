@@ -53,7 +53,7 @@ def test_the_command_refuses_in_one_line_and_its_help_says_what_an_average_is_no
     assert CliRunner().invoke(cli.app, command).exit_code == 2  # no --out
     assert list(tmp_path.iterdir()) == []
     text = " ".join(CliRunner().invoke(cli.app, ["export", "--help"]).stdout.split())
-    assert "K-LoRA itself only where no layer flips in them, and another thing elsewhere" in text
+    assert "The mean equals K-LoRA only if no layer flips in these steps; otherwise it is different" in text
 
 
 def test_the_command_overwrites_no_file_least_of_all_one_that_it_reads(
