@@ -154,10 +154,12 @@ class TrainConfig:
         return self.learning_rate or (1.0 if self.optimizer == "prodigy" else usual)
 
     def kept_caption(self, caption: str) -> str:
-        """The caption under which to stay as the base is: with the class word where the trigger was."""
-        named = rf"{whole_word(self.trigger)}(\s+{re.escape(self.class_word)}(?!\w))?"
+        """The caption under which to stay as the base is: with the class word where the trigger was, and in no style
+        where it named one."""
+        trigger = whole_word(self.trigger)
+        styled, named = rf"\s+in {trigger} style(?!\w)", rf"{trigger}(\s+{re.escape(self.class_word)}(?!\w))?"
         # By a function, because the word is no template: a backslash in it is one.
-        return self.class_prompt or re.sub(named, lambda found: self.class_word, caption)
+        return self.class_prompt or re.sub(named, lambda found: self.class_word, re.sub(styled, "", caption))
 
     @property
     def samples(self) -> tuple[str, ...]:
@@ -169,7 +171,7 @@ class TrainConfig:
     def remarks(self) -> list[str]:
         """What is asked for and does not come about as the other settings stand, a sentence each."""
         said = idle(self, WITHOUT)
-        if self.lr_warmup_steps > self.steps:
+        if self.lr_warmup_steps >= self.steps:  # the first step's rate is 0, so that the last is a step short
             asked = f"lr_warmup_steps is {self.lr_warmup_steps} and steps {self.steps}"
             said.append(f"{asked}: the learning rate is still rising at the end, and never what was asked for")
         return said

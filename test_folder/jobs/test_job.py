@@ -229,6 +229,8 @@ def test_prior_preservation_makes_another_lora(
         ("sbu, a beach", "dog, a beach"),
         ("a sbuffer", "a sbuffer"),
         ("a sbu dogma", "a dog dogma"),
+        ("a man in sbu style, from above", "a man, from above"),
+        ("a man in sbu styles", "a man in dog styles"),
     ],
 )
 def test_a_kept_caption_has_the_class_word_in_the_triggers_place(caption: str, kept: str) -> None:

@@ -1,5 +1,7 @@
 """What a run is told: its defaults, the layers that presets name, and settings that make no sense."""
 
+import re
+
 import pytest
 
 from klora import FAMILIES
@@ -37,9 +39,10 @@ def test_what_is_asked_for_and_does_not_come_about_is_said() -> None:
     [said] = TrainConfig(**numbers, class_word="dog", mask_mode="provided", prior_preservation="output").remarks
     assert said == "num_class_images changes nothing: prior_preservation is 'output'"
     acting = {"autocaption": True, "mask_mode": "clipseg", "prior_preservation": "output"}
-    assert TrainConfig(**given, **acting, steps=9, lr_warmup_steps=9).remarks == TrainConfig().remarks == []
-    [said] = TrainConfig(steps=9, lr_warmup_steps=10).remarks
-    assert said.startswith("lr_warmup_steps is 10 and steps 9: the learning rate is still rising at the end")
+    assert TrainConfig(**given, **acting, steps=9, lr_warmup_steps=8).remarks == TrainConfig().remarks == []
+    for steps in (9, 10):
+        [said] = TrainConfig(steps=steps, lr_warmup_steps=10).remarks
+        assert said.startswith(f"lr_warmup_steps is 10 and steps {steps}: the learning rate is still rising at the end")
 
 
 def test_an_expression_takes_the_place_of_the_preset_and_must_name_a_layer() -> None:
@@ -78,6 +81,13 @@ def test_the_published_recipe_is_the_default_on_sdxl() -> None:
     assert (recipe.rank, recipe.learning_rate, settings.steps, settings.batch_size) == (8, 5e-5, 1000, 1)
     assert (settings.lr_scheduler, settings.prompt) == ("constant", "a sbu subject")
     assert TrainConfig(lora_type="style", class_word="cat").prompt == "a cat in szn style"
+
+
+@pytest.mark.parametrize("kind", ["subject", "style"])
+def test_samples_that_are_not_asked_for_are_four_of_the_trigger_and_the_class(kind: str) -> None:
+    samples = TrainConfig(lora_type=kind, trigger_word="zwx", class_word="cat").samples
+    assert len({*samples}) == 4 and all(re.search(r"\bzwx\b", sample) for sample in samples)
+    assert samples[0] == TrainConfig(lora_type=kind, trigger_word="zwx", class_word="cat").prompt
 
 
 @pytest.mark.parametrize(
