@@ -28,6 +28,8 @@ TARGETS = {
 """Which linear layers to adapt, by a search in their names; on SDXL "attention" is 560 of them, on FLUX.1 190, where
 "all" is 494."""
 
+STUCK_PRODIGY_RATE = 0.1  # with it Prodigy's own stayed at its first millionth for 1000 steps of a small regression
+
 WORDED = ("trigger_word", "class_word", "class_prompt", "mask_prompt")
 WITHOUT = {
     "autocaption_prefix": ("autocaption", (False,)), "autocaption_suffix": ("autocaption", (False,)),
@@ -174,6 +176,9 @@ class TrainConfig:
         if self.lr_warmup_steps >= self.steps:  # the first step's rate is 0, so that the last is a step short
             asked = f"lr_warmup_steps is {self.lr_warmup_steps} and steps {self.steps}"
             said.append(f"{asked}: the learning rate is still rising at the end, and never what was asked for")
+        if self.optimizer == "prodigy" and self.rate(1.0) <= STUCK_PRODIGY_RATE:
+            asked = f"learning_rate is {self.learning_rate:g} and optimizer prodigy"
+            said.append(f"{asked}, whose own rate hardly grows then, so that little or nothing is learnt: 1 is usual")
         return said
 
     def targets(self, names: Collection[str], component: str = "transformer") -> list[str]:

@@ -43,6 +43,9 @@ def test_what_is_asked_for_and_does_not_come_about_is_said() -> None:
     for steps in (9, 10):
         [said] = TrainConfig(steps=steps, lr_warmup_steps=10).remarks
         assert said.startswith(f"lr_warmup_steps is 10 and steps {steps}: the learning rate is still rising at the end")
+    [said] = TrainConfig(optimizer="prodigy", learning_rate=1e-4).remarks
+    assert said.startswith("learning_rate is 0.0001 and optimizer prodigy, whose own rate hardly grows")
+    assert TrainConfig(optimizer="prodigy").remarks == TrainConfig(optimizer="prodigy", learning_rate=0.5).remarks == []
 
 
 def test_an_expression_takes_the_place_of_the_preset_and_must_name_a_layer() -> None:
