@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from threading import get_ident
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -213,7 +214,8 @@ def test_a_tensor_that_says_nothing_is_refused(kind: Kind, copy: Path, spoilt: l
 def test_a_training_learns_from_both(
     blip: Path, clipseg: Path, bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Captions and masks that models make give another LoRA than none, and than each other's prompts."""
+    """Captions and masks that models make give another LoRA than none, and than each other's prompts; a mask is of the
+    class unless something else is to be looked for, and a caption is as learnt as one that a file has."""
     monkeypatch.setattr("klora.training.draw.FIXED_POINTS", 1)  # which tell of the run, and take most of its time
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "captioner").symlink_to(blip)
@@ -221,11 +223,17 @@ def test_a_training_learns_from_both(
     (tmp_path / "pictures").mkdir()
     noise(1).save(tmp_path / "pictures" / "a.png")
     base = TrainingBase("sdxl", "sdxl", bases / "sdxl", "me/base", "MIT", tmp_path / "models")
-    learnt = set()
-    for given in (
-        {}, {"autocaption": True}, {"autocaption": True, "autocaption_prefix": "[trigger] toy"},
-        {"mask_mode": "clipseg", "mask_prompt": "a dog"}, {"mask_mode": "clipseg", "mask_prompt": "a red house"},
-    ):  # fmt: skip
-        tar = run_training(base, tmp_path / "pictures", QUICK | {"steps": 1} | given, tmp_path / "lora.tar")
-        learnt.add(frozenset(weights_of(held(tar)).items()))
-    assert len(learnt) == 5
+    around = {"autocaption_prefix": "[trigger] toy", "autocaption_suffix": "seen"}
+
+    def learnt(**given: Any) -> frozenset[tuple[str, bytes]]:
+        settings = QUICK | {"steps": 1, "instance_prompt": "a [trigger]"} | given
+        tar = run_training(base, tmp_path / "pictures", settings, tmp_path / "lora.tar")
+        return frozenset(weights_of(held(tar)).items())
+
+    house = {"mask_mode": "clipseg", "mask_prompt": "a red house"}
+    dog, captioned = learnt(mask_mode="clipseg", class_word="a dog"), learnt(autocaption=True, **around)
+    assert learnt(mask_mode="clipseg", mask_prompt="a dog") == dog
+    assert len({learnt(), learnt(autocaption=True), captioned, dog, learnt(**house, class_word="a dog")}) == 5
+    [told] = autocaptioned([picture(1)], Captioner.load(blip, CPU), *around.values())
+    (tmp_path / "pictures" / "a.txt").write_text(str(told.caption))
+    assert learnt() == captioned

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig
 from PIL import Image
@@ -66,12 +67,18 @@ def test_pictures_keep_their_captions_whatever_the_order(load: Load, pictures: l
 
 
 def test_a_training_is_shown_these_batches(sdxl: Load, pictures: list[Picture], tmp_path: Path) -> None:
-    """Those that the following tests look at, one after the other."""
+    """Those that the following tests look at, one after the other, and after each the class's of its number."""
     heard: list[dict[str, Any]] = []
     settings = config(steps=3, gradient_accumulation_steps=2, caption_dropout_rate=0.5, horizontal_flip=True)
-    train_lora(spied(sdxl, heard), pictures, settings, tmp_path)
+    settings = replace(settings, prior_preservation="class_images", class_word="toy")
+    of_the_class = [replace(picture, caption=None) for picture in pictures[:2]]
+    train_lora(spied(sdxl, heard), pictures, settings, tmp_path, class_pictures=lambda: of_the_class)
     seen = [draw for draw in heard if draw["grad"]]
-    for batch, shown in zip(drawn(sdxl, pictures, settings, 6), seen, strict=True):
+    material = encode(sdxl, pictures, lambda: of_the_class, settings, CPU)
+    assert [example.caption for example in material.class_examples] == ["a toy"] * 2
+    draw = Draw(material, settings, FAMILIES["sdxl"].recipe.times, CPU)
+    expected_batches = [batch for n in range(6) for batch in (draw.batch(n), draw.class_batch(n)) if batch]
+    for batch, shown in zip(expected_batches, seen, strict=True):
         expected = {"latents": batch.latents, "noise": batch.noise, "times": batch.times, **batch.conditioning}
         assert all(torch.equal(shown[name], part) for name, part in expected.items())
 
@@ -127,6 +134,21 @@ def test_random_crops_are_of_the_picture_and_the_seed_and_not_of_its_name() -> N
     assert places(2)[0] != ours
 
 
+def test_a_salient_crop_goes_where_the_mask_is() -> None:
+    mask = Image.new("L", (64, 256))
+    mask.paste(255, (0, 240, 64, 256))
+    shown = [Picture("a.png", png(Image.new("RGB", (64, 256))), None, png(mask))]
+    asked = config(crop="salience", mask_mode="provided", resolution="64,128")
+    examples = list(encode_pictures(COARSE, shown, ["a dog"], asked))
+    for example in examples:
+        [view] = example.views
+        _, _, top, left, height, width = view.time_ids.tolist()
+        assert (top, left) == (round(256 * width / 64) - height, 0) and view.mask is not None and view.mask[0, -1].any()
+    assert [width * height for width, height in (example.size for example in examples)] == pytest.approx(
+        [64**2, 128**2], rel=0.1
+    )
+
+
 def test_where_no_resolution_is_named_pictures_are_seen_at_those_of_the_base() -> None:
     shown = [Picture("a.png", png(Image.new("RGB", (64, 64))), None, png(Image.new("L", (64, 64))))]
     examples = list(encode_pictures(COARSE, shown, ["a dog"], config(resolution="")))
@@ -176,11 +198,12 @@ def test_the_loop_is_the_textbooks(load: Load, pictures: list[Picture], tmp_path
     """peft's layers, torch's AdamW and clipping, the formulas written out; only what was drawn is taken over."""
     heard: list[dict[str, Any]] = []
     settings = config(steps=3, gradient_accumulation_steps=2, max_grad_norm=0.01, weight_decay=1.0, snr_gamma=2.0)
+    settings = replace(settings, lora_alpha=2.0)
     lora = train_lora(spied(load, heard), pictures, settings, tmp_path)
     model = load(device=CPU)
     denoiser = model.denoiser.requires_grad_(False)
     shapes = {name: shape for name, shape in linear_shapes(denoiser).items() if name in lora}
-    denoiser.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=list(shapes)))
+    denoiser.add_adapter(LoraConfig(r=4, lora_alpha=2, target_modules=list(shapes)))
     adapted = {name: denoiser.get_submodule(name) for name in shapes}
     with torch.no_grad():
         for name, pair in new_layers(shapes, 4, settings.seed, CPU).items():
@@ -198,7 +221,7 @@ def test_the_loop_is_the_textbooks(load: Load, pictures: list[Picture], tmp_path
     trained_pairs = [
         (ours, layer.weight)
         for name, pair in lora.items()
-        for ours, layer in ((pair.A, adapted[name].lora_A["default"]), (pair.B, adapted[name].lora_B["default"]))
+        for ours, layer in ((pair.A, adapted[name].lora_A["default"]), (2 * pair.B, adapted[name].lora_B["default"]))
     ]
     # Adam makes whole steps of gradients that are rounding alone: on some processors one in thousands of elements.
     alike = torch.cat([torch.isclose(a, b, rtol=1e-3, atol=1e-5).flatten() for a, b in trained_pairs])

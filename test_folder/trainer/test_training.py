@@ -249,20 +249,22 @@ def test_only_the_latest_checkpoints_are_kept_and_writing_them_is_not_timed(
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(loop._Loop, "_step", slower)
     monkeypatch.setattr(loop._Loop, "_checkpoint", slow)
-    settings = config(checkpoint_interval=2, keep_checkpoints=1)
+    settings = config(checkpoint_interval=2, keep_checkpoints=2)
     telling = {"on_progress": heard.append, "on_saved": lambda step, lora: saved.append(step)}
     lora = train_lora(sdxl, pictures, settings, tmp_path, **telling)
     assert saved == [2, 4, 6]
     begun, *told = heard
     assert (begun.step, begun.loss, begun.steps_per_second, begun.seconds_left) == (0, None, None, None)
     assert [progress.step for progress in told] == [2, 3, 5, 6]
+    assert [progress.learning_rate for progress in told] == [1e-3] * 4
     assert [progress.steps_per_second for progress in told] == pytest.approx([2 / 3, 1 / 3, 1 / 5, 1 / 6])
     assert [progress.seconds_left for progress in told] == pytest.approx([6, 9, 5, 0])
     since = [sum(losses[:2]) / 2, losses[2], sum(losses[3:5]) / 2, losses[5]]
     assert [progress.loss for progress in told] == pytest.approx(since)
     assert [progress.fixed_loss is None for progress in heard] == [False, True, True, True, False]
-    [file] = (tmp_path / "checkpoints").iterdir()
-    assert file.name == "lora_000006.safetensors"
+    kept = sorted((tmp_path / "checkpoints").iterdir())
+    assert [file.name for file in kept] == ["lora_000004.safetensors", "lora_000006.safetensors"]
+    file = kept[-1]
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
     last = sdxl(device=CPU).read_lora(file)
     for name, pair in lora.items():
