@@ -20,8 +20,8 @@ from klora.training.annotate import Captioner, Segmenter, autocaptioned, segment
 from klora.training.dataset import Picture
 from klora.training.job import TrainingBase, run_training
 from test_folder import tiny
-from test_folder.jobs.short import QUICK, held, weights_of
-from test_folder.trainer.material import CPU, png
+from test_folder.jobs.short import held, weights_of
+from test_folder.trainer.material import CPU, SETTINGS, png
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "'", "##ing", *dict.fromkeys(tiny.WORDS.split())]
@@ -226,7 +226,7 @@ def test_a_training_learns_from_both(
     around = {"autocaption_prefix": "[trigger] toy", "autocaption_suffix": "seen"}
 
     def learnt(**given: Any) -> frozenset[tuple[str, bytes]]:
-        settings = QUICK | {"steps": 1, "instance_prompt": "a [trigger]"} | given
+        settings = SETTINGS | {"steps": 1, "instance_prompt": "a [trigger]"} | given
         tar = run_training(base, tmp_path / "pictures", settings, tmp_path / "lora.tar")
         return frozenset(weights_of(held(tar)).items())
 

@@ -23,7 +23,8 @@ from klora.training.memory import TRAINED_BYTES, WORKSPACE_BYTES
 from klora.training.objective import Objective
 from test_folder import published
 from test_folder.test_objective import LEVELS, a_batch, lent
-from test_folder.trainer.material import BASES, CPU
+from test_folder.tiny import BASES
+from test_folder.trainer.material import CPU
 
 # The published models: how to build them, their depths, latent channels, sizes of a prompt and of what is pooled of it.
 REAL = {

@@ -19,6 +19,7 @@ from test_folder.fakes.civitai import Civitai, File
 from test_folder.fakes.hub import Hub
 from test_folder.fakes.replicate import Replicate
 from test_folder.lending import CONTENT, STYLE, sha256
+from test_folder.tiny import BASES
 from test_folder.variants import VARIANTS
 
 SETTINGS = (
@@ -316,7 +317,7 @@ def test_a_request_may_come_to_the_base_that_it_names_or_to_any_installed_one(
 )
 def test_a_peft_repository_is_fetched_with_its_alphas(hub: Hub, bases: Path, tmp_path: Path, variant) -> None:
     """H8: its adapter_config.json is honoured, through the real fetch and the real reader."""
-    model = load_shapes(variant.family, bases / {"sdxl": "sdxl", "flux": "flux-dev"}[variant.family])
+    model = load_shapes(variant.family, bases / BASES[variant.family])
     (tmp_path / "made").mkdir()
     folder, meant = variant.write(model, tmp_path / "made")
     hub.publish("o/m", {path.name: path.read_bytes() for path in folder.iterdir()})

@@ -22,7 +22,8 @@ from klora.models.linears import linear_shapes
 from klora.training.objective import Batch, Objective, draw_noise, draw_times, errors, shifted
 from klora.training.trainable import trainable
 from test_folder import tiny
-from test_folder.trainer.material import BASES, CPU
+from test_folder.families.painting import CPU, seeded
+from test_folder.tiny import BASES
 
 LEVELS = torch.tensor([0.02, 0.2, 0.6, 0.95])
 same = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-7)
@@ -31,10 +32,6 @@ same = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-7)
 @pytest.fixture(params=FAMILIES)
 def model(request: pytest.FixtureRequest, bases: Path) -> Family:
     return load_model(request.param, bases / BASES[request.param], CPU, parts=("denoiser",))
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def a_batch(model: Family, seed: int = 0, times: Tensor = LEVELS[1:3], kept: bool = False) -> Batch:

@@ -126,7 +126,6 @@ def test_a_large_zip_comes_by_address(trainer: Client, hooks: Hooks) -> None:
 
 # What is refused.
 
-PICTURES = upload(*pictures())
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no picture": ({"input_images": upload(("notes.txt", b"no picture"))}, "input_images has no usable picture"),
     "blank": ({"input_images": ""}, "input_images is ''. Expected an uploaded file"),

@@ -20,7 +20,7 @@ def shell(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def quick(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tar of a training of those pictures by QUICK alone."""
+    """The tar of a training of those pictures by SETTINGS alone."""
     with pytest.MonkeyPatch.context() as patch:
         entered(tmp_path_factory.mktemp("quick"), bases, patch)
         trained("quick.tar")

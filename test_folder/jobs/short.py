@@ -14,9 +14,7 @@ from typer.testing import CliRunner, Result
 import weights
 from klora import cli
 from klora.training.job import TrainingBase, run_training
-
-QUICK = {"steps": 6, "learning_rate": 1e-3, "lora_rank": 4, "resolution": "64", "seed": 3, "sample_steps": 0,
-         "gradient_checkpointing": "off"}  # fmt: skip
+from test_folder.trainer.material import SETTINGS
 
 
 def entered(folder: Path, bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +32,7 @@ def trained(out: str = "lora.tar", upload: str = "pictures", **given: Any) -> di
     resume = given.pop("resume_from", None)
     base = TrainingBase(**weights.training_base(given.pop("base", "sdxl")))
     options = {name: given.pop(name) for name in ("publishing", "on_progress") if name in given}
-    config = MappingProxyType(QUICK | given)
+    config = MappingProxyType(SETTINGS | given)
     return held(run_training(base, Path(upload), config, Path(out), resume_from=resume, **options))
 
 
@@ -49,6 +47,6 @@ def weights_of(tar: Mapping[str, bytes], name: str = "lora.safetensors") -> dict
 
 
 def klora_train(*arguments: str, upload: str = "pictures") -> Result:
-    named = {name.replace("_", "-"): value for name, value in QUICK.items()}
+    named = {name.replace("_", "-"): value for name, value in SETTINGS.items()}
     options = [text for name, value in named.items() for text in (f"--{name}", str(value))]
     return CliRunner().invoke(cli.app, ["train", upload, *options, *arguments])

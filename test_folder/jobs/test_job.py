@@ -24,8 +24,8 @@ from klora.errors import RequestError
 from klora.training import job
 from klora.training.cache import encode_pictures
 from klora.training.config import TrainConfig
-from test_folder.jobs.short import QUICK, entered, held, klora_train, trained, weights_of
-from test_folder.trainer.material import CPU, picture, png
+from test_folder.jobs.short import entered, held, klora_train, trained, weights_of
+from test_folder.trainer.material import CPU, SETTINGS, picture, png
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_a_mask_makes_another_lora_and_what_is_outside_does_not_count(
     mask.paste(255, (0, 0, 36, 64))
     shown = [picture(0, "red", mask=mask), picture(0, "red")]
     for least in (0.0, 0.25):
-        given = QUICK | {"mask_mode": "provided", "mask_min_weight": least}
+        given = SETTINGS | {"mask_mode": "provided", "mask_min_weight": least}
         examples = encode_pictures(model, shown, ["a toy"] * 2, TrainConfig(**given))
         masked, whole = (example.views[0].mask[0] for example in examples)
         assert torch.equal(masked, torch.tensor([1.0] * 4 + [0.5] + [least] * 3).expand(8, 8)) and whole.eq(1).all()
@@ -257,7 +257,7 @@ def test_two_processes_are_one_with_twice_the_accumulation() -> None:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch += [str(Path(sys.executable).parent / "klora"), "train"]
-    settings = [text for name, value in QUICK.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    settings = [text for name, value in SETTINGS.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     command = [*launch, "pictures", "--out", "two.tar", *settings, "--gradient-accumulation-steps", "2", "--steps", "3"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr

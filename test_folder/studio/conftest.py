@@ -10,7 +10,7 @@ from transformers import CLIPTextModel
 from klora.studio import Studio
 from test_folder import tiny
 from test_folder.pairs import pair_of
-from test_folder.studio.opening import FIRST, Images, made, open_studio, request
+from test_folder.studio.opening import Images, made, open_studio, request
 
 
 @pytest.fixture(scope="module")
@@ -50,4 +50,4 @@ def studio(models: Path) -> Studio:
 @pytest.fixture(scope="module")
 def first(studio: Studio, loras: Path) -> dict[str, Images]:
     """What it drew when it was new, by family."""
-    return {family: made(studio, request(), pair_of(loras, family)) for family in FIRST}
+    return {family: made(studio, request(), pair_of(loras, family)) for family in tiny.BASES}

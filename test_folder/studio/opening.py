@@ -13,7 +13,6 @@ from klora.studio import Studio
 
 CPU = torch.device("cpu")
 PLENTY = 1 << 40
-FIRST = {"sdxl": "sdxl", "flux": "flux-dev"}  # the base that each family's LoRAs choose
 OTHER = {"sdxl": "flux", "flux": "sdxl"}
 
 Images = dict[int, np.ndarray]

@@ -9,19 +9,20 @@ from klora.errors import BaseModelError, LoRAError
 from klora.studio import Studio
 from test_folder import tiny
 from test_folder.pairs import pair_of
-from test_folder.studio.opening import FIRST, OTHER, open_studio, request
+from test_folder.studio.opening import OTHER, open_studio, request
+from test_folder.tiny import BASES
 
 NAMES = {"sdxl": "SDXL", "flux": "FLUX.1"}
 
 
-@pytest.mark.parametrize("family", FIRST)
+@pytest.mark.parametrize("family", BASES)
 @pytest.mark.parametrize("roles", [("content_lora",), ("style_lora",), ("content_lora", "style_lora")])
 def test_without_a_model_the_loras_choose_the_base(
     studio: Studio, loras: Path, family: str, roles: tuple[str, ...]
 ) -> None:
-    studio.load(*weights.find_base(FIRST[OTHER[family]]))
+    studio.load(*weights.find_base(BASES[OTHER[family]]))
     studio.make(request(), {role: pair_of(loras, family)[role] for role in roles})
-    assert studio.resident[-1] == FIRST[family]
+    assert studio.resident[-1] == BASES[family]
 
 
 def test_without_model_and_loras_the_first_installed_base_is_taken(fresh: Studio) -> None:
@@ -29,21 +30,21 @@ def test_without_model_and_loras_the_first_installed_base_is_taken(fresh: Studio
     assert fresh.resident == ["sdxl"]
 
 
-@pytest.mark.parametrize("family", FIRST)
+@pytest.mark.parametrize("family", BASES)
 @pytest.mark.parametrize("role", ["content_lora", "style_lora"])
 def test_a_lora_of_the_other_family_is_refused_naming_the_input_and_both_families(
     fresh: Studio, loras: Path, family: str, role: str
 ) -> None:
     with pytest.raises(LoRAError) as error:
-        fresh.make(request(model=FIRST[family]), {role: pair_of(loras, OTHER[family])[role]})
+        fresh.make(request(model=BASES[family]), {role: pair_of(loras, OTHER[family])[role]})
     assert str(error.value) == (
-        f"{role} was made for {NAMES[OTHER[family]]}, but this request runs {FIRST[family]}. "
+        f"{role} was made for {NAMES[OTHER[family]]}, but this request runs {BASES[family]}. "
         f"Expected one for {NAMES[family]}."
     )
     assert fresh.resident == []
 
 
-@pytest.mark.parametrize("family", FIRST)
+@pytest.mark.parametrize("family", BASES)
 def test_two_loras_of_different_families_are_refused(fresh: Studio, loras: Path, family: str) -> None:
     files = {
         "content_lora": pair_of(loras, family)["content_lora"],
@@ -52,7 +53,7 @@ def test_two_loras_of_different_families_are_refused(fresh: Studio, loras: Path,
     with pytest.raises(LoRAError) as error:
         fresh.make(request(), files)
     assert str(error.value) == (
-        f"style_lora was made for {NAMES[OTHER[family]]}, but this request runs {FIRST[family]}. "
+        f"style_lora was made for {NAMES[OTHER[family]]}, but this request runs {BASES[family]}. "
         f"Expected one for {NAMES[family]}."
     )
 

@@ -16,7 +16,8 @@ from klora.generation import generate
 from klora.models import linears
 from klora.studio import Studio
 from test_folder.pairs import pair_of
-from test_folder.studio.opening import FIRST, Images, made, request, same
+from test_folder.studio.opening import Images, made, request, same
+from test_folder.tiny import BASES
 
 
 @pytest.mark.parametrize("base", ["sdxl", "illustrious-xl", "flux-dev", "flux-schnell"])
@@ -77,14 +78,14 @@ def test_a_prompt_is_read_once_unless_a_lora_has_a_say_in_it(fresh: Studio, lora
     assert passes_of(plain | {"style_lora": loras / "encoder.safetensors"}, negative_prompt="rain") == 2
 
 
-@pytest.mark.parametrize("family", FIRST)
+@pytest.mark.parametrize("family", BASES)
 def test_loras_of_a_loaded_base_wait_for_nothing_that_is_known(
     fresh: Studio, loras: Path, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """G4. The order of the layers is there after set-up, and the second request opens no file of a LoRA, a tar would
     be unpacked for it, nor of its scores, scores nothing and looks up no version."""
     linears._execution_order.cache_clear()
-    fresh.prepare([weights.find_base(FIRST[family])])
+    fresh.prepare([weights.find_base(BASES[family])])
     monkeypatch.setattr(linears, "linear_shapes", None)  # nobody needs it from now on
     files = pair_of(loras, family)
     lent = {name: Borrowed(path, tmp_path / f"{name}.json") for name, path in files.items()}
@@ -106,7 +107,7 @@ def test_whole_numbers_serve_as_scales(studio: Studio, loras: Path, fusion: str)
     assert same(whole, made(studio, request(fusion=fusion, content_scale=1.0, style_scale=2.0), files))
 
 
-@pytest.mark.parametrize("family", FIRST)
+@pytest.mark.parametrize("family", BASES)
 def test_progress_is_told_step_by_step(studio: Studio, loras: Path, family: str) -> None:
     told: list[tuple[int, int]] = []
     studio.make(request(), pair_of(loras, family), on_step=lambda *step: told.append(step))

@@ -16,7 +16,8 @@ from klora.lora import LoRA
 from klora.studio import Studio
 from test_folder.pairs import pair_of
 from test_folder.studio.damaging import cut, lacking, without
-from test_folder.studio.opening import FIRST, OTHER, PLENTY, Images, made, open_studio, request, same
+from test_folder.studio.opening import OTHER, PLENTY, Images, made, open_studio, request, same
+from test_folder.tiny import BASES
 
 
 def room_for(count: int, checker: Path) -> Studio:
@@ -91,9 +92,9 @@ def test_loras_of_earlier_requests_leave_before_any_base(models: Path, loras: Pa
     assert studio.resident == ["sdxl", "flux-dev"] and not any(lora() for lora in kept)
 
 
-@pytest.mark.parametrize("family", FIRST)
+@pytest.mark.parametrize("family", BASES)
 def test_a_base_that_left_comes_back_on_demand_and_draws_the_same(models: Path, family: str) -> None:
-    studio, base, other = room_for(1, models / "safety-checker"), FIRST[family], FIRST[OTHER[family]]
+    studio, base, other = room_for(1, models / "safety-checker"), BASES[family], BASES[OTHER[family]]
     before = made(studio, request(model=base), {})
     studio.make(request(model=other), {})
     assert studio.resident == [other]

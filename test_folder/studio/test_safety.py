@@ -19,7 +19,8 @@ from klora.studio import Studio, save_images
 from test_folder import tiny
 from test_folder.pairs import pair_of
 from test_folder.studio.damaging import cut, lacking
-from test_folder.studio.opening import CPU, FIRST, made, open_studio, request, same
+from test_folder.studio.opening import CPU, made, open_studio, request, same
+from test_folder.tiny import BASES
 
 
 def unsafe(studio: Studio, asked: Request) -> str:
@@ -109,7 +110,7 @@ def test_without_the_check_no_checker_is_needed_and_nothing_is_withheld(models: 
     assert same(made(flagging, request(num_outputs=2), {}), made(missing, request(num_outputs=2), {}))
 
 
-@pytest.mark.parametrize("family", FIRST)
+@pytest.mark.parametrize("family", BASES)
 def test_images_that_pass_the_check_are_not_touched_by_it(studio: Studio, loras: Path, family: str) -> None:
     files = pair_of(loras, family)
     assert same(made(studio, checked(num_outputs=2), files), made(studio, request(num_outputs=2), files))

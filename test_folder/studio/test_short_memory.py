@@ -8,11 +8,12 @@ import torch
 from klora.errors import RequestError
 from klora.studio import Studio
 from test_folder.pairs import pair_of
-from test_folder.studio.opening import FIRST, Images, made, request, same
+from test_folder.studio.opening import Images, made, request, same
+from test_folder.tiny import BASES
 
 
 @pytest.mark.parametrize("place", ["klora.generation.combine", "diffusers.AutoencoderKL.decode"])
-@pytest.mark.parametrize("family", FIRST)
+@pytest.mark.parametrize("family", BASES)
 def test_a_device_that_runs_out_of_memory_is_told_and_the_next_request_draws_as_at_first(
     studio: Studio, first: dict[str, Images], loras: Path, family: str, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,8 @@ from klora.errors import KLoRAError, LoRAError, RequestError
 from klora.studio import Studio
 from test_folder import tiny
 from test_folder.pairs import pair_of
-from test_folder.studio.opening import FIRST, OTHER, Images, made, request, same
+from test_folder.studio.opening import OTHER, Images, made, request, same
+from test_folder.tiny import BASES
 
 COMPONENT = {"sdxl": "unet", "flux": "transformer"}
 
@@ -27,7 +28,7 @@ FAILURES: dict[str, tuple[dict[str, Any], dict[str, str], type[KLoRAError]]] = {
 }
 
 
-@pytest.mark.parametrize("family", FIRST)
+@pytest.mark.parametrize("family", BASES)
 @pytest.mark.parametrize("failure", FAILURES)
 def test_after_a_refused_request_the_next_draws_as_at_first(
     studio: Studio, first: dict[str, Images], loras: Path, tmp_path: Path, family: str, failure: str
@@ -38,13 +39,13 @@ def test_after_a_refused_request_the_next_draws_as_at_first(
     given, files, error = FAILURES[failure]
     with pytest.raises(error):
         studio.make(
-            request(model=FIRST[family], **given),
+            request(model=BASES[family], **given),
             {role: folder / file.format(family=family, other=OTHER[family]) for role, file in files.items()},
         )
     assert same(made(studio, request(), pair_of(loras, family)), first[family])
 
 
-@pytest.mark.parametrize("family", FIRST)
+@pytest.mark.parametrize("family", BASES)
 @pytest.mark.parametrize("last", [0, 2, 3])
 def test_after_an_interrupted_request_the_next_draws_as_at_first(
     studio: Studio, first: dict[str, Images], loras: Path, family: str, last: int
@@ -89,10 +90,10 @@ def test_what_was_asked_before_changes_nothing(studio: Studio, fresh: Studio, lo
     assert not any(same(forwards[first], forwards[second]) for first in numbers for second in range(first))
 
 
-@pytest.mark.parametrize("family", FIRST)
+@pytest.mark.parametrize("family", BASES)
 def test_a_request_draws_nothing_from_the_global_generators(studio: Studio, loras: Path, family: str) -> None:
     torch.manual_seed(5)
-    studio.load(*weights.find_base(FIRST[family]))
+    studio.load(*weights.find_base(BASES[family]))
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()
     studio.make(request(num_outputs=2), pair_of(loras, family))
     assert torch.equal(torch.get_rng_state(), before[0])

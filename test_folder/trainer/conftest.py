@@ -8,7 +8,8 @@ import pytest
 from klora import FAMILIES, load_model
 from klora.training.dataset import Picture
 from klora.training.loop import Load
-from test_folder.trainer.material import BASES, four_pictures
+from test_folder.tiny import BASES
+from test_folder.trainer.material import four_pictures
 
 
 @pytest.fixture(scope="session", autouse=True)

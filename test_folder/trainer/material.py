@@ -10,10 +10,9 @@ from PIL import Image
 from klora.training.config import TrainConfig
 from klora.training.dataset import Picture
 
-BASES = {"sdxl": "sdxl", "flux": "flux-dev"}
-QUICK = TrainConfig(
-    steps=6, learning_rate=1e-3, lora_rank=4, resolution="64", seed=3, sample_steps=0, gradient_checkpointing="off"
-)
+SETTINGS: dict[str, Any] = {"steps": 6, "learning_rate": 1e-3, "lora_rank": 4, "resolution": "64", "seed": 3,
+                            "sample_steps": 0, "gradient_checkpointing": "off"}  # fmt: skip
+QUICK = TrainConfig(**SETTINGS)
 CPU = torch.device("cpu")
 
 

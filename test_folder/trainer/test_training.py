@@ -22,7 +22,8 @@ from klora.models.linears import linear_shapes
 from klora.training import loop
 from klora.training.dataset import Picture
 from klora.training.loop import Load, Progress, new_layers, train_lora
-from test_folder.trainer.material import BASES, CPU, QUICK, config, picture, png
+from test_folder.tiny import BASES
+from test_folder.trainer.material import CPU, QUICK, config, picture, png
 
 
 @pytest.fixture(scope="module")
