@@ -14,10 +14,12 @@ import diffusers
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadFileScheduling
 
 from klora.models import load_model
 from klora.models.family import Family
+from klora.sources.deadline import Deadline
 from klora.sources.network import Network
 from test_folder import tiny
 from test_folder.conformance.client import Client
@@ -30,6 +32,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # models this small are fastest so, and tests of two processes do not fight over cores
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()
+settings.register_profile(
+    "seeded", derandomize=True, deadline=None,  # and nothing of the machine's load, or of what failed before, decides
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+settings.load_profile("seeded")
 gc.disable()  # until all is imported, of which nothing is garbage
 
 
@@ -114,6 +121,13 @@ def few_points() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("klora.training.draw.FIXED_POINTS", 2)
         yield
+
+
+@pytest.fixture
+def deadline() -> Iterator[Deadline]:
+    """One that is not meant to come."""
+    with Deadline(20) as deadline:
+        yield deadline
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ import pytest
 from klora.errors import SourceError
 from klora.sources.deadline import Deadline
 from klora.sources.download import Unreachable
-from test_folder.asking import GOOD, body_of, refusal, timed
+from test_folder.asking import GOOD, body_of, refusal
 from test_folder.fakes import network
 from test_folder.fakes.hostile import Hostile, floods, head, says
+from test_folder.waiting import timed
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_a_body_that_breaks_off_is_not_taken_for_whole(raw: bytes) -> None:
 )
 def test_headers_that_are_ambiguous_encoded_or_too_long_are_refused(headers: tuple[str, ...]) -> None:
     """T5, T6: 1 MB in one header and 100 000 of them; T7: a body that would have to be unpacked."""
-    with Hostile({"/x": says(head(200, *headers) + b"good")}) as server, timed(0, 3):
+    with Hostile({"/x": says(head(200, *headers) + b"good")}) as server, timed():
         assert refusal(network(server), server.url("/x")).startswith("The server ")
 
 
@@ -78,17 +79,17 @@ def test_what_is_no_http_is_refused(raw: bytes) -> None:
 
 
 def test_interim_answers_without_end_are_refused() -> None:
-    with Hostile({"/x": floods(b"", head(100))}) as server, timed(0, 3):
+    with Hostile({"/x": floods(b"", head(100))}) as server, timed():
         assert "Expected HTTP with short headers" in refusal(network(server), server.url("/x"))
 
 
 def test_a_body_in_memory_is_bounded() -> None:
-    with Hostile({"/x": floods(head(200), b"x" * 65536)}) as server, timed(0, 3):
+    with Hostile({"/x": floods(head(200), b"x" * 65536)}) as server, timed():
         assert "more than 1048576 bytes" in refusal(network(server), server.url("/x"))
 
 
 def test_a_body_in_memory_may_have_all_of_its_bound() -> None:
-    with Hostile({"/x": GOOD}) as server, Deadline(5) as deadline:
+    with Hostile({"/x": GOOD}) as server, Deadline(20) as deadline:
         with network(server).get(server.url("/x"), {}, deadline) as answer:
             assert answer.read_all(4) == b"good"
         with (
@@ -108,7 +109,7 @@ def test_nothing_is_asked_in_an_encoding_nor_by_a_nameless_client() -> None:
 
 
 def test_an_answer_says_what_came() -> None:
-    with Hostile({"/x": GOOD}) as server, Deadline(5) as deadline:
+    with Hostile({"/x": GOOD}) as server, Deadline(20) as deadline:
         url = server.url("/x?y")
         with network(server).get(url, {}, deadline) as answer:
             seen = answer.status, answer.length, answer.who, answer.url, answer.redirected

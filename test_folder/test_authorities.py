@@ -53,7 +53,7 @@ def world(storage: Storage) -> Iterator[World]:
 @pytest.fixture
 def resolve(world: World) -> Resolve:
     def resolved(text: str, tokens: Mapping[str, str] | None = None) -> Download:
-        with Deadline(10) as deadline:
+        with Deadline(20) as deadline:
             [found] = world.authorities.resolve(parse(text), tokens or {}, deadline)
         return found
 
@@ -82,13 +82,13 @@ def test_a_reference_is_asked_of_its_own_authority_with_its_own_token(
 
 @pytest.mark.parametrize("reference", [Local("x.safetensors"), Data("0" * 64, b"")])
 def test_what_needs_no_authority_is_asked_of_none(world: World, reference: Reference) -> None:
-    with pytest.raises(TypeError, match="nobody is asked about"), Deadline(10) as deadline:
+    with pytest.raises(TypeError, match="nobody is asked about"), Deadline(20) as deadline:
         world.authorities.resolve(reference, {}, deadline)
 
 
 def test_a_download_comes_through_the_same_network_and_bound(world: World, resolve: Resolve) -> None:
     found, memory = replace(resolve(world.storage.signed("/x.safetensors", CONTENT)), size=None), Memory()
-    with Deadline(10) as deadline:
+    with Deadline(20) as deadline:
         world.authorities.fetch(found, memory, deadline)
         assert memory.data == CONTENT
         with pytest.raises(SourceError, match=f"Expected at most {len(CONTENT) - 1}"):

@@ -38,7 +38,7 @@ def resolve(authority: Civitai, net: Network) -> Resolve:
     def resolved(text: str, token: str | None = None) -> Download:
         reference = parse(text)
         assert isinstance(reference, CivitaiFile)
-        with Deadline(10) as deadline:
+        with Deadline(20) as deadline:
             [download] = civitai.resolve(reference, token, authority.url, net, deadline)
         return download
 

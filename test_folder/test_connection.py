@@ -15,9 +15,10 @@ from klora.sources.connection import MAX_ADDRESSES, Dialler, trusting
 from klora.sources.deadline import Cancelled, Deadline, Patience
 from klora.sources.download import Unreachable
 from klora.sources.network import Network
-from test_folder.asking import GOOD, PUBLIC, body_of, info, refusal, timed
+from test_folder.asking import GOOD, PUBLIC, body_of, info, refusal
 from test_folder.fakes import QUICK, network
 from test_folder.fakes.hostile import Behaviour, Client, Hostile, drips, hangs, head, redirects
+from test_folder.waiting import timed
 
 # What a resolver says (T9).
 
@@ -94,11 +95,11 @@ def test_a_host_of_many_addresses_is_tried_at_a_few() -> None:
 @pytest.mark.parametrize("cancelled", [False, True])
 def test_a_resolver_that_hangs_holds_nobody_up(cancelled: bool) -> None:
     answer = threading.Event()
-    net = Network(dialler=Dialler(Patience(connect=9), lambda *_, **__: answer.wait(10) and []))
+    net = Network(dialler=Dialler(Patience(connect=20), lambda *_, **__: answer.wait(20) and []))
     deadline = Deadline(30 if cancelled else 0.3)
     if cancelled:
         threading.Timer(0.3, deadline.cancel).start()
-    with timed(0.2, 3), pytest.raises(SourceError) as error, net.get("https://slow.example/", {}, deadline):
+    with timed(0.2), pytest.raises(SourceError) as error, net.get("https://slow.example/", {}, deadline):
         pass
     answer.set()
     assert type(error.value) is (Cancelled if cancelled else Unreachable)
@@ -201,7 +202,7 @@ def test_an_encrypted_connection_ends_with_its_deadline_too(
         deadline = Deadline(seconds)
         if kind is Cancelled:
             threading.Timer(0.4, deadline.cancel).start()
-        with timed(0.3, 3), pytest.raises(kind), net.get("https://files.example/x", {}, deadline) as answer:
+        with timed(0.3), pytest.raises(kind), net.get("https://files.example/x", {}, deadline) as answer:
             answer.read_all(1 << 20)
 
 
@@ -209,7 +210,7 @@ def test_an_encrypted_socket_that_is_shut_stays_encrypted(certificate: Path) -> 
     """Or a read under way might take what is left of the ciphertext for the body."""
     with encrypted(certificate, {}) as server, socket.create_connection(("127.0.0.1", server.port)) as plain:
         context = ssl.create_default_context(cafile=str(certificate))
-        deadline = Deadline(5)
+        deadline = Deadline(20)
         with context.wrap_socket(plain, server_hostname="files.example") as sock, deadline.watch(sock):
             deadline.cancel()
             assert sock.version()

@@ -12,7 +12,8 @@ import pytest
 
 from klora.bases.table import BASES
 from test_folder.fakes.base_hub import CONFIG, FILES, INDEX, TOKEN, UNET, VAE, Hub, Server, contents, leftovers, serving
-from test_folder.fakes.pget import FakePget, soon
+from test_folder.fakes.pget import FakePget
+from test_folder.waiting import soon
 
 ROOT = Path(__file__).resolve().parent.parent
 [WHEEL] = (ROOT / "dist").glob("*.whl")

@@ -32,7 +32,7 @@ def resolve(authority: Replicate, net: Network) -> Resolve:
     def resolved(text: str, token: str | None = None) -> Download:
         reference = parse(text)
         assert isinstance(reference, ReplicateModel)
-        with Deadline(10) as deadline:
+        with Deadline(20) as deadline:
             [download] = replicate.resolve(reference, token, authority.url, net, deadline)
         return download
 

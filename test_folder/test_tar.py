@@ -15,7 +15,8 @@ from klora.errors import LoRAError
 from klora.files.container import MAX_MEMBERS, opened
 from test_folder.fakes import tarred
 from test_folder.fakes.tars import CHAIN, ENDLESS, crafted, endless_map, header
-from test_folder.files.reading import GOOD, at_most
+from test_folder.files.reading import GOOD
+from test_folder.waiting import at_most
 
 LORA = save(GOOD)
 

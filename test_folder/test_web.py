@@ -22,7 +22,7 @@ FIRST = f"bytes 0-0/{len(GOOD)}"
 def resolve(server: Any, url: str, *others: Any) -> Download:
     reference = parse(url)
     assert isinstance(reference, Url)
-    with Deadline(5) as deadline:
+    with Deadline(20) as deadline:
         [found] = web.resolve(reference, network(server, *others), deadline)
     return found
 

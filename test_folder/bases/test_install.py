@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -222,13 +223,16 @@ def test_a_line_break_after_a_token_is_none_of_it(ensure: Callable[..., Path], t
     assert contents(tmp_path / "tiny") == FILES
 
 
-def test_a_hub_out_of_reach_is_a_sentence(server: Server, tmp_path: Path) -> None:
+def test_a_hub_out_of_reach_is_a_sentence(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []  # 23 seconds between the client's tries
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=waits.append))
     with pytest.raises(BaseModelError) as error:
         ensure_base("tiny", BASE, tmp_path, endpoint="http://127.0.0.1:9")
     assert str(error.value) == (
         "tiny cannot be fetched from owner/tiny: [Errno 111] Connection refused. "
         "What has come stays; the next attempt fetches the rest."
     )
+    assert waits
 
 
 @pytest.mark.parametrize("kind", ["resolve", "storage"])

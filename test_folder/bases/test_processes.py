@@ -17,7 +17,8 @@ from klora.bases.install import ensure_base
 from klora.bases.pget import Pget
 from klora.errors import BaseModelError
 from test_folder.fakes.base_hub import BASE, CONFIG, FILES, INDEX, UNET, VAE, Server, contents, leftovers
-from test_folder.fakes.pget import FakePget, is_running, soon
+from test_folder.fakes.pget import FakePget, is_running
+from test_folder.waiting import soon
 
 FORK = get_context("fork")  # others would import all that the tests of this process have imported
 
@@ -87,13 +88,13 @@ def test_an_interruption_ends_what_is_under_way(
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # our files are small
     pget = Pget(fake.path) if by == "pget" else None
-    server.hub.pace = 0.0 if pget else 2.0  # a minute for the largest file
+    server.hub.pace = 0.0 if pget else 1.0  # half a minute for the largest file
     fake.behave("hang")
     process = begun(tmp_path, server, pget)
     assert soon(lambda: len(fake.runs()) == 2 if pget else UNET in server.hub.fetched())
     os.kill(process.pid, signal.SIGINT)
     process.join(20)
     assert process.exitcode == 1
-    assert soon(lambda: not any(is_running(pid) for run in fake.runs() for pid in run["pids"]), 2)
+    assert soon(lambda: not any(is_running(pid) for run in fake.runs() for pid in run["pids"]))
     assert leftovers(tmp_path) == []
     assert not pget or not {UNET, VAE} & set(server.hub.fetched("HEAD resolve"))  # the client does not begin anew

@@ -162,7 +162,7 @@ def test_an_upload_is_called_what_its_sender_calls_it(tmp_path: Path) -> None:
         read_prompts(tmp_path / "tmp01234567file.txt", {}, most=1, called="prompts")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(content=st.binary(max_size=60), kind=st.sampled_from(["txt", "jsonl"]))
 def test_whatever_a_file_holds_it_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, kind: str
@@ -218,7 +218,7 @@ def test_no_image_comes_again_where_lines_of_the_same_inputs_name_seeds(
         assert [job.request.seed for job in read(file).jobs(count)] == drawn[:count]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     lines=st.lists(st.tuples(st.sampled_from("ab"), st.none() | st.integers(0, 12)), min_size=1, max_size=6),
     seed=st.sampled_from([0, 5, (1 << 32) - 3]),

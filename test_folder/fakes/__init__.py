@@ -143,7 +143,7 @@ def tarred(files: Mapping[str, bytes]) -> bytes:
     return archive.getvalue()
 
 
-QUICK = Patience(connect=5.0, read=5.0, pause=0.01)
+QUICK = Patience(connect=20.0, pause=0.01)
 _CONTEXT = ssl.create_default_context()  # one for all: it takes longer to make than most tests
 
 
@@ -167,7 +167,7 @@ def network(*servers: Addressed, **dialler: Any) -> Network:
 def fetched(download: Download, net: Network) -> bytes:
     """What a download brings. Raises SourceError."""
     memory = Memory()
-    with Deadline(10) as deadline:
+    with Deadline(20) as deadline:
         fetch(download, memory, net, deadline, 1 << 20)
     return memory.data
 

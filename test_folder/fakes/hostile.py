@@ -7,7 +7,6 @@ import socket
 import ssl
 import struct
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from email.message import Message
@@ -187,11 +186,3 @@ class Ranged:
             lines.append("Content-Range: " + (self.claimed or f"bytes {start}-{len(self.body) - 1}/{len(self.body)}"))
         client.send(head(206 if len(lines) > 1 and lines[-1].startswith("Content-Range") else 200, *lines))
         client.send(self.body[start:end])
-
-
-def wait_until(true: Callable[[], bool], seconds: float = 2.0) -> bool:
-    """Whether something becomes true in time."""
-    end = time.monotonic() + seconds
-    while not true() and time.monotonic() < end:
-        time.sleep(0.005)
-    return true()

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 PGET = """#!{python} -I
@@ -67,10 +65,3 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
-
-
-def soon(true: Callable[[], object], seconds: float = 60.0) -> bool:
-    end = time.monotonic() + seconds
-    while not true() and time.monotonic() < end:
-        time.sleep(0.02)
-    return bool(true())

@@ -16,7 +16,7 @@ from test_folder.test_formats import GOOD
 SHA256 = hashlib.sha256(GOOD).hexdigest()
 
 
-def fetched(server: Hostile, path: str = "/x", *, seconds: float = 5.0, most: int = 1 << 20, **known: Any) -> Memory:
+def fetched(server: Hostile, path: str = "/x", *, seconds: float = 20.0, most: int = 1 << 20, **known: Any) -> Memory:
     """What came; also checks that the sha256 is of that."""
     sink, download = Memory(), Download("url:x", "x.safetensors", server.url(path), **known)
     with Deadline(seconds) as deadline:

@@ -128,7 +128,7 @@ def test_a_range_goes_along_with_a_redirect() -> None:
     """As hubs send files from elsewhere."""
     with Hostile({"/y": Ranged(GOOD, cuts=(2000,))}) as server, Hostile({"/x": redirects(server.url("/y"))}) as hub:
         sink = Memory()
-        with Deadline(5) as deadline:
+        with Deadline(20) as deadline:
             fetch(Download("k", "x", hub.url("/x"), {"Authorization": "t"}), sink, network(server, hub), deadline, 9999)
         assert (sink.data, server.requests[1].headers["Range"]) == (GOOD, "bytes=2000-")
         assert not server.requests[1].headers["Authorization"]

@@ -21,7 +21,7 @@ from test_folder.test_formats import GOOD, KINDS, tar
 def test_what_is_no_lora_is_refused_by_what_it_looks_like(kind: str, body: bytes) -> None:
     """T7: a login page and an error under status 200 among them."""
     sink = Memory()
-    with Hostile({"/x": reply(body, "Content-Type: application/octet-stream")}) as server, Deadline(5) as deadline:
+    with Hostile({"/x": reply(body, "Content-Type: application/octet-stream")}) as server, Deadline(20) as deadline:
         with pytest.raises(SourceError) as error:
             fetch(Download("k", "lora.safetensors", server.url("/x")), sink, network(server), deadline, 1 << 20)
         assert type(error.value) is SourceError

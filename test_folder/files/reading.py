@@ -1,8 +1,6 @@
 """Small LoRA files, read, and what must come of it: the same bits, the same update, or one sentence."""
 
-import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -61,19 +59,3 @@ def assert_is_a_sentence(message: str, path: Path, seen: str) -> None:
     """What was wrong with which file, what was seen, what is accepted; on one line, without the file's folder."""
     assert message.startswith(path.name) and message.endswith(".") and "\n" not in message
     assert seen in message and "Expected" in message, message
-
-
-@contextmanager
-def at_most(seconds: int) -> Iterator[None]:
-    """Break off an endless loop in Python code, after this much CPU time: what else runs does not count."""
-
-    def out_of_time(*_: object) -> None:
-        raise AssertionError(f"took more than {seconds} s")  # neither an OSError nor any that is translated
-
-    before = signal.signal(signal.SIGPROF, out_of_time)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)

@@ -9,6 +9,7 @@ from klora.models.family import Family
 from test_folder import tiny
 
 Layers = Mapping[str, tuple[Tensor, Tensor]]
+Endings = tuple[str, str]  # of the keys of A and of B
 
 PEFT = (".lora_A.weight", ".lora_B.weight")
 KOHYA = (".lora_down.weight", ".lora_up.weight")
@@ -60,7 +61,7 @@ BFL_EDGES = {
 }
 
 
-def keyed(stem: str, factors: tuple[Tensor, Tensor], endings: tuple[str, str] = PEFT) -> dict[str, Tensor]:
+def keyed(stem: str, factors: tuple[Tensor, Tensor], endings: Endings = PEFT) -> dict[str, Tensor]:
     return {stem + ending: factor for ending, factor in zip(endings, factors, strict=True)}
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from klora.models.family import Family
 from test_folder import tiny
 from test_folder.files.reading import CLIP_Q, FLUX_Q, KOHYA_Q, Q, assert_same_delta, delta, denoiser_layer, pair, read
-from test_folder.files.spelling import KOHYA, LEGACY, PEFT, keyed, sgm
+from test_folder.files.spelling import KOHYA, LEGACY, PEFT, Endings, keyed, sgm
 
 
 @pytest.mark.parametrize("foreign", [False, True], ids=["diffusers names", "sgm names"])
@@ -27,7 +27,7 @@ def test_mixed_alphas_and_ranks_are_folded_exactly(sdxl: Family, path: Path, for
 
 
 @pytest.mark.parametrize("endings", [PEFT, KOHYA, LEGACY], ids=["peft", "kohya", "legacy"])
-def test_alpha_is_read_beside_any_spelling(flux: Family, path: Path, endings: tuple[str, str]) -> None:
+def test_alpha_is_read_beside_any_spelling(flux: Family, path: Path, endings: Endings) -> None:
     stem, factors = f"transformer.{FLUX_Q}", pair(64, 64, rank=3)
     seen = read(flux, path, keyed(stem, factors, endings) | {f"{stem}.alpha": torch.tensor(2.0)})
     assert_same_delta(seen[FLUX_Q], delta(factors, 2.0))

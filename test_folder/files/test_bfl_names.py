@@ -14,7 +14,7 @@ from klora.lora import LowRank
 from klora.models.family import Family
 from test_folder import tiny
 from test_folder.files.reading import assert_same_delta, delta, pair, read
-from test_folder.files.spelling import BFL, KOHYA, PEFT, bfl_modules, keyed
+from test_folder.files.spelling import BFL, KOHYA, PEFT, Endings, bfl_modules, keyed
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ from test_folder.files.spelling import BFL, KOHYA, PEFT, bfl_modules, keyed
     ids=["kohya", "comfy", "ai_toolkit", "bare"],
 )
 def test_bfl_module_is_its_diffusers_parts_row_by_row(
-    flux: Family, path: Path, stem: Callable[[str], str], endings: tuple[str, str]
+    flux: Family, path: Path, stem: Callable[[str], str], endings: Endings
 ) -> None:
     shapes = tiny.linear_shapes(flux.denoiser)
     tensors, meant = {}, {}

@@ -21,11 +21,11 @@ from test_folder.files.reading import (
     assert_is_a_sentence,
     assert_same_bits,
     assert_same_delta,
-    at_most,
     delta,
     pair,
 )
 from test_folder.files.spelling import Layers, keyed, spelled
+from test_folder.waiting import at_most
 
 
 def with_metadata(path: Path, tensors: Mapping[str, Tensor], **fields: object) -> None:

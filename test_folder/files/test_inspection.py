@@ -24,22 +24,22 @@ from test_folder.variants import VARIANTS, Variant
 
 @pytest.mark.parametrize("variant", VARIANTS[3::4], ids=lambda v: f"{v.family}, {v.name}")
 def test_what_it_says_is_what_the_base_reads(
-    models: dict[str, Family], bases: Path, tmp_path: Path, variant: Variant
+    families: dict[str, Family], bases: Path, tmp_path: Path, variant: Variant
 ) -> None:
-    path, meant = variant.write(models[variant.family], tmp_path)
+    path, meant = variant.write(families[variant.family], tmp_path)
     found = inspect(path, {folder: (family, bases / folder) for family, folder in BASES.items()})
     assert found.fits == (BASES[variant.family],) and not found.refusals
-    assert found.report == models[variant.family].read_lora(path).report
+    assert found.report == families[variant.family].read_lora(path).report
     assert found.report.layers == sum(":" not in name for name in meant)
     assert sum(found.report.text_encoders.values()) == sum(":" in name for name in meant)
-    assert found.made_for.startswith(models[variant.family].name)
+    assert found.made_for.startswith(families[variant.family].name)
 
 
 @pytest.mark.parametrize("family", BASES)
-def test_shapes_alone_make_the_whole_inventory(models: dict[str, Family], bases: Path, family: str) -> None:
+def test_shapes_alone_make_the_whole_inventory(families: dict[str, Family], bases: Path, family: str) -> None:
     bare = load_shapes(family, bases / BASES[family])
     assert all(x.is_meta for part in (bare.denoiser, *bare.text_encoders.values()) for x in part.parameters())
-    assert bare.inventory == models[family].inventory
+    assert bare.inventory == families[family].inventory
 
 
 def test_the_command_prints_it(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,9 +90,9 @@ def test_tags_that_make_no_sense_are_no_reason_to_refuse(text: str) -> None:
     assert (stated(metadata), tags(metadata)) == (("sbu",), [])
 
 
-def test_a_tag_of_captions_is_not_said_to_be_a_trigger(models: dict[str, Family], tmp_path: Path) -> None:
+def test_a_tag_of_captions_is_not_said_to_be_a_trigger(sdxl: Family, tmp_path: Path) -> None:
     frequent = {"1_dog": {"sks": 20, "grass": 1}}
     save_file(GOOD, tmp_path / "dog.safetensors", {"ss_tag_frequency": json.dumps(frequent), "instance_prompt": "None"})
-    lora = models["sdxl"].read_lora(tmp_path / "dog.safetensors")
+    lora = sdxl.read_lora(tmp_path / "dog.safetensors")
     assert (lora.report.triggers, lora.report.tags) == ((), ("sks", "grass"))
     assert str(lora.report).endswith("none dropped") and "trigger" not in lora.metadata

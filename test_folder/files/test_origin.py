@@ -17,10 +17,10 @@ from klora.models.family import Family
 from klora.studio import Studio
 from test_folder import published, tiny
 from test_folder.files.reading import GOOD, GOOD_FLUX
-from test_folder.files.spelling import KOHYA, PEFT, SPELLINGS, keyed
+from test_folder.files.spelling import KOHYA, PEFT, SPELLINGS, Endings, keyed
 
 
-def layer(stem: str, outputs: int, inputs: int, endings: tuple[str, str] = KOHYA) -> dict[str, Tensor]:
+def layer(stem: str, outputs: int, inputs: int, endings: Endings = KOHYA) -> dict[str, Tensor]:
     return keyed(stem, (torch.ones(1, inputs), torch.ones(outputs, 1)), endings)
 
 

@@ -20,16 +20,16 @@ def family_of(keys: list[str], path: Path) -> str | None:
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_exactly_one_family_recognises_a_spelling(models: dict[str, Family], path: Path, spelling: str) -> None:
-    for family, model in models.items():
+def test_exactly_one_family_recognises_a_spelling(families: dict[str, Family], path: Path, spelling: str) -> None:
+    for family, model in families.items():
         keys = list(spelled(tiny.random_lora(attention(model), 1, seed=0), model.component, spelling))
         assert [name for name, kind in FAMILIES.items() if kind.recognises(keys)] == [family]
         assert family_of(keys, path) == family
 
 
-def test_foreign_spellings_are_recognised(models: dict[str, Family], path: Path) -> None:
+def test_foreign_spellings_are_recognised(families: dict[str, Family], path: Path) -> None:
     """By any one key of a denoiser's block."""
-    modules = {"sdxl": [sgm(name) for name in attention(models["sdxl"])], "flux": [name.format(0) for name in BFL]}
+    modules = {"sdxl": [sgm(name) for name in attention(families["sdxl"])], "flux": [name.format(0) for name in BFL]}
     for family, names in modules.items():
         for name in names:
             assert family_of([f"lora_unet_{name.replace('.', '_')}.lora_down.weight"], path) == family

@@ -14,19 +14,9 @@ from klora.files.factors import modules
 from klora.files.lycoris import MAX_DENSE
 from klora.models import origin_of
 from klora.models.family import Family
-from test_folder.files.reading import (
-    CLIP_Q,
-    FLUX_Q,
-    GOOD,
-    GOOD_FLUX,
-    KOHYA_Q,
-    Q,
-    assert_is_a_sentence,
-    at_most,
-    pair,
-    read,
-)
+from test_folder.files.reading import CLIP_Q, FLUX_Q, GOOD, GOOD_FLUX, KOHYA_Q, Q, assert_is_a_sentence, pair, read
 from test_folder.files.spelling import KOHYA, XLABS, keyed
+from test_folder.waiting import at_most
 
 BLOCK_7 = "lora_unet_down_blocks_7_attentions_0_proj_in"
 SGM = "lora_unet_input_blocks_3_1"  # down_blocks.1.attentions.0 of the tiny U-Net
@@ -155,10 +145,10 @@ CASES = [pytest.param(*case, id=name) for name, case in REFUSED.items()]
 
 @pytest.mark.parametrize(("family", "tensors", "seen"), CASES)
 def test_what_cannot_be_applied_exactly_is_refused_in_a_sentence(
-    models: dict[str, Family], path: Path, family: str, tensors: dict[str, Tensor], seen: str
+    families: dict[str, Family], path: Path, family: str, tensors: dict[str, Tensor], seen: str
 ) -> None:
     with at_most(seconds=5), pytest.raises(LoRAError) as refusal:
-        read(models[family], path, tensors)
+        read(families[family], path, tensors)
     assert_is_a_sentence(str(refusal.value), path, seen)
 
 

@@ -29,9 +29,9 @@ def test_foreign_and_own_names_may_share_a_file(sdxl: Family, path: Path) -> Non
 
 
 @pytest.fixture(scope="module")
-def full_sdxl(models: dict[str, Family]) -> SDXL:
+def full_sdxl(families: dict[str, Family]) -> SDXL:
     """SDXL's U-Net with its published number of blocks, two layers each."""
-    return SDXL(StableDiffusionXLPipeline(**models["sdxl"].pipe.components | {"unet": tiny.full_topology_unet()}))
+    return SDXL(StableDiffusionXLPipeline(**families["sdxl"].pipe.components | {"unet": tiny.full_topology_unet()}))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from klora.models.family import Family
 from test_folder import tiny
 from test_folder.files.reading import assert_same_bits, denoiser_layer, pair, read
-from test_folder.files.spelling import KOHYA, LEGACY, PEFT, keyed
+from test_folder.files.spelling import KOHYA, LEGACY, PEFT, Endings, keyed
 
 
 @pytest.mark.parametrize(
@@ -35,9 +35,9 @@ from test_folder.files.spelling import KOHYA, LEGACY, PEFT, keyed
 )
 @pytest.mark.parametrize("endings", [PEFT, KOHYA, LEGACY], ids=["peft", "kohya", "legacy"])
 def test_text_encoder_layer_is_found(
-    models: dict[str, Family], path: Path, family: str, stem: str, component: int, module: str, endings: tuple[str, str]
+    families: dict[str, Family], path: Path, family: str, stem: str, component: int, module: str, endings: Endings
 ) -> None:
-    model = models[family]
+    model = families[family]
     part = ("", "text_encoder", "text_encoder_2")[component]
     shapes = tiny.linear_shapes(model.text_encoders[part])
     (name,) = {module, f"text_model.{module}"} & shapes.keys()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,21 +19,22 @@ from klora.errors import LoRAError
 from klora.files.container import MAX_TENSORS
 from klora.files.lycoris import MAX_ERROR, MAX_RANK, low_rank
 from klora.models.family import Family
-from test_folder.files.reading import GOOD, KOHYA_Q, Q, assert_is_a_sentence, at_most, pair, read
+from test_folder.files.reading import GOOD, KOHYA_Q, Q, assert_is_a_sentence, pair, read
 from test_folder.files.spelling import KOHYA, keyed
 from test_folder.variants import VARIANTS, Variant, largest_error, table
+from test_folder.waiting import at_most
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "loras.md"
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.family}, {v.name}")
-def test_every_way_of_writing_means_the_same(models: dict[str, Family], tmp_path: Path, variant: Variant) -> None:
-    count, error = largest_error(variant, models[variant.family], tmp_path)
+def test_every_way_of_writing_means_the_same(families: dict[str, Family], tmp_path: Path, variant: Variant) -> None:
+    count, error = largest_error(variant, families[variant.family], tmp_path)
     assert count > 10 and error < 1e-6
 
 
-def test_the_page_shows_the_table(models: dict[str, Family], capsys: pytest.CaptureFixture[str]) -> None:
-    made = table(models)
+def test_the_page_shows_the_table(families: dict[str, Family], capsys: pytest.CaptureFixture[str]) -> None:
+    made = table(families)
     with capsys.disabled():
         print(f"\n{made}")
     assert made in PAGE.read_text()
@@ -247,10 +248,7 @@ tensors = st.tuples(shapes, dtypes, values).map(
     lambda t: torch.full(t[0], t[2] if t[1].is_floating_point else 1).to(t[1])
 )
 files = st.dictionaries(keys, tensors, max_size=8)
-fuzz = settings(
-    deadline=None, derandomize=True, database=None, phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+fuzz = settings(phases=[Phase.generate])
 
 
 def check(model: Family, path: Path) -> None:

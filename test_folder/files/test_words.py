@@ -108,8 +108,7 @@ def test_an_encoder_may_have_more_rows_than_words(bases: Path) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["a photo of TOK", "a photo of <s0><s1>", "a photo of content:TOK"])
-def test_a_cog_sdxl_tars_words_act_in_a_request(models: dict[str, Family], tmp_path: Path, prompt: str) -> None:
-    sdxl = models["sdxl"]
+def test_a_cog_sdxl_tars_words_act_in_a_request(sdxl: Family, tmp_path: Path, prompt: str) -> None:
     lora = sdxl.read_lora(cog_sdxl(sdxl, tmp_path)[0])
     images = [
         generate(sdxl, Request(words, num_inference_steps=1, seed=0), content=file)[0].tobytes()
@@ -155,10 +154,7 @@ def test_words_in_a_tar_are_its_loras(model: Family, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["a photo of <s0><s1>", "a photo of <s0> <s1>"])
-def test_words_that_lie_beside_a_file_act_as_a_cog_sdxl_tars(
-    models: dict[str, Family], tmp_path: Path, prompt: str
-) -> None:
-    sdxl = models["sdxl"]
+def test_words_that_lie_beside_a_file_act_as_a_cog_sdxl_tars(sdxl: Family, tmp_path: Path, prompt: str) -> None:
     lora, tar = sdxl.read_lora(beside(sdxl, tmp_path)), sdxl.read_lora(cog_sdxl(sdxl, tmp_path)[0])
     images = [
         generate(sdxl, Request(words, num_inference_steps=1, seed=0), content=LoRA(tar.layers, words=taught))[
@@ -185,19 +181,18 @@ def test_the_words_of_two_beside_one_file_are_refused(model: Family, tmp_path: P
 
 
 @pytest.mark.parametrize("key", ["clip_l", "clip_g", "t5"])
-def test_words_of_another_bases_width_are_refused(models: dict[str, Family], tmp_path: Path, key: str) -> None:
-    sdxl = models["sdxl"]
+def test_words_of_another_bases_width_are_refused(sdxl: Family, tmp_path: Path, key: str) -> None:
     save_file({key: torch.ones(2, 7)}, beside(sdxl, tmp_path) / "zork_emb.safetensors")
     with pytest.raises(LoRAError, match=rf"holds '{key}' of \[2, 7\]. Expected up to 64 vectors of "):
         sdxl.read_lora(tmp_path)
 
 
-def test_a_word_may_have_as_many_vectors_as_is_said(models: dict[str, Family], tmp_path: Path) -> None:
-    width = models["sdxl"].pipe.text_encoder.config.hidden_size
-    words = beside(models["sdxl"], tmp_path) / "zork_emb.safetensors"
+def test_a_word_may_have_as_many_vectors_as_is_said(sdxl: Family, tmp_path: Path) -> None:
+    width = sdxl.pipe.text_encoder.config.hidden_size
+    words = beside(sdxl, tmp_path) / "zork_emb.safetensors"
     for count in (1, 64):
         save_file({"clip_l": torch.ones(count, width)}, words)
-        assert len(models["sdxl"].read_lora(tmp_path).words) == (count + 1 if count > 1 else 1)
+        assert len(sdxl.read_lora(tmp_path).words) == (count + 1 if count > 1 else 1)
     odd = {
         "Expected up to 64 vectors": (torch.ones(65, width), torch.ones(0, width), torch.ones(1, 1, width)),
         "not finite": (torch.full((1, width), torch.inf), torch.ones(1, width, dtype=torch.int32)),
@@ -206,24 +201,17 @@ def test_a_word_may_have_as_many_vectors_as_is_said(models: dict[str, Family], t
         for tensor in vectors:
             save_file({"clip_l": tensor}, words)
             with pytest.raises(LoRAError, match=complaint):
-                models["sdxl"].read_lora(tmp_path)
+                sdxl.read_lora(tmp_path)
 
 
-def test_encoders_that_were_taught_different_numbers_of_tokens_are_refused(
-    models: dict[str, Family], tmp_path: Path
-) -> None:
-    vectors = embeddings(models["sdxl"], "clip_l", "clip_g")
-    save_file(
-        vectors | {"clip_l": vectors["clip_l"][:1].clone()}, beside(models["sdxl"], tmp_path) / "zork_emb.safetensors"
-    )
+def test_encoders_that_were_taught_different_numbers_of_tokens_are_refused(sdxl: Family, tmp_path: Path) -> None:
+    vectors = embeddings(sdxl, "clip_l", "clip_g")
+    save_file(vectors | {"clip_l": vectors["clip_l"][:1].clone()}, beside(sdxl, tmp_path) / "zork_emb.safetensors")
     with pytest.raises(LoRAError, match="Expected a token for each embedding"):
-        models["sdxl"].read_lora(tmp_path)
+        sdxl.read_lora(tmp_path)
 
 
-def test_tokens_that_both_teach_may_follow_one_another_after_whose_they_are(
-    models: dict[str, Family], tmp_path: Path
-) -> None:
-    sdxl = models["sdxl"]
+def test_tokens_that_both_teach_may_follow_one_another_after_whose_they_are(sdxl: Family, tmp_path: Path) -> None:
     lora = sdxl.read_lora(beside(sdxl, tmp_path))
     made = [
         generate(sdxl, Request(words, num_inference_steps=1, seed=0), content=lora, style=lora)[0].tobytes()
@@ -234,8 +222,7 @@ def test_tokens_that_both_teach_may_follow_one_another_after_whose_they_are(
         generate(sdxl, Request("a content:<s0> <s1>", num_inference_steps=1), content=lora, style=lora)
 
 
-def test_a_word_that_both_teach_must_say_whose_it_is(models: dict[str, Family], tmp_path: Path) -> None:
-    sdxl = models["sdxl"]
+def test_a_word_that_both_teach_must_say_whose_it_is(sdxl: Family, tmp_path: Path) -> None:
     lora = sdxl.read_lora(cog_sdxl(sdxl, tmp_path)[0])
     with pytest.raises(RequestError, match="content:TOK or style:TOK"):
         generate(sdxl, Request("a TOK", num_inference_steps=1), content=lora, style=lora)

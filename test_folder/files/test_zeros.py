@@ -34,9 +34,9 @@ def embeddings(outputs: int, inputs: int, *, moved: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("family", FILES)
 @pytest.mark.parametrize("moved", [0, 1])
-def test_zeros_beside_a_lora_leave_it_as_it_is(models: dict[str, Family], path: Path, family: str, moved: int) -> None:
+def test_zeros_beside_a_lora_leave_it_alone(families: dict[str, Family], path: Path, family: str, moved: int) -> None:
     tensors, name = FILES[family]
-    seen = read(models[family], path, tensors | ADDED | embeddings(77, 32, moved=moved))
+    seen = read(families[family], path, tensors | ADDED | embeddings(77, 32, moved=moved))
     prefix = next(iter(tensors)).split(name)[0]
     assert_same_bits(seen, {name: (tensors[f"{prefix}{name}.lora_A.weight"], tensors[f"{prefix}{name}.lora_B.weight"])})
     assert not seen.text_encoders

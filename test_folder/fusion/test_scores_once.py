@@ -52,7 +52,7 @@ class Calls(TorchDispatchMode):
 # Importance, of many K at once
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 40),

@@ -29,7 +29,7 @@ def resolve(authority: Hub, net: Network) -> Resolve:
     def resolved(text: str, token: str | None = None) -> tuple[Download, ...]:
         reference = parse(text)
         assert isinstance(reference, HubFile)
-        with Deadline(10) as deadline:
+        with Deadline(20) as deadline:
             return hub.resolve(reference, token, authority.url, net, deadline)
 
     return resolved

@@ -25,8 +25,8 @@ from klora.training.config import TrainConfig
 from klora.training.draw import Draw
 from klora.training.loop import Progress
 from test_folder.fakes.tars import CHAIN, ENDLESS, HOLES, crafted, header
-from test_folder.files.reading import at_most
 from test_folder.jobs.short import held, klora_train, trained, weights_of
+from test_folder.waiting import at_most
 
 
 def steps_of(tar: Mapping[str, bytes]) -> str:

@@ -20,7 +20,7 @@ FRAGMENTS = st.sampled_from(
 TEXTS = st.one_of(st.text(max_size=60), st.lists(st.one_of(FRAGMENTS, st.text(max_size=3)), max_size=9).map("".join))
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(TEXTS)
 def test_a_text_is_a_reference_that_can_be_written_again_or_a_refusal(text: str) -> None:
     try:
@@ -34,7 +34,7 @@ def test_a_text_is_a_reference_that_can_be_written_again_or_a_refusal(text: str)
         assert str(parse(str(reference))) == str(reference)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.text(max_size=40), st.sampled_from(["hf:o/m/", "./", "https://a.example/", "https://a.example/x?", "hf:o/m@"])
 )

@@ -10,7 +10,7 @@ import pytest
 
 from playground.outputs import Output, files_of, samples_in, sorted_out
 from test_folder.fakes.tars import CHAIN, ENDLESS, crafted, endless_map
-from test_folder.files.reading import at_most
+from test_folder.waiting import at_most
 
 
 def uri(mime: str, data: bytes = b"x") -> str:

@@ -1,19 +1,10 @@
-"""A store in a folder of its own."""
+"""The folder of a store."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from klora.sources.deadline import Deadline
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return tmp_path / "cache"
-
-
-@pytest.fixture
-def deadline() -> Iterator[Deadline]:
-    with Deadline(20) as deadline:
-        yield deadline
