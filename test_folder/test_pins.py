@@ -50,9 +50,9 @@ def test_a_pin_that_comes_while_somebody_looks_waits_for_it(root: Path) -> None:
         looked.set()
 
     threading.Thread(target=look).start()
-    assert looking.wait(5)
+    assert looking.wait(20)
     assert pin(root)
-    assert looked.wait(5)
+    assert looked.wait(20)
 
 
 def test_a_file_that_was_replaced_before_it_was_locked_is_pinned_as_it_is_now(

@@ -161,7 +161,7 @@ def test_a_server_that_finishes_its_work_ends_at_a_second_signal(
         program.send_signal(stop)
         assert "finishing\n" in program.stderr
         program.send_signal(stop)
-        program.wait(timeout=10)
+        program.wait(timeout=60)
     with pytest.raises(ProcessLookupError):
         os.kill(server, signal.SIGKILL)
 

@@ -103,14 +103,14 @@ class Server:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=5) as answer:
+            with urllib.request.urlopen(request, timeout=60) as answer:
                 return answer.status, json.load(answer)
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
 
     def predict(self, **inputs: Any) -> tuple[int, dict[str, Any]]:
         """Answer to a prediction, asked for when the server is ready: right after another it answers 409."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             try:
                 if self.call("/health-check")[1]["status"] == "READY":
@@ -120,7 +120,7 @@ class Server:
             except urllib.error.URLError:
                 assert self.process.poll() is None, "the server ended"
             time.sleep(0.02)
-        raise TimeoutError("the server was not ready within 30 seconds")
+        raise TimeoutError("the server was not ready within 60 seconds")
 
 
 @pytest.fixture(scope="module")
