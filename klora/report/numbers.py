@@ -108,12 +108,16 @@ class Report:
             f"warnings {len(self.warnings)}"
         )
 
+    @property
+    def advised(self) -> list[str]:
+        """The warnings as lines, for people."""
+        return [f"warning: {text}" for text in self.warnings]
+
     def __str__(self) -> str:
         """In lines, for people."""
         slider = ", ".join(f"{bias:g} {share:.0%}" for bias, share in self.slider.items())
         half = f"about a half at {self.balance:g}" if self.balance else f"a half at none up to {MOST_BIAS:g}"
-        warnings = [f"warning: {text}" for text in self.warnings]
-        return "\n".join([self.summary(), f"style's share by style_bias: {slider}; {half}", *warnings])
+        return "\n".join([self.summary(), f"style's share by style_bias: {slider}; {half}", *self.advised])
 
     def to_json(self) -> dict[str, Any]:
         """Every number, for json.dumps(..., allow_nan=False): an R that is infinite is null; wins has a string a step,

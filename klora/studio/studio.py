@@ -107,13 +107,13 @@ class Studio:
         def drawn(asked: Request, reached: OnStep) -> list[Image.Image]:
             return self._drawn(asked, ready, ready.draws(asked, tell), tell, reached)
 
-        said = [f"{name}_lora: {lora.report}" for name, lora in ready.loras.items()]
-        for line in said + request.remarks(ready.loras):
-            logger.info("%s", line)
+        said = [f"{name}_lora: {lora.report}" for name, lora in ready.loras.items()] + request.remarks(ready.loras)
         if len(ready.loras) == 2 and request.fusion == "klora":
-            told = ready.report(request).summary()
-            logger.info(told)
-            measure("fusion", told)
+            told = ready.report(request)
+            said += [told.summary(), *told.advised]
+            measure("fusion", told.summary())
+        for line in said:
+            logger.info("%s", line)
         if request.sheets:
             shown = _sheets(request, ready, lambda asked, reached: drawn(asked, reached)[0], on_step)
         else:

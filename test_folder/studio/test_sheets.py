@@ -186,6 +186,18 @@ def test_a_pair_is_summed_up_in_the_log_and_the_metrics(
     assert f"style acts in {facts['style_share']:.0%}" in told
 
 
+def test_the_log_says_what_a_pair_is_warned_of_and_not_only_how_often(
+    studio: Studio, loras: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    twice = dict.fromkeys(pair_of(loras), loras / "sdxl_content.safetensors")
+    with caplog.at_level(logging.INFO):
+        studio.make(asked(num_inference_steps=4), twice)
+    warnings = studio.report(asked(num_inference_steps=4), twice).warnings
+    assert warnings and [text for text in caplog.messages if text.startswith("warning: ")] == [
+        f"warning: {text}" for text in warnings
+    ]
+
+
 def test_a_sheet_tells_the_seconds_of_all_its_images_and_no_share_of_one(studio: Studio, loras: Path) -> None:
     told: list[tuple[str, float]] = []
     facts = dict[str, float]()
