@@ -122,10 +122,11 @@ def _fetch_if_due(name: str) -> None:
         download_base(name, token=os.environ.get(TOKENS["hf"]) or None)
 
 
-def find_base(name: str | None, family: str | None = None) -> Installed:
-    """The base of this name; without one, the first installed base of the family, or of any. Raises BaseModelError."""
+def find_base(name: str | None, family: str | None = None, liked: str = "") -> Installed:
+    """The base of this name; without one, an installed base of the family, or of any: the one that is liked, else the
+    first. Raises BaseModelError."""
     wanted, installed = _meant(name, family), installed_bases()
-    found = next((base for base in wanted if base in installed), None)
+    found = next((base for base in (liked, *wanted) if base in wanted and base in installed), None)
     if found is None:
         what = name or (f"A base model for {family} LoRAs" if family else "A base model")
         raise BaseModelError(f"{what} is not installed: {_lack_of(list(wanted), installed)}")

@@ -262,9 +262,7 @@ def test_a_base_counts_as_it_is_loaded_not_as_it_lies_on_the_disk(name: str, car
 @pytest.mark.parametrize(("base", "size"), [("sdxl", "13.9"), ("flux-dev", "67.5"), ("int64", "27.8")])
 def test_on_a_cpu_halves_count_double(folders: Path, base: str, size: str) -> None:
     """SDXL's are in fp16, FLUX.1's in bf16. Whole numbers stay as they are."""
-    studio = Studio(
-        lambda name, family: ("", "", Path()), Path("no-checker"), torch.device("cpu"), lambda device: 10**10
-    )
+    studio = Studio(lambda *_: ("", "", Path()), Path("no-checker"), torch.device("cpu"), lambda device: 10**10)
     with pytest.raises(
         BaseModelError, match=rf"^{base} needs {re.escape(size)} GB of memory on cpu, where 10\.0 GB can be had\."
     ):

@@ -21,7 +21,7 @@ CLIPS = ("clip_l", "clip_g")
 
 @pytest.fixture(scope="module")
 def studio(bases: Path) -> Studio:
-    return Studio(lambda name, family: ("sdxl", "sdxl", bases / "sdxl"), Path("no-checker"), torch.device("cpu"))
+    return Studio(lambda *_: ("sdxl", "sdxl", bases / "sdxl"), Path("no-checker"), torch.device("cpu"))
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ them. Those that it does run are known to their families."""
 
 import re
 from collections.abc import Iterator, Mapping
-from itertools import chain
+from itertools import chain, product
 from typing import NamedTuple
 
 from klora.files.container import Contents
@@ -33,11 +33,12 @@ _SAID |= {model: "[-_. ]?".join(re.split("[-.]", model.lower())) + "(?![a-z])" f
 
 class Origin(NamedTuple):
     """The model that a LoRA file was made for. family: a key of klora.models.FAMILIES, None for what they do not run;
-    evidence: how that is known, "" where the names of its layers say it."""
+    evidence: how that is known, "" where the names of its layers say it; base: the name that our trainer gives it."""
 
     model: str
     family: str | None
     evidence: str
+    base: str = ""
 
     def __str__(self) -> str:
         return f"{self.model} ({self.evidence})" if self.evidence else self.model
@@ -57,7 +58,6 @@ def _seen(name: str, outputs: int, inputs: int) -> Iterator[tuple[str, str]]:
 
 
 def _said(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    for key in ("ss_base_model_version", "modelspec.architecture"):
-        for model, pattern in _SAID.items():
-            if re.match(pattern, metadata.get(key, "").lower()):
-                yield model, f"{key} is {metadata[key][:40]!r}"
+    for key, (model, pattern) in product(("ss_base_model_version", "modelspec.architecture"), _SAID.items()):
+        if re.match(pattern, metadata.get(key, "").lower()):
+            yield model, f"{key} is {metadata[key][:40]!r}"

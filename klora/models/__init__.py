@@ -99,7 +99,8 @@ def origin_of(path: Path) -> Origin | None:
         if unknown := stranger(contents):
             return unknown
         found = next((name for name, family in FAMILIES.items() if family.recognises(list(contents.specs))), None)
-    return Origin(FAMILIES[found].name, found, "") if found else None
+        base = contents.metadata.get("base", "")
+    return Origin(FAMILIES[found].name, found, "", base) if found else None
 
 
 def _keys(file: Path) -> list[str]:

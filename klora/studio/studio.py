@@ -36,8 +36,9 @@ from klora.studio.sheets import contact_sheet, draw_ways, tallied, ways_of
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-FindBase = Callable[[str | None, str | None], tuple[str, str, Path]]
-"""(a base's name or None, the family that its LoRAs need or None) -> (name, key of FAMILIES, folder)."""
+FindBase = Callable[[str | None, str | None, str], tuple[str, str, Path]]
+"""(a base's name or None, the family that its LoRAs need or None, the base that one of them names or "") -> (name, key
+of FAMILIES, folder)."""
 
 
 class Studio:
@@ -190,13 +191,12 @@ class Studio:
         found = {name: _said_of(name, told, path) for name, path in loras.items()}
         made_for = {name: origin for name, origin in found.items() if origin}
         needed = next((origin.family for origin in made_for.values() if origin.family), None)
-        base, family, path = self._find_base(request.model, needed)
+        named = next((origin.base for origin in made_for.values() if origin.base), "")
+        base, family, path = self._find_base(request.model, needed, named)
         for name, origin in made_for.items():
             if origin.family != family:
-                raise LoRAError(
-                    f"{name} was made for {origin}, but this request runs {base}. Expected one for "
-                    f"{FAMILIES[family].name}."
-                )
+                seen = f"{name} was made for {origin}, but this request runs {base}"
+                raise LoRAError(f"{seen}. Expected one for {FAMILIES[family].name}.")
         return base, family, path
 
     def _sha256(self, name: str, file: Path, facts: Borrowed | None) -> tuple[str, ...]:

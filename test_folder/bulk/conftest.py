@@ -24,7 +24,7 @@ def pair(loras: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 
 @pytest.fixture(scope="session")
 def studio(bases: Path) -> Studio:
-    return Studio(lambda name, family: ("sdxl", "sdxl", bases / "sdxl"), bases / "safety-checker", CPU)
+    return Studio(lambda *_: ("sdxl", "sdxl", bases / "sdxl"), bases / "safety-checker", CPU)
 
 
 @pytest.fixture

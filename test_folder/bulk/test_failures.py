@@ -108,7 +108,7 @@ def test_withheld_images_are_named_and_not_made_again(
     bases: Path, pair: dict[str, Path], runs: Runs, tmp_path: Path
 ) -> None:
     checker = tiny.build_safety_checker(tmp_path / "checker", flags=True)
-    flagging = Studio(lambda name, family: ("sdxl", "sdxl", bases / "sdxl"), checker, CPU)
+    flagging = Studio(lambda *_: ("sdxl", "sdxl", bases / "sdxl"), checker, CPU)
     asked: list[int] = []
 
     def drawing(requests: Sequence[Request], check: Check) -> Mapping[int, Image.Image]:

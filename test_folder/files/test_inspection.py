@@ -76,7 +76,7 @@ def test_a_file_that_no_base_reads_says_why(bases: Path, tmp_path: Path, monkeyp
 
 def test_a_request_logs_a_line_for_each_lora(bases: Path, loras: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    studio = Studio(lambda name, family: ("sdxl", "sdxl", bases / "sdxl"), Path("no-checker"), torch.device("cpu"))
+    studio = Studio(lambda *_: ("sdxl", "sdxl", bases / "sdxl"), Path("no-checker"), torch.device("cpu"))
     request = Request("a dog", num_inference_steps=2, disable_safety_checker=True)
     studio.make(request, pair_of(loras))
     for role, rank in (("content", 4), ("style", 8)):

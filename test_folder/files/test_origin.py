@@ -135,7 +135,7 @@ def test_flux1s_own_rows_are_no_flux2(tmp_path: Path) -> None:
 def test_a_request_says_what_the_file_is_and_what_it_runs(bases: Path, tmp_path: Path) -> None:
     tensors, metadata, _, _ = STRANGERS["SD 1.5 of kohya"]
     save_file(tensors, tmp_path / "lora.safetensors", metadata)
-    studio = Studio(lambda name, family: ("sdxl", "sdxl", bases / "sdxl"), tmp_path / "no-checker", torch.device("cpu"))
+    studio = Studio(lambda *_: ("sdxl", "sdxl", bases / "sdxl"), tmp_path / "no-checker", torch.device("cpu"))
     with pytest.raises(LoRAError) as refusal:
         studio.make(Request("a dog", disable_safety_checker=True), {"style_lora": tmp_path / "lora.safetensors"})
     said = (

@@ -34,6 +34,23 @@ def test_without_a_name_the_first_installed_base_of_the_family_is_found(
     assert weights.find_base(None, family).name == found
 
 
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ((None, "sdxl", "illustrious-xl"), "illustrious-xl"),
+        (("sdxl", "sdxl", "illustrious-xl"), "sdxl"),
+        ((None, "sdxl", "flux-dev"), "sdxl"),
+        ((None, "flux", "flux-schnell"), "flux-dev"),
+        ((None, "sdxl", "../sdxl"), "sdxl"),
+    ],
+)
+def test_the_base_that_is_liked_is_found_where_it_is_meant_and_installed(
+    install: Callable[..., Path], given: tuple[str | None, str, str], found: str
+) -> None:
+    install("sdxl", "illustrious-xl", "flux-dev")
+    assert weights.find_base(*given).name == found
+
+
 def test_the_table_and_not_the_disk_orders_the_bases(install: Callable[..., Path]) -> None:
     install(*reversed(MODELS))
     assert weights.installed_bases() == list(MODELS)

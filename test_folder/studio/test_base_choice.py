@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import weights
 from klora.errors import BaseModelError, LoRAError
@@ -23,6 +24,27 @@ def test_without_a_model_the_loras_choose_the_base(
     studio.load(*weights.find_base(BASES[OTHER[family]]))
     studio.make(request(), {role: pair_of(loras, family)[role] for role in roles})
     assert studio.resident[-1] == BASES[family]
+
+
+@pytest.mark.parametrize(
+    ("model", "named", "taken"),
+    [
+        (None, ("illustrious-xl", None), "illustrious-xl"),
+        (None, (None, "illustrious-xl"), "illustrious-xl"),
+        (None, ("sdxl", "illustrious-xl"), "sdxl"),
+        ("sdxl", ("illustrious-xl", "illustrious-xl"), "sdxl"),
+        (None, ("a base of others", None), "sdxl"),
+    ],
+)
+def test_a_lora_that_names_the_base_of_its_training_chooses_that(
+    fresh: Studio, loras: Path, tmp_path: Path, model: str | None, named: tuple[str | None, ...], taken: str
+) -> None:
+    files = {}
+    for (role, file), base in zip(pair_of(loras).items(), named, strict=True):
+        files[role] = tmp_path / file.name
+        save_file(load_file(file), files[role], {"base": base} if base else None)
+    fresh.make(request(model=model), files)
+    assert fresh.resident == [taken]
 
 
 def test_without_model_and_loras_the_first_installed_base_is_taken(fresh: Studio) -> None:
