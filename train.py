@@ -35,7 +35,7 @@ def train(
     ),
     base_model: str = Input(
         description="Base model to train on; the LoRA works on this base and its relatives.",
-        choices=["sdxl", "flux-dev"],
+        choices=["sdxl", "illustrious-xl", "flux-dev"],
         default="sdxl",
     ),
     lora_type: str = Input(
@@ -67,13 +67,13 @@ def train(
     ),
     steps: int = Input(description="Training steps.", ge=1, le=10000, default=1000),
     learning_rate: Optional[float] = Input(
-        description="Learning rate. Blank means 0.00005 on sdxl and 0.0001 on flux-dev, and 1 with prodigy.",
+        description="Learning rate. Blank means 0.00005 on SDXL bases and 0.0001 on flux-dev, and 1 with prodigy.",
         ge=0.00000001,
         le=10,
         default=None,
     ),
     lora_rank: Optional[int] = Input(
-        description="Rank of the LoRA. Blank means 8 on sdxl and 16 on flux-dev. LoRAs of equal rank fuse best.",
+        description="Rank of the LoRA. Blank means 8 on SDXL bases and 16 on flux-dev. LoRAs of equal rank fuse best.",
         ge=1,
         le=128,
         default=None,
@@ -91,7 +91,7 @@ def train(
         default=None,
     ),
     resolution: Optional[str] = Input(
-        description="Pictures are scaled to the area of squares with these sides in pixels, such as 512,768,1024. Blank means 1024 on sdxl and 512,768,1024 on flux-dev.",
+        description="Pictures are scaled to the area of squares with these sides in pixels, such as 512,768,1024. Blank means 1024 on SDXL bases and 512,768,1024 on flux-dev.",
         default=None,
     ),
     crop: str = Input(
@@ -142,7 +142,7 @@ def train(
         description="Weight of the loss that preserves the class.", ge=0, le=100, default=1.0
     ),
     timestep_sampling: str = Input(
-        description="Distribution of noise levels. auto is uniform on sdxl and logit_normal on flux-dev; content favours noise, style detail; shift is FLUX's own.",
+        description="Distribution of noise levels. auto is uniform on SDXL bases and logit_normal on flux-dev; content favours noise, style detail; shift is FLUX's own.",
         choices=["auto", "uniform", "logit_normal", "shift", "content", "style"],
         default="auto",
     ),

@@ -98,7 +98,9 @@ def reproduce(
 
 def train(
     pictures: Annotated[Path, typer.Argument(help="A zip, a tar or a folder of pictures.", exists=True)],
-    base_model: Annotated[Literal["sdxl", "flux-dev"], typer.Option(help="Base model to train on.")] = "sdxl",
+    base_model: Annotated[
+        Literal["sdxl", "illustrious-xl", "flux-dev"], typer.Option(help="Base model to train on.")
+    ] = "sdxl",
     out: Annotated[
         Path, typer.Option(help="The tar to write: a new name, or that of resume_from.", dir_okay=False)
     ] = Path("trained_model.tar"),

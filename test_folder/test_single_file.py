@@ -9,6 +9,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -22,9 +23,11 @@ from klora.models.family import EVERY_PART, Family, Part
 from klora.report.inspection import inspect
 from klora.studio import Studio
 from klora.studio.bases import _bytes_of
+from klora.training.job import TrainingBase, run_training
 from test_folder import tiny
 from test_folder.checkpoint import build_single_file
 from test_folder.fakes.base_hub import Server, contents, serving
+from test_folder.jobs.short import QUICK, held, weights_of
 
 CPU = torch.device("cpu")
 FILE = "Illustrious-XL-v1.0.safetensors"
@@ -155,6 +158,21 @@ def test_a_lora_can_be_inspected_against_it(
     layers = tiny.random_lora(tiny.linear_shapes(models[0].denoiser), 4, seed=0)
     path = tiny.save_lora(tmp_path / "lora.safetensors", layers)
     assert inspect(path, {"illustrious-xl": ("sdxl", folders[1])}).fits == ("illustrious-xl",)
+
+
+def test_a_lora_is_trained_on_it_as_on_the_same_weights_in_a_folder(
+    folders: tuple[Path, Path], tmp_path: Path, few_points: None
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "pictures" / "red.png")
+    tars = []
+    for number, folder in enumerate(folders):
+        base = TrainingBase("illustrious-xl", "sdxl", folder, "owner/name", "Apache-2.0", tmp_path, FILE)
+        given = {**QUICK, "steps": 2, "sample_steps": 1}
+        tars.append(held(run_training(base, tmp_path / "pictures", given, tmp_path / f"{number}.tar")))
+    trained = [weights_of(tar) for tar in tars]
+    assert trained[0] == trained[1] and any(map(any, trained[0].values()))
+    assert tars[0]["samples/step_000002_0.png"] == tars[1]["samples/step_000002_0.png"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

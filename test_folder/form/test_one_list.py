@@ -13,6 +13,7 @@ from PIL import Image
 
 import predict
 import train
+import weights
 from klora import cli
 from klora.errors import RequestError
 from klora.form.request import Request
@@ -89,6 +90,13 @@ TRAINING: Mapping[str, Any] = {
     name: parameter.default for name, parameter in inspect.signature(train.train).parameters.items()
 }
 SETTINGS = (*fields(TrainConfig), *fields(Publishing))
+
+
+def test_the_command_trains_on_the_bases_of_the_training_form() -> None:
+    options = {option.name: option for option in typer.main.get_command(cli.app).commands["train"].params}
+    form, command = TRAINING["base_model"], options["base_model"]
+    assert (tuple(form.choices), form.default) == (get_args(command.type_descriptor.annotation), command.default)
+    assert set(form.choices) < {name for name, base in weights.BASES.items() if base.family}
 
 
 def test_the_training_form_has_the_fields_of_a_training() -> None:
