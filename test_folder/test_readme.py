@@ -66,6 +66,26 @@ def test_of_other_models_inputs_those_that_are_not_taken_are_named() -> None:
     assert said and {*re.findall(r"`(\w+)`", said[1])} == lacking
 
 
+TRAINERS = """input_images trigger_word autocaption autocaption_prefix autocaption_suffix steps learning_rate batch_size
+    resolution lora_rank caption_dropout_rate optimizer cache_latents_to_disk layers_to_optimize_regex
+    gradient_checkpointing hf_repo_id hf_token wandb_api_key wandb_project wandb_run wandb_entity wandb_sample_interval
+    wandb_sample_prompts wandb_save_interval skip_training_and_use_pretrained_hf_lora_url seed train_batch_size
+    num_train_epochs max_train_steps is_lora unet_learning_rate ti_lr lora_lr lr_scheduler lr_warmup_steps token_string
+    caption_prefix mask_target_prompts crop_based_on_salience use_face_detection_instead clipseg_temperature verbose
+    checkpointing_steps input_images_filetype"""  # as train.py of replicate/flux-fine-tuner and of cog-sdxl name them
+
+
+def test_of_other_trainers_inputs_those_that_are_not_taken_are_named_and_what_stands_for_them_is_taken() -> None:
+    schema = json.loads((Path(__file__).parent / "golden" / "openapi_schema.json").read_text())
+    taken = schema["components"]["schemas"]["TrainingInput"]["properties"].keys()
+    page = (ROOT / "docs" / "training.md").read_text()
+    section = page.split("## Coming from flux-fine-tuner or cog-sdxl\n")[1].split("\n## ")[0]
+    rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| ") and " | " in line]
+    named, instead = ({*re.findall(r"`([a-z_]+)(?:=\w+)?`", text)} for text in (section, " ".join(r[1] for r in rows)))
+    assert named - taken - {"auto", "on", "off"} == set(TRAINERS.split()) - taken
+    assert instead <= taken and len(instead) == 12
+
+
 class Seeded:
     """A pipeline that starts every call from one generator."""
 
