@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from klora.lora import Acting, readable
+from klora.lora import GatedPairs, readable
 
 TILE = {"TALL": 32, "WIDE": 128, "SPAN": 8, "DEEP": 16, "num_warps": 4, "num_stages": 1, "maxnreg": 96}
 """Of _merge: rows of a program, columns that it has at a time, how often, how much of the rank at a time. The fastest
@@ -41,7 +41,7 @@ class Merges:
     outs: Sequence[Tensor] | Mapping[int, Tensor]
     scales: Mapping[int, Tensor] = field(default_factory=dict)
 
-    def __call__(self, layers: Iterable[tuple[int, Acting]]) -> None:
+    def __call__(self, layers: Iterable[tuple[int, GatedPairs]]) -> None:
         """Write the layers of these indices. FIRST are asked for before the first launch, and no more than AT_ONCE
         before another."""
         rest, count = iter(layers), FIRST
@@ -49,7 +49,7 @@ class Merges:
             self._write(some)
             count = min(2 * count, AT_ONCE)
 
-    def _write(self, layers: Sequence[tuple[int, Acting]]) -> None:
+    def _write(self, layers: Sequence[tuple[int, GatedPairs]]) -> None:
         """Those of one kind at one launch."""
         kinds: dict[Kind, tuple[Tensor, Tensor, list[int], list[float]]] = {}
         read: list[Tensor] = []  # copies, too, which last until the kernels are launched

@@ -1,5 +1,7 @@
-"""A LoRA as data: pairs of factors by layer, what came with them, who acts where and when; and the one file format that
-is written. Knows nothing of fusion, of pipelines or of reading (klora.files).   O outputs, I inputs, R rank.
+"""LoRAs as data: LowRank is one layer's update, LoRA a file's, Plan which LoRA acts in which layer and step. Writes
+diffusers' file format, too. Knows nothing of fusion, of pipelines or of reading (klora.files).
+
+Shapes: O outputs, I inputs, R rank, T steps, L layers, N tokens, D width of an embedding.
 """
 
 import os
@@ -13,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-PLACED_BYTES = 1 << 29  # of a LoRA where it is lent: rank 48 on all of FLUX.1
-Place = tuple[torch.device, torch.dtype]
+PLACED_BYTES = 1 << 29  # of the copy on a base's device that a LoRA keeps, at most: rank 48 on all of FLUX.1
+Placement = tuple[torch.device, torch.dtype]
 Words = Mapping[str, Mapping[str, Tensor]]
 """{word of a prompt: {text encoder's component: its vectors [N, D]}}"""
 
@@ -26,7 +28,7 @@ class LowRank:
     A: Tensor
     B: Tensor
 
-    # Remembered, for a request asks hundreds of pairs.
+    # Cached, because a request looks these up for hundreds of pairs.
 
     @cached_property
     def rank(self) -> int:
@@ -34,7 +36,7 @@ class LowRank:
 
     @cached_property
     def shape(self) -> tuple[int, int]:
-        """Of dW."""
+        """(O, I) of dW."""
         return self.B.shape[0], self.A.shape[1]
 
     @cached_property
@@ -43,33 +45,35 @@ class LowRank:
         return self.B.shape[0] * self.A.shape[1]
 
     @cached_property
-    def place(self) -> Place | None:
-        """Where it lies, in what; None where B is of another dtype than A."""
+    def placement(self) -> Placement | None:
+        """The device and dtype of both factors; None where B is of another dtype than A."""
         return (self.A.device, self.A.dtype) if self.A.dtype == self.B.dtype else None
 
     @cached_property
     def readable(self) -> tuple[Tensor, Tensor]:
-        """A and B for kernels."""
+        """A and B as klora.kernels reads them: see readable()."""
         return readable(self.A), readable(self.B)
 
 
 def readable(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where it cannot be read as it lies, row by row and 16 bytes at a time."""
+    """The tensor itself if it is contiguous and aligned to 16 bytes, else a copy that is."""
     fits = tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
     return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
 
 
-Acting = list[tuple[LowRank, float]]
-"""What acts in a layer: pairs, each with its gate, which is not 0."""
+GatedPairs = list[tuple[LowRank, float]]
+"""What acts in one layer: (pair, gate) of each LoRA whose gate is not 0."""
 
 
 @dataclass(frozen=True, eq=False)
 class LoRA(Mapping[str, LowRank]):
-    """A LoRA file as data: a mapping of the denoiser's layers, in execution order, and what else came with them.
-    text_encoders: {component: {module name: LowRank}}; words: that it teaches the text encoders;
-    metadata: the file's own strings, never executed; report: of the file that was read, a klora.files.report.Report.
-    scores: {layer: {K: sum of its K largest |dW|}}, as far as fusions needed them; the sum of all at K = O * I.
-    Its factors are not to be written to: where it is lent, copies are remembered."""
+    """A LoRA file as data. As a mapping it is {layer of the denoiser: LowRank}, in execution order.
+
+    text_encoders: {component: {module name: LowRank}}.   words: embeddings that it teaches the text encoders.
+    metadata: the file's own strings, never executed.   report: what reading the file found (klora.files.report).
+    scores: {layer: {K: sum of its K largest |dW|}}, for each K that a fusion has needed; K = O * I is the sum of all.
+    Never write to its factors: placed() caches copies of them, and scores are of what they were.
+    """
 
     layers: Mapping[str, LowRank]
     text_encoders: Mapping[str, Mapping[str, LowRank]] = field(default_factory=dict)
@@ -77,7 +81,7 @@ class LoRA(Mapping[str, LowRank]):
     words: Words = field(default_factory=dict)
     report: Any = None
     scores: dict[str, dict[int, float]] = field(default_factory=dict, repr=False)
-    _placed: dict[Place, Mapping[str, LowRank]] = field(default_factory=dict, repr=False)
+    _placed: dict[Placement, Mapping[str, LowRank]] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> LowRank:
         return self.layers[name]
@@ -92,8 +96,8 @@ class LoRA(Mapping[str, LowRank]):
         return len(self.layers)
 
     def placed(self, device: torch.device, dtype: torch.dtype) -> Mapping[str, LowRank]:
-        """Its layers on a device, in a dtype. The last place's are remembered, unless they are large, so that a request
-        which only changes a scale moves nothing."""
+        """The denoiser's layers on a device, in a dtype. The last copy is kept, unless it exceeds PLACED_BYTES, so that
+        a request which only changes a scale moves nothing."""
         if (device, dtype) not in self._placed:
             self._placed.clear()
             layers = _moved(self.layers, device, dtype)
@@ -103,7 +107,7 @@ class LoRA(Mapping[str, LowRank]):
         return self._placed[device, dtype]
 
     def to(self, device: torch.device) -> "LoRA":
-        """With its factors on a device; it shares the scores, which are about the same numbers."""
+        """A copy with its factors on a device. Both share one dict of scores, which are those of the same numbers."""
         encoders = {name: _moved(layers, device) for name, layers in self.text_encoders.items()}
         return replace(self, layers=_moved(self.layers, device), text_encoders=encoders)
 
@@ -113,7 +117,7 @@ def _moved(layers: Mapping[str, LowRank], device: torch.device, dtype: torch.dty
 
 
 class Step(int):
-    """Of a denoising, 0-based, that knows of how many."""
+    """The index of a denoising step, from 0. of: how many steps there are."""
 
     of: int
 
@@ -125,8 +129,12 @@ class Step(int):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Which LoRA acts where, when and how strongly.  gates: float [steps, layers, LoRAs]; one step means always.
-    content_wins: bool [steps, layers] where two LoRAs were chosen between."""
+    """Which LoRA acts in which layer and step, and how strongly.
+
+    layers: L names.   loras: {layer: LowRank} each, a layer may be missing.   gates: float [T, L, LoRAs], what each
+    update is multiplied by, 0 where it does not act; T = 1 holds at every step.   content_wins: bool [T, L], True where
+    content acts; None where K-LoRA had nothing to choose.
+    """
 
     layers: tuple[str, ...]
     loras: tuple[Mapping[str, LowRank], ...]
@@ -154,7 +162,7 @@ def save_lora(path: Path | str, lora: LoRA, component: str, dtype: torch.dtype |
 
 
 def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a .safetensors file, as open to others as any new file: the library makes its own its owner's alone."""
+    """Write a .safetensors file with the permissions of any new file: the library's own are the owner's alone."""
     save_file(dict(tensors), path, dict(metadata))
     os.umask(umask := os.umask(0o077))  # there is no other way to read it; what a thread makes meanwhile is closed
     Path(path).chmod(0o666 & ~umask)

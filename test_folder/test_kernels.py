@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 
-from klora.layers.engines import _acting
-from klora.lora import Acting, LowRank
+from klora.layers.engines import _gated_pairs
+from klora.lora import GatedPairs, LowRank
 
 CUDA = torch.cuda.is_available()
 if not CUDA and not os.environ.get("TRITON_INTERPRET"):
@@ -27,9 +27,9 @@ def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape, device=DEVICE).to(dtype)
 
 
-def changes(pairs: list[list[LowRank | None]], gates: torch.Tensor) -> list[tuple[int, Acting]]:
+def changes(pairs: list[list[LowRank | None]], gates: torch.Tensor) -> list[tuple[int, GatedPairs]]:
     """Of every layer. gates [layers, LoRAs]"""
-    return [(index, _acting(own, row)) for index, (own, row) in enumerate(zip(pairs, gates.tolist(), strict=True))]
+    return [(index, _gated_pairs(own, row)) for index, (own, row) in enumerate(zip(pairs, gates.tolist(), strict=True))]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

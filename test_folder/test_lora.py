@@ -70,5 +70,5 @@ def test_a_pair_says_where_it_lies_and_where_kernels_read_it() -> None:
     assert lora_B is askew.B and lora_A.is_contiguous() and lora_A.data_ptr() % 16 == 0
     assert torch.equal(lora_A, askew.A) and askew.readable[0] is lora_A
     assert readable(stored[1:9]).data_ptr() % 16 == 0 and torch.equal(readable(stored[1:9]), stored[1:9])
-    assert askew.place == (torch.device("cpu"), torch.float32)
-    assert LowRank(askew.A, askew.B.half()).place is None
+    assert askew.placement == (torch.device("cpu"), torch.float32)
+    assert LowRank(askew.A, askew.B.half()).placement is None

@@ -1,6 +1,6 @@
 """Lend low-rank updates to a module tree for the length of a `with` block. The only code that touches one.
 
-Both LoRAs are stacked along the rank and the rank is gated:
+All LoRAs are stacked along the rank, and each row of the rank has a gate, which is its LoRA's at this step:
 
     y = W x + b + B (g * A) x        A = [A_1; A_2; ...]  [R, I]     B = [B_1, B_2, ...]  [O, R]     g  [R, 1]
 
@@ -9,6 +9,7 @@ Two engines, equal up to rounding:   gated   computes that formula; needs little
                                              where g changed and always from the pristine W; costs nothing per step.
 
 Knows no fusion, no pipeline and no file. The base's own parameters are never written to.
+O outputs, I inputs, R sum of the LoRAs' ranks.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,10 +20,10 @@ from torch import nn
 
 from klora.device import free_bytes
 from klora.errors import RequestError
-from klora.layers.engines import Engine, Gate, LoRALinear, WhenAsked, lend_linear, lent_gated, lent_merged
+from klora.layers.engines import Engine, Gate, LazyDict, LoRALinear, lend_gated, lend_linear, lend_merged
 from klora.layers.float8 import takes_float8
 from klora.layers.loans import clear, lend, lending
-from klora.layers.pairs import covering, filled, linear_in, pairs_of, placed
+from klora.layers.pairs import extended, linear_in, padded, pairs_of, placed
 from klora.lora import Plan
 
 __all__ = [
@@ -33,14 +34,14 @@ HEADROOM_BYTES = 6 << 30  # left free by the merged engine: activations of a bat
 
 
 def headroom_bytes(pixels: int) -> int:
-    """What is left free to draw images of so many pixels: beyond 1024 px square they take as much more."""
+    """Memory to leave free for drawing images of so many pixels: in proportion to them, from 1024 x 1024 on."""
     return HEADROOM_BYTES * max(pixels, 1 << 20) >> 20
 
 
 class Planner(Protocol):
-    """What can say which LoRA acts where and when: a Fusion."""
+    """What makes a Plan from a schedule, as a Fusion does."""
 
-    def plan(self, *schedule: Any, **options: Any) -> Plan: ...  # Any: both are the planner's own affair
+    def plan(self, *schedule: Any, **options: Any) -> Plan: ...  # Any: their types are known to the planner alone
 
 
 @contextmanager
@@ -57,46 +58,48 @@ def attached(
 ) -> Iterator[Gate]:
     """Lend LoRAs to a module: `attached(unet, fusion, schedule, steps=50)`, or `attached(unet, plan)`.
 
-    Yields a Gate standing at step 0; gate.set_step(i) moves it. engine: None takes merged where a copy of the touched
-    weights fits in memory, else gated. alike: linears that the gated engine replaces whatever LoRAs adapt, all by one
-    rank, so that what was compiled with one pair serves every other. float8: linears by which the merged engine
-    multiplies in float8, whatever LoRAs adapt: faster, and equal no longer. pixels: of an image;
-    headroom_bytes() of them are left free by the choice of an engine. On leaving, by whatever exception, every
-    module and parameter is back; until then its state_dict() is not the base's. Raises LoRAError when a layer is not a
-    linear of the module, or has another shape, and RequestError for an engine that there is not, or that is merged for
-    quantised weights, which cannot be written as W + dW.
+    Yields a Gate, at step 0; gate.set_step(i) moves it. On leaving, by whatever exception, every module and parameter
+    is back; until then the denoiser's state_dict() is not the base's.
+
+    schedule, options: what a Planner's plan() takes; a Plan needs none.   engine: None takes merged where a copy of the
+    touched weights fits in memory, else gated.   pixels: of an image, for which the choice leaves headroom_bytes().
+    alike: names of linears that the gated engine replaces, adapted or not, all at one rank, so that what was compiled
+    with one pair of LoRAs serves every other.   float8: names of linears whose product the merged engine computes in
+    float8, adapted or not: faster, and no longer equal to gated.
+    Raises LoRAError when a layer is not a linear of the module or has another shape, and RequestError for an unknown
+    engine, or for merged on quantised weights, which cannot be written as W + dW.
     """
     if engine not in (None, *get_args(Engine)):
         raise RequestError(f"engine is {engine!r}. Expected 'gated', 'merged' or None, for the one that fits.")
     denoiser = getattr(denoiser, "_orig_mod", denoiser)  # of what torch.compile() made
-    asked = lora if isinstance(lora, Plan) else lora.plan(schedule, **options)
+    requested = lora if isinstance(lora, Plan) else lora.plan(schedule, **options)
     alike, float8 = tuple(alike), dict.fromkeys(float8)
-    plan = covering(asked, float8) if float8 else asked
+    plan = extended(requested, float8) if float8 else requested
     linears = [linear_in(denoiser, name) for name in plan.layers]
     if engine == "merged" and _quantised(linears):
         raise RequestError("engine is 'merged', but the base is quantised. Expected 'gated', or None.")
     engine = engine or ("merged" if _fits(linears, [name in float8 for name in plan.layers], pixels) else "gated")
     if engine == "gated" and (alike or float8):
-        plan = filled(asked, denoiser, alike) if asked.layers and alike else asked
+        plan = padded(requested, denoiser, alike) if requested.layers and alike else requested
         linears = [linear_in(denoiser, name) for name in plan.layers]
     loras = [placed(lora, linears) for lora in plan.loras]
-    pairs = WhenAsked(lambda index: pairs_of(loras, plan.layers[index], linears[index]))
+    pairs = LazyDict(lambda index: pairs_of(loras, plan.layers[index], linears[index]))
     with lending() as loans:
         if engine == "merged":
-            yield lent_merged(denoiser, linears, plan, pairs, loans, float8)
+            yield lend_merged(denoiser, linears, plan, pairs, loans, float8)
         else:
-            yield lent_gated(denoiser, plan, pairs, loans)
+            yield lend_gated(denoiser, plan, pairs, loans)
 
 
 def _fits(linears: list[nn.Linear], float8: list[bool], pixels: int) -> bool:
-    """Whether active weights, some of them in float8, fit beside the pristine ones and the headroom."""
+    """Whether the active weights, each in float8 or in its own dtype, fit beside the pristine ones and the headroom."""
     weights = [linear.weight for linear in linears]
     if _quantised(linears):
         return False
-    needed = sum(w.numel() if rounded else w.nbytes for w, rounded in zip(weights, float8, strict=True))
+    needed = sum(w.numel() if in_float8 else w.nbytes for w, in_float8 in zip(weights, float8, strict=True))
     return not weights or needed + headroom_bytes(pixels) <= free_bytes(weights[0].device)
 
 
 def _quantised(linears: list[nn.Linear]) -> bool:
-    """Whether some have weights of another form, or of fewer bytes, than W + dW takes."""
+    """Whether some weight cannot be written as W + dW: a quantiser's own layer, or elements of one byte."""
     return any(type(linear) is not nn.Linear or linear.weight.itemsize < 2 for linear in linears)

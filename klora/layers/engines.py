@@ -1,4 +1,4 @@
-"""The two engines that lend a plan's LoRAs to linear layers, and the Gate that moves what they lent."""
+"""The two engines that lend a plan's LoRAs to linear layers, and the Gate that moves them from step to step."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
@@ -13,20 +13,20 @@ from klora.errors import RequestError
 from klora.layers.float8 import FLOAT8, Float8Linear, scales_of
 from klora.layers.loans import InPlaceOf, Loan, lend
 from klora.layers.pairs import Pairs, linear_in
-from klora.lora import Acting, LowRank, Plan
+from klora.lora import GatedPairs, LowRank, Plan
 
 T = TypeVar("T")
 Engine = Literal["gated", "merged"]
 
 Apply = Callable[[int, list[int]], None]
-"""(the step whose gates are to act, the indices of the layers where they differ from those that do) -> None"""
+"""(step, indices of the layers whose gates differ from the present ones) -> None. Have that step's gates act there."""
 
 
 class LoRALinear(InPlaceOf):
-    """base(x) + B A x, for inference, in three kernels; one LoRA, a weighted sum and a switching pair.
+    """base(x) + B A x, for inference, in three kernels: one LoRA, a weighted sum or a switching pair.
 
-    lora_A [R, I], lora_B [O, R]; their values may change between calls. Brought to the activations' dtype, which they
-    have but beside quantised weights, and to their device, which is another when the base has been moved since.
+    lora_A [R, I], lora_B [O, R]; their values may change between calls. Each call brings them to the dtype and device
+    of its activations: another dtype beside quantised weights, another device when the base has been moved since.
     """
 
     def __init__(self, base: nn.Linear, lora_A: Tensor, lora_B: Tensor) -> None:
@@ -40,7 +40,10 @@ class LoRALinear(InPlaceOf):
 
 
 class Gate:
-    """What attached() yields: moves the attached LoRAs to a denoising step. float8: how many layers multiply in it."""
+    """What attached() yields: moves the attached LoRAs to a denoising step.
+
+    flips: how many times a layer's gates have changed since step 0 was set.   float8: how many layers multiply in it.
+    """
 
     def __init__(self, plan: Plan, engine: Engine, apply: Apply, float8: int = 0) -> None:
         self.engine, self.float8 = engine, float8
@@ -52,13 +55,13 @@ class Gate:
         self.flips = 0  # the first writing is no flip
 
     def set_step(self, step: int) -> Self:
-        """Let the LoRAs act as planned for this step, 0-based; after the last they act as in it.
+        """Let the LoRAs act as planned for this step, from 0; one past the last, where denoising ends, is as the last.
 
-        Raises RequestError for a step that is not the plan's, and for a Step of another number of steps: the schedule
-        would be another. A plan of one step is for any number."""
-        planned, of = len(self._gates), getattr(step, "of", len(self._gates))
-        if planned > 1 and not (0 <= step <= planned == of):
-            raise RequestError(f"Step {step} of {of}, but {planned} are planned. Expected attached() for as many.")
+        Raises RequestError for a step outside the plan, and for a Step of another number of steps than are planned: the
+        schedule would be another. A plan of one step serves any number."""
+        planned, steps = len(self._gates), getattr(step, "of", len(self._gates))
+        if planned > 1 and not (0 <= step <= planned == steps):
+            raise RequestError(f"Step {step} of {steps}, but {planned} are planned. Expected attached() for as many.")
         step = min(step, planned - 1)
         changed = (self._gates[step] != self._current).any(-1).nonzero().flatten().tolist()
         if changed:
@@ -68,7 +71,7 @@ class Gate:
         return self
 
 
-def lent_merged(
+def lend_merged(
     denoiser: nn.Module,
     linears: list[nn.Linear],
     plan: Plan,
@@ -76,24 +79,24 @@ def lent_merged(
     loans: list[Loan],
     float8: Collection[str],
 ) -> Gate:
-    """A weight of its own in the place of each layer's, which is written anew where gates change; in the place of the
-    layers named in float8 a Float8Linear with it."""
+    """Put an active weight in the place of each layer's, to be rewritten where gates change. A layer named in float8 is
+    replaced by a Float8Linear, which has it in that dtype. pairs, linears: by index into plan.layers."""
     pristine, gates = [linear.weight for linear in linears], plan.gates.cpu()
-    rounded = [index for index, name in enumerate(plan.layers) if name in float8]
-    scales = scales_of({index: (pristine[index], pairs[index]) for index in rounded}, gates.abs().amax(0))
-    active = WhenAsked(lambda index: torch.empty_like(pristine[index], dtype=FLOAT8 if index in scales else None))
+    in_float8 = [index for index, name in enumerate(plan.layers) if name in float8]
+    scales = scales_of({index: (pristine[index], pairs[index]) for index in in_float8}, gates.abs().amax(0))
+    active = LazyDict(lambda index: torch.empty_like(pristine[index], dtype=FLOAT8 if index in scales else None))
     write = _merges(pristine, active, scales)
-    lent = dict[int, nn.Parameter]()
+    parameters = dict[int, nn.Parameter]()  # of the active weights that are lent
 
     def apply(step: int, changed: list[int]) -> None:
-        if any(linears[index].weight is not lent[index] for index in changed if index in lent):
+        if any(linears[index].weight is not parameters[index] for index in changed if index in parameters):
             raise RequestError("Another attached() lies over this one. Expected the inner one alone to change steps.")
         rows = zip(changed, gates[step, changed].tolist(), strict=True)
-        write((index, _acting(pairs[index], own)) for index, own in rows)
+        write((index, _gated_pairs(pairs[index], gates_of_layer)) for index, gates_of_layer in rows)
         torch.clear_autocast_cache()  # of what these weights were
         for index in changed:  # a module that is moved, as offloading does, is given other tensors
-            if index in lent and lent[index].data_ptr() != active[index].data_ptr():
-                lent[index].data.copy_(active[index])
+            if index in parameters and parameters[index].data_ptr() != active[index].data_ptr():
+                parameters[index].data.copy_(active[index])
 
     gate = Gate(plan, "merged", apply, len(scales))  # a GPU writes while the host lends
     for index, (name, linear) in enumerate(zip(plan.layers, linears, strict=True)):
@@ -101,13 +104,13 @@ def lent_merged(
             lend_linear(loans, denoiser, name, partial(Float8Linear, quantized=active[index], scale=scales[index]))
         else:  # as the base's own in all that compiled code has been told of it, or it would be compiled again
             requires_grad = pristine[index].requires_grad
-            lent[index] = nn.Parameter(active[index], requires_grad)
-            lend(loans, linear._parameters, "weight", lent[index])
+            parameters[index] = nn.Parameter(active[index], requires_grad)
+            lend(loans, linear._parameters, "weight", parameters[index])
     return gate
 
 
-class WhenAsked(dict[int, T]):
-    """{index: what make(index) gave when it was first asked for}, while a GPU is at work on those asked before."""
+class LazyDict(dict[int, T]):
+    """{index: make(index)}, made at the first look-up: a GPU then works on one layer while the host makes the next."""
 
     def __init__(self, make: Callable[[int], T]) -> None:
         super().__init__()
@@ -118,22 +121,22 @@ class WhenAsked(dict[int, T]):
         return value
 
 
-def _acting(pairs: Pairs, gates: list[float]) -> Acting:
+def _gated_pairs(pairs: Pairs, gates: list[float]) -> GatedPairs:
     return [(pair, gate) for pair, gate in zip(pairs, gates, strict=True) if pair is not None and gate]
 
 
 def _merges(
     weights: list[Tensor], outs: Mapping[int, Tensor], scales: Mapping[int, Tensor]
-) -> Callable[[Iterable[tuple[int, Acting]]], None]:
-    """What writes W + sum of gate * B A, over its scale if it has one, of the layers that it is given: (index, what
-    acts there)."""
+) -> Callable[[Iterable[tuple[int, GatedPairs]]], None]:
+    """A function that writes outs[i] = weights[i] + sum of gate * B A, divided by scales[i] where there is one, for all
+    (i, pairs with their gates) that it is given."""
     devices = {weight.device for weight in weights}
     if len(devices) == 1 and has_triton(*devices):
         from klora.kernels import Merges  # triton is not everywhere
 
         return Merges(weights, outs, scales)
 
-    def write(layers: Iterable[tuple[int, Acting]]) -> None:
+    def write(layers: Iterable[tuple[int, GatedPairs]]) -> None:
         for index, acting in layers:
             weight, out = weights[index].detach(), outs[index]
             merged = torch.empty_like(weight) if index in scales else out
@@ -144,7 +147,7 @@ def _merges(
     return write
 
 
-def _merge(weight: Tensor, acting: Acting, out: Tensor) -> None:
+def _merge(weight: Tensor, acting: GatedPairs, out: Tensor) -> None:
     """out = weight + sum of gate * B A, in one pass over the weight."""
     if not acting:
         out.copy_(weight)
@@ -153,30 +156,32 @@ def _merge(weight: Tensor, acting: Acting, out: Tensor) -> None:
         torch.addmm(weight, pair.B, pair.A, alpha=gate, out=out)
 
 
-def lent_gated(denoiser: nn.Module, plan: Plan, pairs: Mapping[int, Pairs], loans: list[Loan]) -> Gate:
-    """A LoRALinear in the place of each layer, whose A holds the gates: B (g * (A x)) is B (g * A) x, at no cost per
-    step. Its factors never change their place, so that compiled code is not traced again."""
-    rows: list[list[tuple[Tensor, Tensor, int]]] = []  # of each layer: (its place in the stacked A, an A, whose it is)
+def lend_gated(denoiser: nn.Module, plan: Plan, pairs: Mapping[int, Pairs], loans: list[Loan]) -> Gate:
+    """Put a LoRALinear in the place of each layer, with the gates multiplied into its stacked A: B (g * (A x)) is
+    B (g * A) x, so that a step costs nothing more. A is written in place: compiled code is not traced again."""
+    slices: list[
+        list[tuple[Tensor, Tensor, int]]
+    ] = []  # by layer: (rows of the stacked A, the pristine A, whose it is)
     for index, name in enumerate(plan.layers):
-        acting = [(pair, lora) for lora, pair in enumerate(pairs[index]) if pair is not None]
-        both = _stacked([pair for pair, _ in acting])
-        places = both.A.split([pair.rank for pair, _ in acting])
-        rows.append([(place, pair.A, lora) for place, (pair, lora) in zip(places, acting, strict=True)])
-        lend_linear(loans, denoiser, name, partial(LoRALinear, lora_A=both.A, lora_B=both.B))
+        adapting = [(pair, lora) for lora, pair in enumerate(pairs[index]) if pair is not None]
+        stacked = _stacked([pair for pair, _ in adapting])
+        rows = stacked.A.split([pair.rank for pair, _ in adapting])
+        slices.append([(part, pair.A, lora) for part, (pair, lora) in zip(rows, adapting, strict=True)])
+        lend_linear(loans, denoiser, name, partial(LoRALinear, lora_A=stacked.A, lora_B=stacked.B))
     gates = plan.gates.cpu()
 
     def apply(step: int, changed: list[int]) -> None:
-        own = gates[step].tolist()
-        written = [(place, A, own[index][lora]) for index in changed for place, A, lora in rows[index]]
-        places, pristine, factors = (list(column) for column in zip(*written, strict=True))
-        torch._foreach_copy_(places, pristine)  # all in a launch or two
-        torch._foreach_mul_(places, factors)
+        step_gates = gates[step].tolist()
+        writes = [(rows, A, step_gates[index][lora]) for index in changed for rows, A, lora in slices[index]]
+        gated, pristine, factors = (list(column) for column in zip(*writes, strict=True))
+        torch._foreach_copy_(gated, pristine)  # all in a launch or two
+        torch._foreach_mul_(gated, factors)
 
     return Gate(plan, "gated", apply)
 
 
 def _stacked(pairs: list[LowRank]) -> LowRank:
-    """Along the rank: the sum of these updates as one."""
+    """One pair whose update is the sum of theirs: A [sum of R, I], B [O, sum of R]."""
     return LowRank(torch.cat([pair.A for pair in pairs]), torch.cat([pair.B for pair in pairs], dim=1))
 
 

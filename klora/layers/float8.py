@@ -1,8 +1,8 @@
-"""Products in float8: e4m3, of four bits' precision, over a scale, which tensor cores multiply twice as fast as bf16.
+"""Products in float8 (e4m3, 4 significant bits, with a scale), which tensor cores multiply twice as fast as bf16.
 
-A LoRA is in the weight before that is rounded: W + B A, always of the pristine W. A weak one is not lost: it carries an
-element over to the next number of float8 seldom, but then by many times itself, and products are sums of thousands.
-I inputs, O outputs, R rank.
+A LoRA is added before the weight is rounded: W + B A, always of the pristine W. A weak one is not lost in the rounding:
+few elements move to another float8 number, but those move by many times the update, and products sum over thousands.
+I inputs, O outputs, R rank, L layers.
 """
 
 from collections.abc import Mapping
@@ -15,15 +15,15 @@ from klora.layers.pairs import Pairs
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
-SMALLEST = 1e-12  # of a scale: of what is nothing but zeros
+SMALLEST = 1e-12  # magnitude from which a row's scale is taken, for a row of zeros
 
 
 class Float8Linear(InPlaceOf):
-    """base(x), but by a weight in float8, and with x, each of its rows over its largest magnitude, in float8 as well;
-    summed in as many bits as tensor cores have for it at their fastest. On GPUs since Ada, and slowly on a CPU.
+    """base(x), with the weight and x in float8; each row of x is scaled by its own largest magnitude. Accumulates as
+    tensor cores do at their fastest, in less than float32. On GPUs since Ada, and slowly on a CPU.
 
-    quantized: float8 [O, I], both multiples of 16; scale: float32 [O], what its rows are to be multiplied with; their
-    values may change between calls.
+    quantized: float8 [O, I], both multiples of 16; scale: float32 [O], by row, W being scale * quantized. Their values
+    may change between calls.
     """
 
     def __init__(self, base: nn.Linear, quantized: Tensor, scale: Tensor) -> None:
@@ -43,16 +43,17 @@ class Float8Linear(InPlaceOf):
 
 
 def takes_float8(linear: nn.Linear) -> bool:
-    """Whether a GPU multiplies by its weight in float8."""
+    """Whether both sides of its weight are multiples of 16, as GPUs' float8 products need them."""
     return linear.in_features % 16 == 0 and linear.out_features % 16 == 0
 
 
 def scales_of(layers: Mapping[int, tuple[Tensor, Pairs]], gates: Tensor) -> dict[int, Tensor]:
-    """{index: float32 [O], of its rows all the same} of layers' weights and pairs: over it, the weight is within
-    float8's range whatever acts there. gates: the largest of each LoRA, [all layers, LoRAs].
+    """{index: float32 [O], one number repeated}: a layer's weight divided by it stays within float8's range, whatever
+    acts there. layers: {index: (weight, pairs)}; gates: the largest |gate| of each LoRA, [all layers, LoRAs].
 
-    As |B A| <= R max|B| max|A|, which is several times too much and costs no precision, float8 being floating point.
-    A power of two, so that what is not touched is rounded alike whatever LoRAs and scales there are.
+    The bound is |W + dW| <= max|W| + sum of |gate| R max|B| max|A|: several times too large, which costs no precision,
+    as float8 is floating point. The scale is a power of two, so that an untouched weight is rounded the same whatever
+    LoRAs and scales there are.
     """
     if not layers:
         return {}
@@ -65,27 +66,27 @@ def scales_of(layers: Mapping[int, tuple[Tensor, Pairs]], gates: Tensor) -> dict
 
 
 def _bounds(layers: Mapping[int, tuple[Tensor, Pairs]], gates: Tensor) -> Tensor:
-    """What no element of a layer's weight exceeds, float32 [these layers]."""
+    """An upper bound of |W + dW| for each layer, float32 [L]."""
     largest = _largest([weight.detach() for weight, _ in layers.values()])
     acting = [
-        (place, pair, gate)
-        for place, (index, (_, pairs)) in enumerate(layers.items())
+        (row, pair, gate)
+        for row, (index, (_, pairs)) in enumerate(layers.items())
         for pair, gate in zip(pairs, gates[index].tolist(), strict=True)
         if pair is not None and gate
     ]
     if not acting:
         return largest
-    places, pairs, factors = zip(*acting, strict=True)
+    rows, pairs, factors = zip(*acting, strict=True)
     updates = _largest([pair.A for pair in pairs]) * _largest([pair.B for pair in pairs])
     ranked = torch.tensor([pair.rank * gate for pair, gate in zip(pairs, factors, strict=True)])
-    return largest.index_add(0, _beside(largest, torch.tensor(places)), updates * _beside(largest, ranked))
+    return largest.index_add(0, _beside(largest, torch.tensor(rows)), updates * _beside(largest, ranked))
 
 
 def _beside(other: Tensor, tensor: Tensor) -> Tensor:
-    """On the other's device, without waiting for it."""
+    """A CPU tensor copied to the other's device, without waiting for that."""
     return tensor.to(other.device, non_blocking=True)
 
 
 def _largest(tensors: list[Tensor]) -> Tensor:
-    """Magnitude of each, float32 [how many], in a launch or two."""
+    """The largest magnitude in each tensor, float32 [len(tensors)], in a launch or two."""
     return torch.stack(torch._foreach_norm(tensors, torch.inf)).float()

@@ -1,4 +1,5 @@
-"""What stands in the place of something else for a while, and goes again by whatever exception. Knows no LoRA."""
+"""Swap parts of a module (or attributes of an object) for a while, and put them back by whatever exception. Knows no
+LoRA."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,13 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 Loan = tuple[dict[str, Any], str, Any]
-"""(a module's own table of parts, key, what was there): Any, because parts are modules or parameters."""
+"""(a dict such as module._modules, key, the original value): Any, because that is a module or a parameter."""
 
-NOTHING = object()  # in the place of what was there
+NOTHING = object()  # the original value where the key was missing
 
 
 class InPlaceOf(nn.Module):
-    """What stands in the place of a linear layer, and has of it what pipelines and text encoders ask a linear for."""
+    """A substitute for a linear layer, with the attributes that pipelines and text encoders read of one."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -54,13 +55,13 @@ def lending() -> Iterator[list[Loan]]:
             raise interruption
 
 
-def lend(loans: list[Loan], slots: dict[str, Any], key: str, loan: Any) -> None:
-    """Put something in the place of what slots hold under the key, until lending() ends."""
+def lend(loans: list[Loan], slots: dict[str, Any], key: str, substitute: Any) -> None:
+    """Set slots[key] to the substitute until lending() ends."""
     loans.append((slots, key, slots[key]))  # before the swap, so that an exception in between loses nothing
-    slots[key] = loan
+    slots[key] = substitute
 
 
 def clear(loans: list[Loan], slots: dict[str, Any], key: str) -> None:
-    """Leave the key to whoever writes there, until lending() ends: then it is as it was, or not there if it was not."""
+    """Remove slots[key], if it is there, until lending() ends: then it is as it was, whatever was written since."""
     loans.append((slots, key, slots.get(key, NOTHING)))
     slots.pop(key, None)

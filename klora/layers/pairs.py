@@ -11,13 +11,13 @@ from klora.errors import LoRAError
 from klora.lora import LoRA, LowRank, Plan
 
 Pairs = list[LowRank | None]
-"""A layer's, one for each LoRA of a plan."""
+"""One layer's, in the order of a plan's LoRAs; None where a LoRA does not adapt the layer."""
 
-ALIGNED = 16  # ranks of which GPUs' products need no remainder
+ALIGNED = 16  # GPUs multiply at ranks that are its multiples without padding
 
 
 def linear_in(denoiser: nn.Module, name: str) -> nn.Linear:
-    """The layer of this name. Raises LoRAError where there is none, or others have changed how it is run."""
+    """The linear layer of this name. Raises LoRAError where there is none, or others have changed how it runs."""
     parent: nn.Module | None = None
     module: nn.Module | None = denoiser
     # get_submodule() is slow: each model on the way looks for more than a module.
@@ -35,51 +35,53 @@ def linear_in(denoiser: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def covering(plan: Plan, names: Iterable[str], lora: Mapping[str, LowRank] = MappingProxyType({})) -> Plan:
-    """With these layers, too, and with a LoRA more, that never acts."""
+def extended(plan: Plan, names: Iterable[str], lora: Mapping[str, LowRank] = MappingProxyType({})) -> Plan:
+    """The plan with these layers added, and one LoRA more, whose gates are 0."""
     layers = tuple(dict.fromkeys((*plan.layers, *names)))
     gates = F.pad(plan.gates, (0, 1, 0, len(layers) - len(plan.layers)))
     return Plan(layers, (*plan.loras, lora), gates)
 
 
-def filled(plan: Plan, denoiser: nn.Module, names: Iterable[str]) -> Plan:
-    """With a LoRA more, of zeros, after which all of these linears are adapted, too, and every layer by one rank."""
+def padded(plan: Plan, denoiser: nn.Module, names: Iterable[str]) -> Plan:
+    """The plan with one LoRA more, of zeros, so large that these linears are adapted, too, and that the ranks of every
+    layer add up to the same number, a multiple of ALIGNED."""
     linears = {name: linear_in(denoiser, name) for name in (*plan.layers, *names)}
     ranks = {name: sum(lora[name].rank for lora in plan.loras if name in lora) for name in linears}
     common = -(-max(ranks.values()) // ALIGNED) * ALIGNED
     zeros = {
         name: LowRank(
-            linear.weight.new_zeros(common - ranks[name], linear.in_features, dtype=dtype_of(linear.weight)),
-            linear.weight.new_zeros(linear.out_features, common - ranks[name], dtype=dtype_of(linear.weight)),
+            linear.weight.new_zeros(common - ranks[name], linear.in_features, dtype=compute_dtype(linear.weight)),
+            linear.weight.new_zeros(linear.out_features, common - ranks[name], dtype=compute_dtype(linear.weight)),
         )
         for name, linear in linears.items()
     }
-    return covering(plan, linears, zeros)
+    return extended(plan, linears, zeros)
 
 
 def placed(lora: Mapping[str, LowRank], linears: list[nn.Linear]) -> Mapping[str, LowRank]:
-    """A LoRA as it remembers itself where the first of these linears is, and so most often all of them."""
+    """A LoRA's own cached copy beside the first of these linears, as LoRA.placed() keeps it; most often the others are
+    on the same device. What is no LoRA is returned as it is."""
     if not isinstance(lora, LoRA) or not linears:
         return lora
     weight = linears[0].weight
-    return lora.placed(weight.device, dtype_of(weight))
+    return lora.placed(weight.device, compute_dtype(weight))
 
 
-def dtype_of(weight: Tensor) -> torch.dtype:
-    """What a LoRA is computed in beside a layer of this weight."""
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which a LoRA's products are computed beside this weight: its own, or bfloat16 if it is quantised."""
     return weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else torch.bfloat16  # quantised bases
 
 
 def pairs_of(loras: list[Mapping[str, LowRank]], name: str, linear: nn.Linear) -> Pairs:
-    """The layer's pair of each LoRA, None where it has none, on the base weight's device and in its dtype."""
+    """The pairs of one layer, on its weight's device and in its compute_dtype(). Raises LoRAError for another shape."""
     weight, expected = linear.weight, (linear.out_features, linear.in_features)
-    place = weight.device, dtype_of(weight)
-    found: Pairs = [lora.get(name) for lora in loras]
-    for which, pair in enumerate(found):
+    placement = weight.device, compute_dtype(weight)
+    pairs: Pairs = [lora.get(name) for lora in loras]
+    for lora, pair in enumerate(pairs):
         if pair is None:
             continue
         if pair.shape != expected:
             raise LoRAError(f"{name!r} is {pair.shape} in the LoRA. Expected {expected}: one made for this base.")
-        if pair.place != place or pair.A.requires_grad or pair.B.requires_grad:  # most were placed before
-            found[which] = LowRank(pair.A.detach().to(*place), pair.B.detach().to(*place))
-    return found
+        if pair.placement != placement or pair.A.requires_grad or pair.B.requires_grad:  # most are there already
+            pairs[lora] = LowRank(pair.A.detach().to(*placement), pair.B.detach().to(*placement))
+    return pairs

@@ -8,7 +8,7 @@ from torch import nn
 from klora import layers as subject
 from klora.errors import RequestError
 from klora.layers import HEADROOM_BYTES, attached
-from klora.layers.pairs import dtype_of
+from klora.layers.pairs import compute_dtype
 from klora.lora import LoRA, Plan
 from test_folder.layers.network import LAYERS, random_lora, switching_plan
 
@@ -78,8 +78,8 @@ def test_engine_is_gated_for_weights_that_cannot_be_written(monkeypatch, network
 
 @pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.int8, torch.int32], ids=str)
 def test_beside_quantised_weights_a_lora_is_bfloat16_and_beside_others_of_their_dtype(stored):
-    assert dtype_of(torch.empty(1, dtype=stored)) == torch.bfloat16
-    assert dtype_of(torch.empty(1, dtype=torch.float16)) == torch.float16
+    assert compute_dtype(torch.empty(1, dtype=stored)) == torch.bfloat16
+    assert compute_dtype(torch.empty(1, dtype=torch.float16)) == torch.float16
 
 
 def test_lora_acts_on_int8_weights(monkeypatch, network, x):

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from klora import layers
 from klora.form.request import Request
 from klora.layers import engines, takes_float8
-from klora.lora import Acting
+from klora.lora import GatedPairs
 from klora.models import compiling, pace
 from klora.models.compiling import compile_blocks, warm_up
 from klora.models.family import Compiled, Family
@@ -143,8 +143,8 @@ def test_warming_up_writes_a_weight_of_each_kind_by_two_loras_by_one_and_by_none
     names = [name for name, part in model.denoiser.named_modules() if type(part) is nn.Linear and takes_float8(part)]
     model.compiled = Compiled((), tuple(names[-2:])) if float8 else None
 
-    def watched(weights: Any, outs: Any, scales: Any) -> Callable[[Iterable[tuple[int, Acting]]], None]:
-        def write(layers: Iterable[tuple[int, Acting]]) -> None:
+    def watched(weights: Any, outs: Any, scales: Any) -> Callable[[Iterable[tuple[int, GatedPairs]]], None]:
+        def write(layers: Iterable[tuple[int, GatedPairs]]) -> None:
             changes = list(layers)
             written.update((index in scales, len(acting)) for index, acting in changes)
             merges(weights, outs, scales)(changes)
