@@ -4,7 +4,10 @@ Scores depend on the weights alone, so the whole schedule is one comparison made
 
     content_wins[t, l] = content_score[l] > bias * scale[t] * gamma * style_score[l]
 
-Knows no module tree, no pipeline and no file.   Shape suffixes: O outputs, I inputs, R rank, L layers, T steps.
+The score of a layer in one LoRA is the sum of its K largest |dW|, dW = B A and K = the product of both LoRAs' ranks
+there. Scores and gamma's L1 norms, which are the sums at K = O * I, come out of one pass over dW, in blocks.
+
+Knows no module tree, no pipeline and no file.   Shapes: O outputs, I inputs, R rank, L layers, T steps.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -20,10 +23,11 @@ from torch import Tensor
 from klora.errors import LoRAError, RequestError
 from klora.lora import LoRA, LowRank, Plan
 
-BLOCK_ELEMENTS = 1 << 20  # of dW at a time: 4 MB in fp32, a dozen with its working copies, whatever the layer's size
+BLOCK_ELEMENTS = 1 << 20  # of one layer's dW at a time: 4 MB in fp32, 12 MB with working copies, however large it is
 BATCH_ELEMENTS = 1 << 17  # of several layers at a time: they and their working copies stay in a core's cache
-CUDA_BLOCK_ELEMENTS = 1 << 26  # either, there: they cost some thirty launches, however many layers they belong to
-RANKS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128)  # of partners, as people train them; of another a LoRA is scored when met
+CUDA_BLOCK_ELEMENTS = 1 << 26  # of either on a GPU: a block costs some thirty launches, however many layers are in it
+# A LoRA is scored at once for partners of these ranks, which people train; for another rank when a partner has it.
+RANKS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128)
 
 Gamma = Literal["reference", "paper"]
 Clock = Literal["step", "reference"]
@@ -54,7 +58,7 @@ class Schedule:
 
     @property
     def pattern(self) -> str:
-        """By name, as from_pattern() takes it."""
+        """The name of the schedule as from_pattern() takes it: "s" or "s*"."""
         return "s*" if self.wraps else "s"
 
     def scale(self, tau: Tensor) -> Tensor:
@@ -62,14 +66,18 @@ class Schedule:
         line = self.alpha * tau + self.beta
         return line % self.alpha if self.wraps else line
 
+    def by_step(self, steps: int) -> Tensor:
+        """S at the midpoint of each step, tau = (t + 0.5) / T: float64 [T]."""
+        return self.scale((torch.arange(steps, dtype=torch.float64) + 0.5) / steps)
+
 
 @dataclass(frozen=True, eq=False)
 class Fusion:
     """Two LoRAs, scored against each other layer by layer.
 
-    layers: L names in execution order.   content_score, style_score: float64 [L], on the CPU; 0 where a LoRA lacks the
-    layer, so that the one comparison leaves it with its owner.   gamma: the magnitude ratio (Eq 9), of gammas the one
-    that was asked for.
+    layers: L names in execution order, of both LoRAs.   content_score, style_score: float64 [L], on the CPU; 0 where a
+    LoRA lacks the layer, so that the one comparison leaves it to the other.   gamma: the magnitude ratio (Eq 9) that
+    the choice uses.   gammas: the ratio by every definition.
     """
 
     layers: tuple[str, ...]
@@ -82,20 +90,22 @@ class Fusion:
 
     @property
     def ratio(self) -> Tensor:
-        """R = content_score / (gamma * style_score), float64 [L]: inf for content's own layers, 0 for style's own."""
+        """R = content_score / (gamma * style_score), float64 [L]: inf where only content adapts the layer, 0 where only
+        style does."""
         return self.content_score / (self.gamma * self.style_score)
 
     def content_wins(self, schedule: Schedule, steps: int, style_bias: float = 1.0, clock: Clock = "step") -> Tensor:
         """True where content acts, bool [T, L]. A tie is style's, as in the published code.
 
-        clock "step": tau is the step's midpoint, one tau a step.   clock "reference": tau moves at every layer call,
-        1, 2, ... modulo T * L, as in the published code, whose very last call therefore falls back to tau = 0.
-        Raises RequestError.
+        clock "step": tau is the step's midpoint, the same in all layers.   clock "reference": tau is that of the layer
+        call, number 1, 2, ... modulo T * L, over T * L, as in the published code: the very last call has tau 0.
+        style_bias: finite, >= 0.   Raises RequestError.
         """
-        _one_of("clock", clock, get_args(Clock))
+        _check_choice("clock", clock, get_args(Clock))
         if steps < 1 or not 0 <= style_bias < float("inf"):
             raise RequestError(f"steps is {steps} and style_bias {style_bias}. Expected 1 or more, and a number >= 0.")
-        scale = schedule.scale(_tau(steps, len(self.layers), clock))
+        by_call = clock == "reference"
+        scale = schedule.scale(_call_tau(steps, len(self.layers))) if by_call else schedule.by_step(steps)[:, None]
         return self.content_score > style_bias * scale * self.gamma * self.style_score
 
     def plan(
@@ -108,11 +118,11 @@ class Fusion:
         style_bias: float = 1.0,
         clock: Clock = "step",
     ) -> Plan:
-        """The gates of both LoRAs. The scales multiply what is applied and never enter the choice."""
+        """The Plan of content_wins(). The scales multiply what is applied and never enter the choice."""
         return self.gated(self.content_wins(schedule, steps, style_bias, clock), content_scale, style_scale)
 
     def gated(self, wins: Tensor, content_scale: float = 1.0, style_scale: float = 1.0) -> Plan:
-        """The gates for a choice that has been made. wins: content_wins()'s bool [T, L]."""
+        """The Plan of a choice that has been made. wins: content_wins()'s bool [T, L]."""
         gates = torch.stack([wins.float() * content_scale, (~wins).float() * style_scale], dim=-1)
         return Plan(self.layers, (self.content, self.style), gates, wins)
 
@@ -123,14 +133,15 @@ def fuse(
     gamma: Gamma = "reference",
     device: torch.device | str | None = None,
 ) -> Fusion:
-    """Score two LoRAs of one base, both in execution order, where a LoRA does not remember its scores.
+    """Score two LoRAs of one base against each other. Scores that a LoRA object remembers are not computed again.
 
-    K = r_content * r_style per layer (Eq 5). gamma "reference": the mean over shared layers of the per-layer L1 ratios,
-    those of at least 3 times their mean dropped, as in the published code; "paper": the ratio of the sums (Eq 9).
-    device: where what is not known yet is computed, one that has float64; None: where the factors lie. The scores are
-    those of the CPU up to the rounding of float32 products. Raises LoRAError and RequestError.
+    content, style: {layer: LowRank}, both in execution order.   K = r_content * r_style per layer (Eq 5).
+    gamma "reference": the mean over shared layers of the L1 norms' ratios, without ratios of 3 times that mean or more,
+    as in the published code; "paper": the ratio of the norms' sums (Eq 9).   device: where to compute scores, one that
+    has float64; None: where the factors are. Devices agree up to the rounding of float32 products.
+    Raises LoRAError and RequestError.
     """
-    _one_of("gamma", gamma, get_args(Gamma))
+    _check_choice("gamma", gamma, get_args(Gamma))
     layers = _merged_order(list(content), list(style))
     ks = dict.fromkeys(layers, 1)
     for lora in (content, style):
@@ -143,20 +154,21 @@ def fuse(
     return Fusion(tuple(layers), content, style, content_score, style_score, gammas[gamma], gammas)
 
 
-def _one_of(name: str, told: str, known: Sequence[str]) -> None:
-    if told not in known:
-        raise RequestError(f"{name} is {told!r}. Expected {' or '.join(map(repr, known))}.")
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise RequestError(f"{name} is {value!r}. Expected {' or '.join(map(repr, choices))}.")
 
 
 def style_share(wins: Tensor) -> float | None:
-    """How much of all layers and steps is style's, in [0, 1]; None where there are no layers. wins: bool [T, L]."""
+    """The share of all layers and steps in which style acts, in [0, 1]; None for no layers. wins: bool [T, L]."""
     return 1 - wins.double().mean().item() if wins.numel() else None
 
 
 def _scores(lora: Mapping[str, LowRank], ks: Mapping[str, int], device: torch.device | str | None) -> Tensor:
-    """Each layer's importance at its K, and its L1: float64 [2, L], on the CPU; 0 where the LoRA lacks the layer.
+    """A LoRA's score at each layer's K, and its L1 norm: float64 [2, L], on the CPU; 0 where it lacks the layer.
 
-    What is computed a LoRA remembers, for partners of all RANKS: it depends on nothing else.
+    ks: {layer: K}, all L.   A LoRA object keeps what is computed, for partners of all RANKS, in its scores: sums
+    depend on its own weights alone.
     """
     known = lora.scores if isinstance(lora, LoRA) else {}
     missing: dict[str, tuple[int, ...]] = {}
@@ -167,18 +179,18 @@ def _scores(lora: Mapping[str, LowRank], ks: Mapping[str, int], device: torch.de
             missing[name] = tuple(sorted(wanted - sums.keys()))
     for name, sums in _computed(lora, missing, device).items():
         known.setdefault(name, {}).update(sums)
-    found = dict.fromkeys(ks, (0.0, 0.0))
+    score_and_l1 = dict.fromkeys(ks, (0.0, 0.0))
     for name, pair in lora.items():
         sums = known[name]
-        found[name] = sums[ks[name]], sums[pair.numel]
-    return torch.tensor(list(found.values()), dtype=torch.float64).view(-1, 2).T
+        score_and_l1[name] = sums[ks[name]], sums[pair.numel]
+    return torch.tensor(list(score_and_l1.values()), dtype=torch.float64).view(-1, 2).T
 
 
 def _computed(
     lora: Mapping[str, LowRank], ks: Mapping[str, tuple[int, ...]], device: torch.device | str | None
 ) -> dict[str, dict[int, float]]:
-    """{layer: {K: sum of its K largest |dW|}} for the ks of each. Layers that are alike are scored together, and what
-    is found is brought to the CPU together: a GPU is waited for once."""
+    """{layer: {K: sum of its K largest |dW|}} for all that ks, {layer: several K}, names. Layers of one shape are
+    computed together, and all results are copied to the CPU together: a GPU is waited for once."""
     alike: dict[tuple[Hashable, ...], list[str]] = {}
     for name, wanted in ks.items():
         alike.setdefault((lora[name].A.shape, lora[name].B.shape, wanted), []).append(name)
@@ -187,16 +199,16 @@ def _computed(
     scored = [importance([lora[name] for name in names], ks[names[0]], device).flatten() for names in alike.values()]
     order = [name for names in alike.values() for name in names]
     sums = torch.cat(scored).cpu().split([len(ks[name]) for name in order])
-    found = {name: of_layer.tolist() for name, of_layer in zip(order, sums, strict=True)}
-    return {name: dict(zip(wanted, found[name], strict=True)) for name, wanted in ks.items()}
+    by_layer = {name: layer_sums.tolist() for name, layer_sums in zip(order, sums, strict=True)}
+    return {name: dict(zip(wanted, by_layer[name], strict=True)) for name, wanted in ks.items()}
 
 
 def importance(pairs: Sequence[LowRank], ks: Sequence[int], device: torch.device | str | None = None) -> Tensor:
-    """Sum of the k largest |dW| (Eq 3) for each of ks, of all where there are no more: float64 [L, len(ks)]. Exact.
+    """Sum of the k largest |dW| (Eq 3) for each k of ks, or of all O * I if k is larger: float64 [L, len(ks)]. Exact.
 
-    pairs: L layers of one shape and rank, as many of them at a time as a batch has room for, or a block of rows of one.
-    On a CPU a layer's sums are the same to the last bit whatever is scored beside it.   device: where that is done, and
-    the result's; None: the factors'. No shape depends on a value, so that nothing here waits for a GPU.
+    pairs: L layers of one shape and rank, computed a batch of layers at a time, or a block of rows of a large one. On a
+    CPU a layer's sums are the same to the last bit whatever the others are.   device: where to compute, and the
+    result's; None: the factors' own. No shape depends on a value, so that nothing here waits for a GPU.
     """
     on_cuda = torch.device(device or pairs[0].A.device).type == "cuda"
     block, batch = (CUDA_BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS) if on_cuda else (BLOCK_ELEMENTS, BATCH_ELEMENTS)
@@ -206,13 +218,17 @@ def importance(pairs: Sequence[LowRank], ks: Sequence[int], device: torch.device
 
 
 def _stacked(pairs: Sequence[LowRank], device: torch.device | str | None) -> tuple[Tensor, Tensor]:
-    """A [L, R, I] and B [L, O, R] in float32, brought to the device as they are: at once, and as few bytes."""
+    """A [L, R, I] and B [L, O, R] in float32, copied to the device in one piece each, in the dtype that they have."""
     A, B = (torch.stack(factors) for factors in ([pair.A for pair in pairs], [pair.B for pair in pairs]))
     return A.to(device, non_blocking=A.is_cpu).float(), B.to(device, non_blocking=B.is_cpu).float()
 
 
 def _sums(A: Tensor, B: Tensor, ks: Sequence[int], block: int) -> Tensor:
-    """importance() of a batch. A [L, R, I], B [L, O, R].   Products in float32, once for all ks."""
+    """importance() of one batch. A [L, R, I], B [L, O, R]; block: elements of dW to compute at a time.
+
+    Each product is computed once for all ks, in float32: the largest k so far are carried from block to block, and the
+    sums for smaller ks are prefixes of them, sorted.
+    """
     layers, numel = len(A), B.shape[1] * A.shape[2]
     most = max((k for k in ks if k < numel), default=0)
     top, l1 = A.new_empty(layers, 0), A.new_zeros(layers, dtype=torch.float64)
@@ -225,17 +241,18 @@ def _sums(A: Tensor, B: Tensor, ks: Sequence[int], block: int) -> Tensor:
 
 
 def _products(B: Tensor, A: Tensor) -> Tensor:
-    """B A of each layer [L, O, I]; on a CPU one by one, as the last bits of MKL's batched products change with L."""
+    """B A of each layer, [L, O, I]; on a CPU one by one, as the last bits of MKL's batched products vary with L."""
     if len(A) == 1 or not A.is_cpu:
         return torch.bmm(B, A)
     return torch.cat([torch.bmm(*factors) for factors in zip(B.split(1), A.split(1), strict=True)])
 
 
 def _largest(magnitudes: Tensor, top: Tensor, k: int) -> Tensor:
-    """The k largest of each layer's block [L, N] and of those seen before [L, k or fewer], in no order.
+    """The k largest of each layer's block, magnitudes [L, N], and of those from earlier blocks, top [L, k or fewer].
+    Returns [L, k or fewer], unsorted.
 
-    Those of a block lie in the k of its groups that have the largest maxima; groups of sqrt(N / k) leave the fewest
-    candidates, for top-k is what costs.
+    Top-k is what costs, so that the block is first cut into groups: its k largest lie in the k groups with the largest
+    maxima. Groups of sqrt(N / k) elements leave the fewest candidates.
     """
     layers, count = magnitudes.shape
     size = max(1, isqrt(count // max(1, k)))
@@ -248,26 +265,24 @@ def _largest(magnitudes: Tensor, top: Tensor, k: int) -> Tensor:
 
 
 def _gammas(content_l1: Tensor, style_l1: Tensor) -> dict[Gamma, float]:
-    """The magnitude ratio over shared layers, by either definition; layers where either LoRA is zero say nothing."""
+    """The magnitude ratio by either definition, over layers in which neither LoRA is zero. Arguments: float64 [L]."""
     shared = (content_l1 > 0) & (style_l1 > 0)
     if not shared.any():
-        return {"reference": 1.0, "paper": 1.0}  # every layer has one owner: there is nothing to choose
+        return {"reference": 1.0, "paper": 1.0}  # in no layer is there anything to choose
     content_l1, style_l1 = content_l1[shared], style_l1[shared]
     ratios = content_l1 / style_l1
     typical = ratios[ratios < 3 * ratios.mean()]
     return {"reference": typical.mean().item(), "paper": (content_l1.sum() / style_l1.sum()).item()}
 
 
-def _tau(steps: int, layers: int, clock: Clock) -> Tensor:
-    """Progress of denoising at each decision, float64 [T, L] or [T, 1]."""
-    if clock == "step":
-        return ((torch.arange(steps, dtype=torch.float64) + 0.5) / steps)[:, None]
+def _call_tau(steps: int, layers: int) -> Tensor:
+    """tau as the published code counts it, at each call of a layer: float64 [T, L]."""
     calls = torch.arange(1, steps * layers + 1, dtype=torch.float64)
     return (calls % (steps * layers) / (steps * layers)).view(steps, layers)
 
 
 def _merged_order(first: list[str], second: list[str]) -> list[str]:
-    """Both lists in one, keeping the order of each; they share one order, that of execution."""
+    """The names of both lists without repetition, in an order that agrees with each list's own: that of execution."""
     merged: dict[str, None] = {}
     shared, rest = set(second), iter(second)
     for name in first:

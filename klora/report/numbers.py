@@ -165,7 +165,7 @@ def measured(
     if not 0 <= style_bias < math.inf:
         raise RequestError(f"style_bias is {style_bias}. Expected a number >= 0.")
     roles = {"content": fusion.content, "style": fusion.style}
-    scale = schedule.scale((torch.arange(steps, dtype=torch.float64) + 0.5) / steps)
+    scale = schedule.by_step(steps)
     ratio = fusion.ratio.nan_to_num(nan=0.0, posinf=math.inf)  # 0 / 0: neither acts, and the choice calls it style's
     return Report(
         layers=fusion.layers,
