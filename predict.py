@@ -252,10 +252,10 @@ class Predictor(BasePredictor):
         _record("seed", request.seed)
         print(f"seed {request.seed}")
         bases = weights.runnable(request.model)
-        with self.loras.borrowed(request.loras, _tokens(given), bases) as (files, lent):
+        with self.loras.borrowed(request.loras, _tokens(given), bases) as (files, borrowed):
             _record("fetch_seconds", time.perf_counter() - started)
-            images = self.studio.make(request, files, _record, _show_progress, lent)
-            report = self.studio.report(request, files, lent) if request.report else None
+            images = self.studio.make(request, files, _record, _show_progress, borrowed)
+            report = self.studio.report(request, files, borrowed) if request.report else None
         paths = save_images(images, self.outputs, request) + (save_report(report, self.outputs) if report else [])
         return [Path(path) for path in paths]
 
@@ -267,9 +267,9 @@ class Predictor(BasePredictor):
         allowance = weights.Allowance(weights.FETCH_SECONDS)
 
         def draw(requests: Sequence[Request], check: Check) -> dict[int, Image]:
-            shared = requests[0]
-            with self.loras.borrowed(shared.loras, tokens, weights.runnable(shared.model), allowance) as (files, lent):
-                return self.studio.draw(requests, files, lent, check)
+            loras, bases = requests[0].loras, weights.runnable(requests[0].model)  # as those of all these requests
+            with self.loras.borrowed(loras, tokens, bases, allowance) as (files, borrowed):
+                return self.studio.draw(requests, files, borrowed, check)
 
         prompts = read_prompts(lines, inputs, template=template, most=MAX_LINES, called="prompts")
         made = run(prompts, Bulk(on_error="skip"), folder, lambda: draw, partial(print, flush=True))

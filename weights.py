@@ -202,22 +202,23 @@ class LoRAFiles:
         """Of each reference, by its input, the file, there until the end of the block; and what more is known of those
         that were fetched. Raises KLoRAError.
 
-        tokens: of the user's, by authority, "hf", "civitai" and "replicate".  bases: that the request can run; what its
+        tokens: the user's, by authority, "hf", "civitai" and "replicate".  bases: that the request can run; what its
         authority says is for none of them is refused before it is fetched. Without any nothing is.  allowance: of a
         request that borrows several times; None: FETCH_SECONDS for this time.
         """
-        found = {name: (own if self._anywhere else parsed)(name, text) for name, text in references.items()}
-        local = {name: one for name, one in found.items() if isinstance(one, Local)}
-        given = {name: pinned(self._path(name, one), one, name) for name, one in local.items()}
-        fetched = {name: one for name, one in found.items() if name not in local}
-        if not fetched:
-            yield given, {}
+        parse = own if self._anywhere else parsed
+        kinds = {name: parse(name, text) for name, text in references.items()}
+        local = {name: one for name, one in kinds.items() if isinstance(one, Local)}
+        files = {name: pinned(self._path(name, one), one, name) for name, one in local.items()}
+        remote = {name: one for name, one in kinds.items() if name not in local}
+        if not remote:
+            yield files, {}
             return
         families = {name: family for name in bases if (family := BASES[name].family)}
         with ExitStack() as loans:
             with (allowance or Allowance(FETCH_SECONDS)).deadline() as deadline:
-                lent = loans.enter_context(self._library.borrowed(fetched, tokens, deadline, families))
-            yield given | {name: loan.path for name, loan in lent.items()}, lent
+                borrowed = loans.enter_context(self._library.borrowed(remote, tokens, deadline, families))
+            yield files | {name: facts.path for name, facts in borrowed.items()}, borrowed
 
     def _path(self, name: str, reference: Local) -> Path:
         return Path(reference.path) if self._anywhere else lora_path(reference.path, self._root, name)

@@ -54,13 +54,13 @@ def fuse(
     started, facts = time.perf_counter(), dict[str, Any]()
     request = Request(**open_images(given))
     bases = weights.runnable(request.model)
-    with weights.LoRAFiles(anywhere=True).borrowed(request.loras, weights.own_tokens(), bases) as (files, lent):
+    with weights.LoRAFiles(anywhere=True).borrowed(request.loras, weights.own_tokens(), bases) as (files, borrowed):
         from klora.report.pair import save_report
 
         studio = _studio()
-        images = studio.make(request, files, facts.__setitem__, lent=lent)
-        told = studio.report(request, files, lent) if request.report else None
-    for path in [*_saved(images, out, request), *(kept(partial(save_report, told), out) if told else [])]:
+        images = studio.make(request, files, facts.__setitem__, borrowed=borrowed)
+        numbers = studio.report(request, files, borrowed) if request.report else None
+    for path in [*_saved(images, out, request), *(kept(partial(save_report, numbers), out) if numbers else [])]:
         typer.echo(path)
     share = f", style acts in {facts['style_share']:.0%}" if "style_share" in facts else ""
     typer.echo(f"seed {request.seed}{share}, {time.perf_counter() - started:.1f} s")
@@ -86,8 +86,11 @@ def reproduce(
     base = weights.find_base(request.model)
     for change in made.changes(base.path):
         typer.echo(f"Warning: {change}, so that the image may come out otherwise.", err=True)
-    with weights.LoRAFiles(anywhere=True).borrowed(request.loras, weights.own_tokens(), [base.name]) as (files, lent):
-        images = _studio().make(request, files, lent=lent, again=made)
+    with weights.LoRAFiles(anywhere=True).borrowed(request.loras, weights.own_tokens(), [base.name]) as (
+        files,
+        borrowed,
+    ):
+        images = _studio().make(request, files, borrowed=borrowed, again=made)
     if made.place not in images:
         raise SafetyError(f"The safety checker withheld image {made.place}. Expected the checker that it had passed.")
     (path,) = _saved({made.place: images[made.place]}, out, request)
@@ -152,8 +155,8 @@ def open_studio() -> "Draw":
 
     def draw(requests: Sequence[Request], check: "Check") -> dict[int, Image.Image]:
         shared = requests[0]
-        with loras.borrowed(shared.loras, weights.own_tokens(), weights.runnable(shared.model)) as (files, lent):
-            return studio.draw(requests, files, lent, check)
+        with loras.borrowed(shared.loras, weights.own_tokens(), weights.runnable(shared.model)) as (files, borrowed):
+            return studio.draw(requests, files, borrowed, check)
 
     return draw
 
@@ -179,11 +182,11 @@ def report(
 ) -> None:
     """Say which of two LoRAs acts in which layer and step, and what would change it. Makes no image."""
     question = Question(**given)
-    with weights.LoRAFiles(anywhere=True).borrowed(question.loras, weights.own_tokens()) as (files, lent):
+    with weights.LoRAFiles(anywhere=True).borrowed(question.loras, weights.own_tokens()) as (files, borrowed):
         from klora.report.pair import answer, save_report
 
-        told, pair = answer(question, files, _bases(), {name: facts.scores for name, facts in lent.items()})
-    typer.echo("\n".join([str(told), str(pair), *map(str, kept(partial(save_report, told), out))]))
+        numbers, pair = answer(question, files, _bases(), {name: facts.scores for name, facts in borrowed.items()})
+    typer.echo("\n".join([str(numbers), str(pair), *map(str, kept(partial(save_report, numbers), out))]))
 
 
 def export(
@@ -193,10 +196,10 @@ def export(
     K-LoRA only if no layer flips in these steps; otherwise it is different, and the command says how far."""
     wanted = Export(**given)
     check_new(out)
-    with weights.LoRAFiles(anywhere=True).borrowed(wanted.loras, weights.own_tokens()) as (files, lent):
+    with weights.LoRAFiles(anywhere=True).borrowed(wanted.loras, weights.own_tokens()) as (files, borrowed):
         from klora.export import exported
 
-        told = exported(wanted, files, _bases(), out, lent)
+        told = exported(wanted, files, _bases(), out, borrowed)
     typer.echo(f"{out}\n{told}")
 
 

@@ -71,14 +71,14 @@ def exported(
     files: Mapping[str, Path],
     bases: Mapping[str, tuple[str, Path]],
     out: Path,
-    lent: Mapping[str, Borrowed] = MappingProxyType({}),
+    borrowed: Mapping[str, Borrowed] = MappingProxyType({}),
 ) -> Exported:
     """Write the file. files: by input, "content_lora" and "style_lora".   bases: {name: (key of FAMILIES, folder)}.
-    lent: what more is known of fetched files, by input. Raises KLoRAError, and writes nothing then."""
+    borrowed: what the cache knows of fetched files, by input. Raises KLoRAError, and writes nothing then."""
     if out.suffix != ".safetensors":
         raise RequestError(f"out is {out.name!r}. Expected a name that ends in .safetensors.")
     schedule, steps = Schedule.from_pattern(wanted.pattern, wanted.alpha, wanted.beta), wanted.span
-    scores = {name: loan.scores for name, loan in lent.items()}
+    scores = {name: facts.scores for name, facts in borrowed.items()}
     pair = read_pair(files, bases, scores)
     if pair.base is None:  # and the file's own names would be no tool's, nor its text encoders known
         raise LoRAError(f"The LoRAs can only be exported by a base that reads both, but they were {pair}.")
@@ -93,7 +93,7 @@ def exported(
     lora = rounded(reduced(exact, wanted.rank) if wanted.rank else exact, DTYPES[wanted.dtype])
     told = _told(exact, lora, wins, steps)
     family = FAMILIES[bases[pair.base][0]]
-    facts = _facts(wanted, pair, files, lent) | _numbers(told)
+    facts = _facts(wanted, pair, files, borrowed) | _numbers(told)
     facts |= {"pattern": schedule.pattern, "alpha": schedule.alpha, "beta": schedule.beta}
     _save(replace(lora, metadata=_metadata(facts, family.name)), family.component, wanted.format, out)
     return told
@@ -229,11 +229,11 @@ def _told(exact: LoRA, lora: LoRA, wins: Tensor, steps: tuple[int, int] | None) 
     return Exported(span, flipping, contradicted, *errors(exact, lora), (min(ranks), max(ranks)))
 
 
-def _facts(wanted: Export, pair: Pair, files: Mapping[str, Path], lent: Mapping[str, Borrowed]) -> dict[str, Any]:
+def _facts(wanted: Export, pair: Pair, files: Mapping[str, Path], borrowed: Mapping[str, Borrowed]) -> dict[str, Any]:
     """What the pair and the wish say, without secrets."""
     facts = asdict(wanted) | {"base": pair.base, "versions": versions()}
     for role, lora in zip(_ROLES, (pair.content, pair.style), strict=True):
-        loan = lent.get(name := f"{role}_lora")
+        loan = borrowed.get(name := f"{role}_lora")
         facts[name] = canonical(wanted.loras[name], fetched=loan is not None)
         facts[f"{role}_sha256"] = Shelf().sha256(files[name], loan.scores if loan else None)
         facts[f"{role}_trigger"] = lora.metadata.get("trigger") or next(iter(loan.triggers if loan else ()), "")

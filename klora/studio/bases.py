@@ -21,14 +21,15 @@ from klora.models.family import Family
 
 logger = logging.getLogger(__name__)
 Products = Literal["own", "float8"]
-"""In what compiled blocks multiply: in the base's own dtype, or in float8 where products are most of a step."""
+"""The dtype of compiled blocks' products: the base's own, or float8 where products are most of a step."""
 
-PROMPTS = 16  # remembered as a base's text encoders have read them: 4 MB each on FLUX.1
+PROMPTS = 16  # whose embeddings are kept for each base: 4 MB each on FLUX.1
 
 
 class ResidentBases:
-    """Loaded bases, least recently used first. compiled: whether prepare() compiles their blocks, which takes minutes;
-    no request waits for that; and in what these multiply then. spare: lets go of what is less to read than a base."""
+    """Loaded bases, least recently used first. free: bytes that a device has left. compiled: in what the blocks
+    multiply that prepare() compiles; None compiles none. spare: frees memory that is cheaper to fill again than a
+    base's."""
 
     def __init__(
         self,
@@ -43,7 +44,7 @@ class ResidentBases:
 
     @property
     def names(self) -> list[str]:
-        """Of the loaded ones, least recently used first."""
+        """Names of the loaded bases, least recently used first."""
         return list(self._bases)
 
     def encoder(self, name: str) -> Encode:
@@ -51,7 +52,7 @@ class ResidentBases:
         return self._bases[name][1]
 
     def prepare(self, bases: Iterable[tuple[str, str, Path]]) -> None:
-        """Load, in their order, those that fit beside one another. (name, key of FAMILIES, folder) each. Raises
+        """Load, in their order, those that fit beside one another. bases: (name, key of FAMILIES, folder) each. Raises
         BaseModelError."""
         # One after the other: while a model is made, its libraries change torch for all threads.
         for name, family, path in bases:
@@ -84,8 +85,8 @@ class ResidentBases:
         return self._free(self.device) >= needed + HEADROOM_BYTES
 
     def _make_room(self, name: str, needed: int) -> None:
-        """Let what can be spared go, then bases, until another fits. Raises BaseModelError, and lets no base go, where
-        that could not help."""
+        """Free what can be spared, then bases, until another of needed bytes fits. Raises BaseModelError, and frees no
+        base, where that would not be enough."""
         if not self._fits(needed):
             self._spare()
             release(self.device)
@@ -102,7 +103,7 @@ class ResidentBases:
 
 
 def _bytes_of(path: Path, dtype: torch.dtype) -> int:
-    """What a base takes when its parts are loaded in a dtype, whatever the one that their files are in."""
+    """Bytes of memory that a base's weights take when loaded in a dtype, whatever the dtype of its files."""
     try:
         return sum(file.stat().st_size + _growth(file, dtype) for file in files_read(path))
     except (OSError, SafetensorError):
@@ -110,7 +111,7 @@ def _bytes_of(path: Path, dtype: torch.dtype) -> int:
 
 
 def _growth(file: Path, dtype: torch.dtype) -> int:
-    """Bytes by which a file's tensors grow, or shrink, in a dtype."""
+    """Bytes that a file's tensors take in a dtype less those in its own; may be negative."""
     sizes, grown = {"F32": 4, "F16": 2, "BF16": 2}, 0
     with safe_open(file, framework="pt") as tensors:
         for key in tensors.keys():  # noqa: SIM118, it is no mapping
@@ -120,5 +121,6 @@ def _growth(file: Path, dtype: torch.dtype) -> int:
 
 
 def _held_by(model: Family) -> int:
+    """Bytes of a loaded base's parameters."""
     modules = (part for part in model.pipe.components.values() if isinstance(part, torch.nn.Module))
     return sum(parameter.nbytes for module in modules for parameter in module.parameters())

@@ -1,4 +1,4 @@
-"""LoRA files by what is in them, under whatever name. Knows no request."""
+"""LoRA files by their content, under whatever name. Knows no request."""
 
 from collections.abc import Iterable
 from contextlib import suppress
@@ -9,9 +9,9 @@ from klora.files.shelf import Shelf
 
 
 def digests(references: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """{reference: sha256 of each file of that LoRA, in hex}, of those that are paths on this machine, also pinned ones.
+    """{reference: sha256 of each file of that LoRA, in hex}, for references that are paths here, pinned or not.
 
-    Without what cannot be read: whoever uses it is told why.
+    A file that cannot be read is left out: using it raises the reason.
     """
     shelf, found = Shelf(), dict[str, tuple[str, ...]]()
     for reference in references:

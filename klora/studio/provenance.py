@@ -85,10 +85,10 @@ class Provenance:
     def of(
         cls, request: Request, folder: Path, loras: Mapping[str, UsedLoRA], measured: Mapping[str, Any]
     ) -> "Provenance":
-        """Of the first image of a batch. request: settled; folder: its base's."""
-        given, told = request.changed, _INPUTS - set(_idle(request, loras))
+        """Of the first image of a batch. request: settled(); folder: its base's."""
+        given, effective = request.changed, _INPUTS - set(_idle(request, loras))
         return cls(
-            {name: value for name, value in given.items() if name in told},
+            {name: value for name, value in given.items() if name in effective},
             0,
             loras,
             {name: picture_sha256(given[name]) for name in _PICTURES if name in given},
@@ -104,12 +104,12 @@ class Provenance:
 
     def record(self) -> str:
         """JSON, in characters that every format holds."""
-        told = json.dumps({"klora": FORM, "seed": self.seed, **asdict(self)}, ensure_ascii=False)
-        return _UNPRINTED.sub(lambda found: f"\\u{ord(found[0]):04x}", told)
+        text = json.dumps({"klora": FORM, "seed": self.seed, **asdict(self)}, ensure_ascii=False)
+        return _UNPRINTED.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
     def parameters(self, size: tuple[int, int]) -> str:
         """For viewers: the prompts, and a line of "name: value" pairs. size: the image's, in pixels."""
-        told = {
+        settings = {
             "Steps": self.inputs["num_inference_steps"],
             "Sampler": self.inputs.get("scheduler", "Euler"),
             "CFG scale": self.inputs["guidance_scale"],
@@ -119,7 +119,7 @@ class Provenance:
             **{f"{name.removesuffix('_lora').capitalize()} LoRA": lora.reference for name, lora in self.loras.items()},
             "Version": f"klora {self.versions['klora']}",
         }
-        line = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in told.items())
+        line = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in settings.items())
         if self.loras:
             line += f", Hashes: {json.dumps(self._hashes())}"
         negative = self.inputs.get("negative_prompt")
@@ -127,16 +127,16 @@ class Provenance:
         return "\n".join(lines).encode("utf-8", "replace").decode()
 
     def _hashes(self) -> dict[str, str]:
-        """As CivitAI's readers take them, the first ten digits by a LoRA's name: its file's, unless both have that."""
+        """{"lora:NAME": first ten digits}, for CivitAI's readers. NAME: of its file, of two alike its reference."""
         used = self.loras.values()
-        named = {PurePath(lora.reference).stem: lora for lora in used}
-        if len(named) < len(used):
-            named = {lora.reference: lora for lora in used}
-        return {f"lora:{name}": lora.sha256[0][:10] for name, lora in named.items()}
+        by_name = {PurePath(lora.reference).stem: lora for lora in used}
+        if len(by_name) < len(used):
+            by_name = {lora.reference: lora for lora in used}
+        return {f"lora:{name}": lora.sha256[0][:10] for name, lora in by_name.items()}
 
     def request(self, **given: Any) -> Request:
-        """The request of its batch. given: the images that it was made from, and references of LoRAs that are elsewhere
-        now. Raises RequestError for what is lacking, another or too much."""
+        """The request of its batch. given: the input images, which no record holds, and references of LoRAs that are
+        elsewhere now. Raises RequestError for one that is missing, another than it was, or was not used."""
         if odd := given.keys() - self.loras.keys() - self.pictures.keys():
             raise RequestError(f"{min(odd)} is given, but the image was made without one. Leave it out.")
         for name, pixels in self.pictures.items():
@@ -154,7 +154,7 @@ class Provenance:
         return Request(**{name: value for name, value in self.inputs.items() if name not in idle}, **loras)
 
     def check(self, found: Mapping[str, Sequence[str]]) -> None:
-        """Raise LoRAError where a LoRA's files are not those that were used. found: their sha256, by input."""
+        """Raise LoRAError where a LoRA's files are not those that were used. found: the files' sha256, by input."""
         for name, lora in self.loras.items():
             if set(found[name]) != set(lora.sha256):
                 raise LoRAError(
@@ -171,18 +171,18 @@ class Provenance:
 
 
 def settled(request: Request, model: str, steps: int, guidance_scale: float) -> Request:
-    """With what depended on the base, or on which LoRAs there are, said outright."""
-    wanted: dict[str, Any] = {"model": model, "num_inference_steps": steps}
+    """The request with the defaults filled in that depend on the base, or on which LoRAs there are."""
+    filled_in: dict[str, Any] = {"model": model, "num_inference_steps": steps}
     if request.guidance_scale is None:
-        wanted["guidance_scale"] = guidance_scale
+        filled_in["guidance_scale"] = guidance_scale
     if request.fusion == "klora" and len(request.loras) == len(_LORAS) and not request.compare:  # which shows both
         schedule = Schedule.from_pattern(request.pattern, request.alpha, request.beta)
-        wanted |= {"pattern": schedule.pattern, "alpha": schedule.alpha, "beta": schedule.beta}
-    return replace(request, **wanted)
+        filled_in |= {"pattern": schedule.pattern, "alpha": schedule.alpha, "beta": schedule.beta}
+    return replace(request, **filled_in)
 
 
 def _idle(request: Request, loras: Collection[str]) -> Iterator[str]:
-    """Inputs that have no effect whatever they are, and are not refused: payloads for others have them."""
+    """Names of inputs that have no effect on this request. They are not refused: payloads of other models have them."""
     if request.image is None:
         yield "prompt_strength"
     for role in ("content", "style"):
@@ -191,8 +191,8 @@ def _idle(request: Request, loras: Collection[str]) -> Iterator[str]:
 
 
 def canonical(reference: str, *, fetched: bool) -> str:
-    """A reference without secrets: of what was fetched, as klora.sources prints it; of a local file, the path below the
-    working folder, else the name alone, for the rest is the machine's."""
+    """A reference without secrets: of a fetched file as klora.sources prints it; of a local one the path if it is below
+    the working folder, else the name alone, for other folders are the machine's affair."""
     if fetched:
         return str(parse(reference))
     path = PurePath(reference.strip().partition("#sha256=")[0])
@@ -200,7 +200,7 @@ def canonical(reference: str, *, fetched: bool) -> str:
 
 
 def _lost(reference: str) -> str:
-    """In words, why a canonical reference leads to nothing here; "" where it may."""
+    """Why a canonical() reference cannot be fetched or opened here, as the rest of a sentence; "" where it may be."""
     if re.match("data:[0-9a-f]{64}(?:#|$)", reference):
         return "came in the request itself"
     with suppress(SourceError):  # of an odd name of a file
@@ -213,7 +213,7 @@ def _lost(reference: str) -> str:
 
 
 def picture_sha256(picture: Image.Image) -> str:
-    """Of an image's mode, size and pixels, in hex: whatever file they came in."""
+    """Sha256 of an image's mode, size and pixels, in hex: the same whatever file they came in."""
     return sha256(f"{picture.mode} {picture.size} ".encode() + picture.tobytes()).hexdigest()
 
 
@@ -228,7 +228,7 @@ def sources_of(base: str, folder: Path) -> dict[str, str]:
 
 @cache
 def versions() -> Mapping[str, str]:
-    """Of what decides an image's last bits."""
+    """The versions of the libraries that decide an image's last bits, by name."""
     return {"klora": __version__, **{name: version(name) for name in ("torch", "diffusers", "transformers")}}
 
 
@@ -263,37 +263,37 @@ def read_provenance(file: Path) -> Provenance:
     if not record:
         raise RequestError(f"{file.name} does not say how it was made. Expected an image as klora has written it.")
     try:
-        told = json.loads(record)
-        form, made = told["klora"], _read(told) if told["klora"] == FORM else None
+        parts = json.loads(record)
+        form, provenance = parts["klora"], _parsed(parts) if parts["klora"] == FORM else None
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise RequestError(
             f"{file.name} says how it was made in a record that is damaged. Expected klora's."
         ) from error
-    if made is None:
+    if provenance is None:
         raise RequestError(
             f"{file.name} says how it was made in form {form!r:.20}. Expected {FORM}, which this klora reads."
         )
-    return made
+    return provenance
 
 
-def _read(told: Mapping[str, Any]) -> Provenance:
-    """The record of anyone's file, so that nothing in it is taken for granted. Raises what fits it."""
-    inputs, loras, pictures = (dict(told[name]) for name in ("inputs", "loras", "pictures"))
+def _parsed(record: Mapping[str, Any]) -> Provenance:
+    """The Provenance of a record from anyone's file: nothing in it is trusted. Raises ValueError and its like."""
+    inputs, loras, pictures = (dict(record[name]) for name in ("inputs", "loras", "pictures"))
     if not (_ALWAYS <= inputs.keys() <= _INPUTS and loras.keys() <= {*_LORAS} and pictures.keys() <= {*_PICTURES}):
         raise ValueError("other inputs than there are")
     used = {n: UsedLoRA(str(x["reference"]), tuple(map(str, x["sha256"])), str(x["trigger"])) for n, x in loras.items()}
-    plain = [{name: str(value) for name, value in told[part].items()} for part in ("sources", "versions")]
-    place = told["place"] if told["place"] in ("compare", "sweep") else int(told["place"])
-    return Provenance(inputs, place, used, pictures, plain[0], dict(told["measured"]), plain[1])
+    plain = [{name: str(value) for name, value in record[part].items()} for part in ("sources", "versions")]
+    place = record["place"] if record["place"] in ("compare", "sweep") else int(record["place"])
+    return Provenance(inputs, place, used, pictures, plain[0], dict(record["measured"]), plain[1])
 
 
 def _quoted(value: str) -> str:
-    """As the readers of parameters take a value that has a separator in it."""
+    """The value, in quotes where it has a separator in it, as readers of the parameters expect."""
     return json.dumps(value, ensure_ascii=False) if re.search('[,:\n"]', value) else value
 
 
 def _cut(parameters: str) -> bytes:
-    """UTF-16, big-endian as readers expect it; of what is too long the end of the prompts is left out."""
+    """The parameters in UTF-16, big-endian as readers expect; the prompts' end is cut to fit MAX_COMMENT_BYTES."""
     head, newline, line = (part.encode("utf-16-be") for part in parameters.rpartition("\n"))
     most = max(0, MAX_COMMENT_BYTES - len(newline + line))
     kept = head[:most].decode("utf-16-be", "ignore").encode("utf-16-be")  # without half a character at its end

@@ -19,8 +19,8 @@ LEGIBLE = 192  # pixels that a cell is wide at least; smaller images are enlarge
 
 @dataclass(frozen=True)
 class Way:
-    """One cell of a sheet: what is written over it, and the request for it.  style_share: in [0, 1], where K-LoRA
-    has layers to choose in.  decision: equal where two ways come to the same image."""
+    """One cell of a sheet: its label, and the request for its image.  style_share: in [0, 1]; None where K-LoRA has no
+    choice.  decision: equal for two ways that come to the same image."""
 
     label: str
     request: Request
@@ -35,7 +35,7 @@ class Way:
 
 
 def ways_of(request: Request, fusion: Fusion, steps: int) -> dict[str, list[Way]]:
-    """{sheet: its cells}, of the sheets that a request asks for. fusion: its pair's; steps: of the full schedule."""
+    """{sheet's name: its cells} for the sheets of a request. fusion: of its two LoRAs; steps: of the full schedule."""
     bare = replace(request, report=False, compare=False, sweep=False)
     compared = {
         "content only": bare.without_choice("content"),
@@ -46,7 +46,7 @@ def ways_of(request: Request, fusion: Fusion, steps: int) -> dict[str, list[Way]
     }
     swept = {f"style_bias {bias:g}": replace(bare, style_bias=bias) for bias in SWEEP}
     sheets = {"compare": compared, "sweep": swept}
-    return {name: [_way(label, own, fusion, steps) for label, own in sheets[name].items()] for name in request.sheets}
+    return {name: [_way(label, way, fusion, steps) for label, way in sheets[name].items()] for name in request.sheets}
 
 
 def _way(label: str, request: Request, fusion: Fusion, steps: int) -> Way:
@@ -60,7 +60,7 @@ def _way(label: str, request: Request, fusion: Fusion, steps: int) -> Way:
 def draw_ways(
     ways: Sequence[Way], draw: Callable[[Request, OnStep], Image.Image], on_step: OnStep
 ) -> dict[Hashable, Image.Image]:
-    """{decision: its image}, each drawn once. on_step(i, steps) counts the steps of all."""
+    """{decision: its image}, each drawn once. on_step(i, steps) is called with the steps of all images as one run."""
     requests = {way.decision: way.request for way in ways}
 
     def counted(done: int, step: int, steps: int) -> None:
@@ -72,27 +72,27 @@ def draw_ways(
 
 
 def tallied(record: Record) -> Record:
-    """What a sheet's images tell, to be told of the sheet: their seconds in all, the most memory that one took, and
-    nothing that is each one's own."""
-    seconds, most = defaultdict[str, float](float), 0
+    """A Record for each image of a sheet, which gives record the sheet's metrics: sums of seconds, the largest
+    peak_bytes, and nothing that differs from image to image."""
+    seconds, peak = defaultdict[str, float](float), 0
 
-    def tell(name: str, value: Any) -> None:
-        nonlocal most
+    def record_image(name: str, value: Any) -> None:
+        nonlocal peak
         if name == "peak_bytes":
-            value = most = max(most, value)
+            value = peak = max(peak, value)
         if name.endswith("_seconds"):
             seconds[name] += value
             value = seconds[name]
         if name not in ("style_share", "flips", "flips_per_step"):
             record(name, value)
 
-    return tell
+    return record_image
 
 
 def contact_sheet(ways: Sequence[Way], images: Mapping[Hashable, Image.Image]) -> Image.Image:
-    """The images in a row, each with its label and caption above it. One that is not there leaves a blank, and says so.
+    """The images in a row, each with its label and caption above it. A missing one leaves a blank cell that says so.
 
-    Of one size, pixel for pixel, or enlarged by a whole number to LEGIBLE pixels.
+    images: by decision, all of one size, shown pixel for pixel, or enlarged by a whole number to LEGIBLE pixels.
     """
     width, height = next(iter(images.values())).size
     zoom = -(-LEGIBLE // width)

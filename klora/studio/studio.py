@@ -37,13 +37,13 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FindBase = Callable[[str | None, str | None, str], tuple[str, str, Path]]
-"""(a base's name or None, the family that its LoRAs need or None, the base that one of them names or "") -> (name, key
-of FAMILIES, folder)."""
+"""(a base's name or None, the family that the LoRAs need or None, the base that one of them names or "") -> (the base's
+name, key of FAMILIES, folder)."""
 
 
 class Studio:
-    """Loaded bases, least recently used first, and the safety checker. compiled: whether go_fast finds compiled blocks,
-    which takes prepare() minutes, and in what these multiply."""
+    """Loaded bases and the safety checker, and what is made with them. compiled: whether prepare() compiles blocks for
+    go_fast, which takes minutes, and in what these multiply."""
 
     def __init__(
         self,
@@ -81,53 +81,53 @@ class Studio:
     def make(
         self,
         request: Request,
-        loras: Mapping[str, Path],
+        files: Mapping[str, Path],
         record: Record = lambda name, value: None,
         on_step: OnStep = lambda step, steps: None,
-        lent: Mapping[str, Borrowed] = MappingProxyType({}),
+        borrowed: Mapping[str, Borrowed] = MappingProxyType({}),
         again: Provenance | None = None,
     ) -> dict[Place, Image.Image]:
         """{place in the batch: image}, without the images that the safety checker withholds, or {name: contact sheet}
         of the sheets that are asked for. Raises KLoRAError.
 
         Each has its Provenance in info["provenance"].
-        loras: files by input, "content_lora" and "style_lora". Without request.model the LoRAs choose the base.
-        lent: by input, what more is known of a fetched file: where K-LoRA's scores of it may be kept, which are
-        computed anew of others, and its triggers.  again: of an image to be made again, by LoRAs with these sha256 and
-        triggers.
+        files: the LoRAs by input, "content_lora" and "style_lora". Without request.model they choose the base.
+        borrowed: by input, what the cache knows of a fetched file: where K-LoRA's scores of it are kept, which are
+        computed anew for other files, and its triggers.  again: the record of an image to be made again, which states
+        the sha256 and the triggers of its LoRAs.
         """
-        ready = self._ready(request, loras, lent, again)
+        ready = self._ready(request, files, borrowed, again)
         measured = dict[str, Any]()
 
         def measure(name: str, value: Any) -> None:
             measured[name] = value
             record(name, value)
 
-        tell = tallied(measure) if request.sheets else measure
+        record_image = tallied(measure) if request.sheets else measure
 
-        def drawn(asked: Request, reached: OnStep) -> list[Image.Image]:
-            return self._drawn(asked, ready, ready.draws(asked, tell), tell, reached)
+        def draw(request: Request, on_step: OnStep) -> list[Image.Image]:
+            return self._drawn(request, ready, ready.draws(request, record_image), record_image, on_step)
 
-        said = [f"{name}_lora: {lora.report}" for name, lora in ready.loras.items()] + request.remarks(ready.loras)
+        lines = [f"{role}_lora: {lora.report}" for role, lora in ready.loras.items()] + request.remarks(ready.loras)
         if len(ready.loras) == 2 and request.fusion == "klora":
-            told = ready.report(request)
-            said += [told.summary(), *told.advised]
-            measure("fusion", told.summary())
-        for line in said:
+            report = ready.report(request)
+            lines += [report.summary(), *report.advised]
+            measure("fusion", report.summary())
+        for line in lines:
             logger.info("%s", line)
         if request.sheets:
-            shown = _sheets(request, ready, lambda asked, reached: drawn(asked, reached)[0], on_step)
+            shown = _sheets(request, ready, lambda way, on_step: draw(way, on_step)[0], on_step)
         else:
-            shown = _shown(drawn(request, on_step), ready.checker)
-        for name, facts in lent.items():
+            shown = _shown(draw(request, on_step), ready.checker)
+        for name, facts in borrowed.items():
             self._shelf.keep(facts.scores, ready.loras[name.removesuffix("_lora")])
-        made = Provenance.of(ready.settled(request), ready.path, ready.used, measured)
+        provenance = Provenance.of(ready.settled(request), ready.path, ready.used, measured)
         for place, image in shown.items():
-            image.info["provenance"] = replace(made, place=place)
+            image.info["provenance"] = replace(provenance, place=place)
         return shown
 
     def draw(
-        self, requests: Sequence[Request], loras: Mapping[str, Path], lent: Mapping[str, Borrowed], check: Check
+        self, requests: Sequence[Request], files: Mapping[str, Path], borrowed: Mapping[str, Borrowed], check: Check
     ) -> dict[int, Image.Image]:
         """{place: image} of requests for one image each, which agree in all but prompt and seed and are drawn together;
         without the images that the safety checker withholds. Arguments and errors as make(), and what check raises.
@@ -135,19 +135,19 @@ class Studio:
         Each has its Provenance in info["provenance"], as if it were drawn alone, and its prompt with the trigger words
         in info["caption"].
         """
-        first = self._ready(requests[0], loras, lent)
+        first = self._ready(requests[0], files, borrowed, None)
         check(first.used)
-        worded = any(facts.triggers for facts in lent.values())  # of which it depends on the prompt which one calls
-        ready = [first, *(self._ready(asked, loras, lent) if worded else first for asked in requests[1:])]
-        draws = [own.draws(asked)[0] for asked, own in zip(requests, ready, strict=True)]
+        by_prompt = any(facts.triggers for facts in borrowed.values())  # which of several triggers a LoRA is called by
+        ready = [first, *(self._ready(each, files, borrowed, None) if by_prompt else first for each in requests[1:])]
+        draws = [each.draws(request)[0] for request, each in zip(requests, ready, strict=True)]
         measured = dict[str, Any]()
         images = self._drawn(requests[0], first, draws, measured.__setitem__, lambda step, steps: None)
-        for name, facts in lent.items():
+        for name, facts in borrowed.items():
             self._shelf.keep(facts.scores, first.loras[name.removesuffix("_lora")])
-        made = Provenance.of(first.settled(requests[0]), first.path, first.used, measured)
-        for asked, own, draw, image in zip(requests, ready, draws, images, strict=True):
-            inputs = {**made.inputs, "prompt": asked.prompt, "seed": asked.seed}
-            image.info |= {"provenance": replace(made, inputs=inputs, loras=own.used), "caption": draw.prompt}
+        shared = Provenance.of(first.settled(requests[0]), first.path, first.used, measured)
+        for request, each, draw, image in zip(requests, ready, draws, images, strict=True):
+            inputs = {**shared.inputs, "prompt": request.prompt, "seed": request.seed}
+            image.info |= {"provenance": replace(shared, inputs=inputs, loras=each.used), "caption": draw.prompt}
         return _passed(images, first.checker)
 
     def _drawn(
@@ -157,39 +157,39 @@ class Studio:
         return generate(ready.model, request, **ready.loras, encode=encode, record=record, on_step=on_step, draws=draws)
 
     def report(
-        self, request: Request, loras: Mapping[str, Path], lent: Mapping[str, Borrowed] = MappingProxyType({})
+        self, request: Request, files: Mapping[str, Path], borrowed: Mapping[str, Borrowed] = MappingProxyType({})
     ) -> Report:
         """What K-LoRA does with a request's pair, whose images it does not make. Arguments and errors as make()."""
-        alphas = {name.removesuffix("_lora"): stated_alphas(path) for name, path in loras.items()}
-        return self._ready(request, loras, lent).report(request, alphas)
+        alphas = {name.removesuffix("_lora"): stated_alphas(path) for name, path in files.items()}
+        return self._ready(request, files, borrowed, None).report(request, alphas)
 
     def _ready(
-        self, request: Request, loras: Mapping[str, Path], lent: Mapping[str, Borrowed], again: Provenance | None = None
+        self, request: Request, files: Mapping[str, Path], borrowed: Mapping[str, Borrowed], again: Provenance | None
     ) -> "_Ready":
         """The base, loaded, and the LoRAs, read for it. Arguments and errors as make()."""
-        base, family, path = self._base_for(request, loras)
+        base, family, path = self._base_for(request, files)
         refuse_unsupported(FAMILIES[family], request)  # before a base is loaded for it
-        sha256 = {name: self._sha256(name, path, lent.get(name)) for name, path in loras.items()}
+        scores = {name: facts.scores for name, facts in borrowed.items()}
+        sha256 = {name: _for_input(name, self._shelf.sha256, file, scores.get(name)) for name, file in files.items()}
         if again:
             again.check(sha256)
         checker = None if request.disable_safety_checker else self._safety()
         model = self.load(base, family, path)
-        read, used = {}, {}
-        for name, file in loras.items():
-            facts = lent.get(name)
-            read_lora = partial(_said_of, name, lambda path: model.read_lora(path).to(self.device))
-            lora = self._shelf.take(base, file, read_lora, facts.scores if facts else None)
-            word = again.loras[name].trigger if again else _trigger(lora, facts, request.prompt)
-            read[name.removesuffix("_lora")] = replace(lora, metadata={**lora.metadata, "trigger": word})
+        loras, used = {}, {}
+        for name, file in files.items():
+            facts = borrowed.get(name)
+            read_lora = partial(_for_input, name, lambda path: model.read_lora(path).to(self.device))
+            lora = self._shelf.take(base, file, read_lora, scores.get(name))
+            trigger = again.loras[name].trigger if again else _trigger(lora, facts, request.prompt)
+            loras[name.removesuffix("_lora")] = replace(lora, metadata={**lora.metadata, "trigger": trigger})
             reference = canonical(request.loras.get(name, file.name), fetched=facts is not None)
-            used[name] = UsedLoRA(reference, sha256[name], word)
-        return _Ready(base, path, model, read, used, checker)
+            used[name] = UsedLoRA(reference, sha256[name], trigger)
+        return _Ready(base, path, model, loras, used, checker)
 
-    def _base_for(self, request: Request, loras: Mapping[str, Path]) -> tuple[str, str, Path]:
-        """What FindBase gives, once it is sure that no LoRA was made for another family."""
-        told = partial(self._shelf.origin, read=origin_of)
-        found = {name: _said_of(name, told, path) for name, path in loras.items()}
-        made_for = {name: origin for name, origin in found.items() if origin}
+    def _base_for(self, request: Request, files: Mapping[str, Path]) -> tuple[str, str, Path]:
+        """What FindBase gives. Raises LoRAError where a LoRA was made for another family."""
+        origins = {name: _for_input(name, self._shelf.origin, file, origin_of) for name, file in files.items()}
+        made_for = {name: origin for name, origin in origins.items() if origin}
         needed = next((origin.family for origin in made_for.values() if origin.family), None)
         named = next((origin.base for origin in made_for.values() if origin.base), "")
         base, family, path = self._find_base(request.model, needed, named)
@@ -199,9 +199,6 @@ class Studio:
                 raise LoRAError(f"{seen}. Expected one for {FAMILIES[family].name}.")
         return base, family, path
 
-    def _sha256(self, name: str, file: Path, facts: Borrowed | None) -> tuple[str, ...]:
-        return _said_of(name, lambda path: self._shelf.sha256(path, facts.scores if facts else None), file)
-
     def _safety(self) -> SafetyChecker:
         self._checker = self._checker or SafetyChecker.load(self._safety_checker, self.device)
         return self._checker
@@ -209,29 +206,30 @@ class Studio:
 
 @dataclass(frozen=True)
 class _Ready:
-    """What a request runs on.  path: the base's folder; loras: {"content" or "style": as read}; used: by input."""
+    """What a request runs on.  path: the base's folder; loras: by role, "content" and "style"; used: by input, with
+    "_lora" after that; checker: None where the request wants none."""
 
     base: str
     path: Path
     model: Family
     loras: Mapping[str, LoRA]
     used: Mapping[str, UsedLoRA]
-    checker: SafetyChecker | None  # where the request wants one
+    checker: SafetyChecker | None
 
     def steps(self, request: Request) -> int:
-        """Of the full schedule."""
+        """The number of steps of the full schedule."""
         return request.num_inference_steps or self.model.steps
 
     def settled(self, request: Request) -> Request:
-        """With what depended on the base said outright."""
+        """The request with the defaults filled in that the base decides."""
         return settled(request, self.base, self.steps(request), self.model.guidance_scale)
 
     def draws(self, request: Request, record: Record = lambda name, value: None) -> list[Draw]:
-        """What sets the images of a batch apart."""
+        """The prompt and the seed of each image of a batch."""
         return draws_of(request, self.loras.get("content"), self.loras.get("style"), record)
 
     def fusion(self) -> Fusion:
-        """Of both LoRAs, which remember their scores."""
+        """Both LoRAs scored against each other, once: they remember their scores."""
         return fuse(self.loras["content"], self.loras["style"])
 
     def report(self, request: Request, alphas: Mapping[str, Counts] = MappingProxyType({})) -> Report:
@@ -247,38 +245,39 @@ def save_images(images: Mapping[Place, Image.Image], folder: Path, request: Requ
     seeds = {place: request.seed + place if isinstance(place, int) else request.seed for place in images}
     paths = {place: folder / f"klora_{seeds[place]}_{place}.{request.output_format}" for place in images}
 
-    def save(index: Place) -> None:
-        made = images[index].info.get("provenance")
-        told = stamp(made, images[index].size, request.output_format) if made else {}
-        images[index].save(paths[index], quality=request.output_quality, **told)
+    def save(place: Place) -> None:
+        provenance = images[place].info.get("provenance")
+        metadata = stamp(provenance, images[place].size, request.output_format) if provenance else {}
+        images[place].save(paths[place], quality=request.output_quality, **metadata)
 
     in_threads(save, images)
     return list(paths.values())
 
 
 def _trigger(lora: LoRA, facts: Borrowed | None, prompt: str) -> str:
-    """What its file states, else one of its authority's words: one that the prompt has, else the first; "" for none."""
-    said = facts.triggers if facts else ()
-    had = [word for word in said if has_word(prompt, word, lora)]
-    return next(filter(None, (lora.metadata.get("trigger"), *had, *said)), "")
+    """The word that calls a LoRA: what its file states, else of the triggers on its page the first that the prompt has,
+    else the first; "" for none."""
+    listed = facts.triggers if facts else ()
+    in_prompt = [word for word in listed if has_word(prompt, word, lora)]
+    return next(filter(None, (lora.metadata.get("trigger"), *in_prompt, *listed)), "")
 
 
-def _said_of(name: str, read: Callable[[Path], T], path: Path) -> T:
-    """read(path), what is wrong with the file being said of the input that names it."""
+def _for_input(name: str, read: Callable[..., T], *arguments: Any) -> T:
+    """read(*arguments), with the name of the input in front of a LoRAError's text."""
     try:
-        return read(path)
+        return read(*arguments)
     except LoRAError as error:
         raise LoRAError(f"{name}: {error}") from error
 
 
 def _passed(images: Sequence[Image.Image], checker: SafetyChecker | None) -> dict[int, Image.Image]:
     flags = checker.flagged(list(images)) if checker else [False] * len(images)
-    return {index: image for index, (image, flag) in enumerate(zip(images, flags, strict=True)) if not flag}
+    return {place: image for place, (image, flag) in enumerate(zip(images, flags, strict=True)) if not flag}
 
 
 def _shown(images: Sequence[Image.Image], checker: SafetyChecker | None) -> dict[Place, Image.Image]:
     passed = _passed(images, checker)
-    withheld = ", ".join(str(index) for index in range(len(images)) if index not in passed)
+    withheld = ", ".join(str(place) for place in range(len(images)) if place not in passed)
     if not passed:
         raise SafetyError(
             f"The safety checker withheld every image ({withheld}). "

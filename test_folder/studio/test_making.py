@@ -88,14 +88,14 @@ def test_loras_of_a_loaded_base_wait_for_nothing_that_is_known(
     fresh.prepare([weights.find_base(BASES[family])])
     monkeypatch.setattr(linears, "linear_shapes", None)  # nobody needs it from now on
     files = pair_of(loras, family)
-    lent = {name: Borrowed(path, tmp_path / f"{name}.json") for name, path in files.items()}
-    before = made(fresh, request(), files, lent=lent)
-    assert all(facts.scores.exists() for facts in lent.values())
+    borrowed = {name: Borrowed(path, tmp_path / f"{name}.json") for name, path in files.items()}
+    before = made(fresh, request(), files, borrowed=borrowed)
+    assert all(facts.scores.exists() for facts in borrowed.values())
     for name in ("files.container.safe_open", "files.container.tarfile", "files.shelf.json", "fusion.importance"):
         monkeypatch.setattr(f"klora.{name}", None)
     monkeypatch.setattr("klora.studio.provenance.version", None)
-    assert not same(before, made(fresh, request(content_scale=0.5), files, lent=lent))
-    assert same(before, made(fresh, request(), files, lent=lent))
+    assert not same(before, made(fresh, request(content_scale=0.5), files, borrowed=borrowed))
+    assert same(before, made(fresh, request(), files, borrowed=borrowed))
 
 
 @pytest.mark.parametrize("fusion", ["klora", "sum", "content", "style"])
