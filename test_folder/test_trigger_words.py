@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from klora.cache import Borrowed
-from klora.files.report import stated
+from klora.files.report import stated_triggers
 from klora.form.request import Request
 from klora.studio import Studio
 
@@ -73,7 +73,7 @@ def test_what_the_file_states_goes_before_what_others_say_and_is_what_inspect_sh
 ) -> None:
     save_file(load_file(lora), lora, {key: "a photo of own, ", "ss_tag_frequency": '{"1_x": {"a tag": 9}}'})
     image, added = drawn(studio, lora, "a dog")
-    assert added == "a photo of own" == stated(safe_open(lora, "pt").metadata())[0]
+    assert added == "a photo of own" == stated_triggers(safe_open(lora, "pt").metadata())[0]
     assert np.array_equal(image, drawn(studio, lora, "a photo of own, a dog", add_triggers=False)[0])
     assert drawn(studio, lora, "A photo of own by the sea")[1] is None
 

@@ -1,5 +1,5 @@
-"""What diffusers and PEFT say of alpha beside the tensors, read as plain numbers and names; nothing of it is executed
-or handed to a constructor."""
+"""The alphas that diffusers and PEFT state outside the tensors, in a header's metadata or in adapter_config.json: read
+as plain numbers and names, of which nothing is executed or handed to a constructor."""
 
 import json
 import math
@@ -10,25 +10,25 @@ from typing import Any
 from klora.errors import LoRAError
 from klora.files.container import Contents
 from klora.files.factors import scaled
-from klora.files.names import Place
+from klora.files.names import LayerKey
 from klora.lora import LowRank
 
-_ALPHA = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # by PEFT's name for a kind
+_ALPHA = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # {peft_type: its key for alpha}
 # Initialisations that change the base's own weights: the pairs are right for that other base alone.
 _MOVED = re.compile(r"pissa|olora|loftq|corda|lora_ga", re.IGNORECASE)
 
 
-def with_alphas(found: Mapping[Place, LowRank], contents: Contents) -> dict[Place, LowRank]:
-    """Fold in the alphas of a header's lora_adapter_metadata, {"unet.lora_alpha": ...}, or of a PEFT repository's
-    adapter_config.json, {"lora_alpha": ...}. Raises LoRAError."""
+def with_alphas(pairs: Mapping[LayerKey, LowRank], contents: Contents) -> dict[LayerKey, LowRank]:
+    """The pairs with alpha/rank folded into B, as a header's lora_adapter_metadata, {"unet.lora_alpha": ...}, states
+    it, or a PEFT repository's adapter_config.json, {"lora_alpha": ...}; unchanged without either. Raises LoRAError."""
     header, beside = contents.metadata.get("lora_adapter_metadata", "{}"), contents.adapter
     in_tensors = any(key.endswith(".alpha") for key in contents.specs)
     if sum((in_tensors, "lora_alpha" in header, not beside.keys().isdisjoint(_ALPHA.values()))) > 1:
         raise LoRAError("states alpha in its tensors and in its metadata. Expected one of the two.")
     try:
-        told = dict(json.loads(header))
-        configs = {part: _checked(_of_part(told, part) | dict(beside)) for part in {part for part, _ in found}}
-        return {(part, name): _scaled(name, pair, configs[part]) for (part, name), pair in found.items()}
+        metadata = dict(json.loads(header))
+        configs = {part: _checked(_of_part(metadata, part) | dict(beside)) for part in {part for part, _ in pairs}}
+        return {(part, name): _scaled(name, pair, configs[part]) for (part, name), pair in pairs.items()}
     except LoRAError:
         raise
     except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -37,19 +37,20 @@ def with_alphas(found: Mapping[Place, LowRank], contents: Contents) -> dict[Plac
         ) from error
 
 
-def _of_part(told: Mapping[str, Any], part: str) -> dict[str, Any]:
-    return {key.removeprefix(f"{part}."): value for key, value in told.items() if key.startswith(f"{part}.")}
+def _of_part(metadata: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """One component's config: what the metadata has under its prefix."""
+    return {key.removeprefix(f"{part}."): value for key, value in metadata.items() if key.startswith(f"{part}.")}
 
 
 def _checked(config: dict[str, Any]) -> dict[str, Any]:
-    """One component's config, of a kind whose pairs are all there is to it. Raises LoRAError."""
+    """The config itself. Raises LoRAError unless the pairs are all that it takes to apply the adapter."""
     if (kind := _kind(config)) not in _ALPHA:
         raise LoRAError(f"is PEFT's {kind[:40]}. Expected {', '.join(_ALPHA)}.")
     if config.get("use_dora"):
         raise LoRAError("has use_dora in its adapter metadata. Expected LoRA without magnitudes.")
-    if _MOVED.search(begun := str(config.get("init_lora_weights"))):
+    if _MOVED.search(initialisation := str(config.get("init_lora_weights"))):
         raise LoRAError(
-            f"has init_lora_weights {begun[:40]!r}, which changes the base's weights. Expected pairs for the "
+            f"has init_lora_weights {initialisation[:40]!r}, which changes the base's weights. Expected pairs for the "
             "base as it was published."
         )
     return config
@@ -73,7 +74,8 @@ def _scaled(name: str, pair: LowRank, config: Mapping[str, Any]) -> LowRank:
 
 
 def _of_layer(name: str, config: Mapping[str, Any], key: str, patterns: str) -> Any:
-    """What a config has under a key, or for this layer under the first pattern that it matches; None for neither."""
+    """A config's value for one layer: that of the first pattern which the layer matches, else the one under key, else
+    None. patterns: the key of {pattern: value}."""
     special = config.get(patterns) or {}
     # PEFT's patterns may be any regular expression; names, at most anchored, are what trainers write and all we read.
     if odd := [pattern for pattern in special if not re.fullmatch(r"\^?[\w.]+\$?", pattern)]:

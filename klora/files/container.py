@@ -31,8 +31,8 @@ MAX_MEMBERS = 10_000
 FLOATS = ("F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64")
 WHOLE = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")  # for an alpha
 
-_BESIDE = {"embeddings.pti": "embeddings", "special_params.json": "words"}  # as cog-sdxl writes them
-_TAUGHT = {"clip_l", "clip_g", "t5"}  # all that is in it
+_COG_SDXL = {"embeddings.pti": "embeddings", "special_params.json": "words"}  # {file in its tar: part of a LoRA}
+_WORD_KEYS = {"clip_l", "clip_g", "t5"}  # all that a file of words has
 
 
 class Spec(NamedTuple):
@@ -46,8 +46,9 @@ class Spec(NamedTuple):
 class Contents:
     """An open LoRA file: its header, and its tensors on demand.
 
-    adapter: a PEFT repository's adapter_config.json. embeddings: a cog-sdxl tar's, or those beside the file, by their
-    own keys; words: which words of a prompt they stand for, where that is said.
+    adapter: a PEFT repository's adapter_config.json.   embeddings: of words, from a cog-sdxl tar or a file beside this
+    one, by their keys there.   words: {word of a prompt: "<s0><s1>", the embeddings it stands for}, {} where no file
+    says so.
     """
 
     specs: Mapping[str, Spec]
@@ -58,16 +59,16 @@ class Contents:
     words: Mapping[str, Any]
 
     def tensor(self, key: str) -> Tensor:
-        """On the CPU, as stored."""
+        """One tensor, on the CPU, in the dtype that it is stored in."""
         return cast(Tensor, self.reader.get_tensor(key))
 
 
 @contextmanager
 def opened(path: Path | str) -> Iterator[Contents]:
-    """The contents of a file, a tar or a folder. Raises LoRAError as in_words() does, also for what is wrong while they
-    are used."""
+    """The contents of a file, a tar or a folder. Raises LoRAError as in_words() does, also for what goes wrong in the
+    block."""
     path = Path(path).absolute()  # for the name of "."
-    with in_words(path), _found(path) as files, _reader(files["lora"]) as (specs, metadata, reader):
+    with in_words(path), _parts(path) as files, _reader(files["lora"]) as (specs, metadata, reader):
         embeddings: dict[str, Tensor] = {}
         if "embeddings" in files:
             with _reader(files["embeddings"]) as (names, _, tensors):
@@ -78,7 +79,7 @@ def opened(path: Path | str) -> Iterator[Contents]:
 
 @contextmanager
 def in_words(path: Path) -> Iterator[None]:
-    """Raise what is wrong with a file as a LoRAError: always one sentence that begins with the file's name."""
+    """Have every error of reading a file raised as a LoRAError, of which the sentence begins with the file's name."""
     try:
         yield
     except LoRAError as error:
@@ -89,8 +90,8 @@ def in_words(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _found(path: Path) -> Iterator[dict[str, Path]]:
-    """The files that make up a LoRA, by part: "lora", and what may lie beside it."""
+def _parts(path: Path) -> Iterator[dict[str, Path]]:
+    """files_of(), of a tar after it was unpacked into a folder that is gone at the end of the block."""
     if path.is_file() and _is_tar(path):
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -105,58 +106,61 @@ def _found(path: Path) -> Iterator[dict[str, Path]]:
 
 
 def _is_tar(path: Path) -> bool:
-    """By content: names tell nothing. Compressed ones are none: trainers write none, and bombs are."""
+    """Whether it is a plain tar, by content and not by name. Compressed ones are refused: no trainer writes them, and
+    they may unpack to any size."""
     with path.open("rb") as file:
         file.seek(257)
         return file.read(5) == b"ustar"
 
 
 def files_of(path: Path) -> dict[str, Path]:
-    """What a file, a tar or a repository is read from, by part: "lora", and what lies beside it: a PEFT repository's
-    "adapter", "embeddings" of words. Raises LoRAError where a folder does not tell which."""
+    """{part: file} of all files that a LoRA at a path is read from: "lora", a tar as it is; and beside that "adapter",
+    a PEFT repository's config, and "embeddings" of words. Raises LoRAError where a folder does not tell which."""
     file = path / _chosen("folder", [each.name for each in path.glob("*.safetensors")]) if path.is_dir() else path
-    config, taught = file.with_name(CONFIG), [each for each in file.parent.glob(_emb(file.name)) if _teaches(each)]
-    if len(taught) > 1:
-        raise LoRAError(f"lies beside {taught[0].name!r} and {taught[1].name!r}. Expected the words of one LoRA.")
-    stated = {"adapter": config} if file.name == PEFT and config.is_file() else {}
-    return {"lora": file} | stated | ({"embeddings": taught[0]} if taught else {})
+    config, words = file.with_name(CONFIG), [each for each in file.parent.glob(_words_of(file.name)) if _teaches(each)]
+    if len(words) > 1:
+        raise LoRAError(f"lies beside {words[0].name!r} and {words[1].name!r}. Expected the words of one LoRA.")
+    adapter = {"adapter": config} if file.name == PEFT and config.is_file() else {}
+    return {"lora": file} | adapter | ({"embeddings": words[0]} if words else {})
 
 
-def _emb(lora: str) -> str:
-    """The pattern of what files are called that hold the words of one of this name."""
+def _words_of(lora: str) -> str:
+    """The glob pattern of names that a file of words may have beside a LoRA of this name."""
     return ("*" if lora == WITHOUT_NAME else escape(lora.removesuffix(".safetensors"))) + WORDS
 
 
 def _teaches(path: Path) -> bool:
-    """Whether these are vectors of words; else it is a LoRA that is called so."""
+    """Whether a file holds embeddings of words; else it is a LoRA with such a name."""
     with _reader(path) as (specs, _, _):
-        return specs.keys() <= _TAUGHT
+        return specs.keys() <= _WORD_KEYS
 
 
 def _chosen(kind: str, names: Sequence[str]) -> str:
-    """Which of the files in a folder, or in a tar's, is the LoRA. Raises LoRAError."""
+    """The name that is the LoRA's, of the .safetensors files in one folder. kind: "folder" or "tar", for the message.
+    Raises LoRAError."""
     if lora := lora_among(names):
         return lora
     raise LoRAError(f"cannot be read (a {kind} of {len(names)} .safetensors files). Expected one, or {WITHOUT_NAME}.")
 
 
 def _unpacked(path: Path, folder: Path) -> dict[str, Path]:
-    """Copies of a tar's members that matter, under names of ours: what a member is called is never a path."""
-    found: dict[str, Path] = {}
+    """{part: copy in folder} of the members that are read, under our own names: a member's name is never used as a
+    path."""
+    copies: dict[str, Path] = {}
     with tarfile.open(path, "r:") as tar:
-        beside = _together([*_files(tar)])
+        beside = _top_folder([*_plain_members(tar)])
         lora = _chosen("tar", [name for name in beside if name.endswith(".safetensors")])
-        parts = {lora: "lora"} | _BESIDE | ({CONFIG: "adapter"} if lora == PEFT else {})
-        parts |= {name: "embeddings" for name in beside if fnmatchcase(name, _emb(lora))}
+        parts = {lora: "lora"} | _COG_SDXL | ({CONFIG: "adapter"} if lora == PEFT else {})
+        parts |= {name: "embeddings" for name in beside if fnmatchcase(name, _words_of(lora))}
         for name, member in ((name, member) for name, member in beside.items() if name in parts):
-            found[parts[name]] = folder / ("lora.safetensors" if name == lora else name)
-            with found[parts[name]].open("wb") as copy:
+            copies[parts[name]] = folder / ("lora.safetensors" if name == lora else name)
+            with copies[parts[name]].open("wb") as copy:
                 shutil.copyfileobj(cast(IO[bytes], tar.extractfile(member)), copy)
-    return found
+    return copies
 
 
-def _files(tar: tarfile.TarFile) -> Iterator[tuple[PurePosixPath, tarfile.TarInfo]]:
-    """Its plain files by their paths, but for hidden ones: what macOS lays beside files ends as they do."""
+def _plain_members(tar: tarfile.TarFile) -> Iterator[tuple[PurePosixPath, tarfile.TarInfo]]:
+    """(path, member) of each regular file that is not hidden: macOS adds hidden ones with the same suffixes."""
     for number, member in enumerate(tar):
         if number == MAX_MEMBERS:
             raise LoRAError(f"is a tar of more than {MAX_MEMBERS} files. Expected a trainer's.")
@@ -165,12 +169,12 @@ def _files(tar: tarfile.TarFile) -> Iterator[tuple[PurePosixPath, tarfile.TarInf
             yield path, member
 
 
-def _together(files: Sequence[tuple[PurePosixPath, tarfile.TarInfo]]) -> dict[str, tarfile.TarInfo]:
-    """{name: member} of the folder nearest to a tar's root that has weights: below it are checkpoints. Raises LoRAError
-    where that is not one folder, or has a name twice."""
-    places = {path.parent for path, _ in files if path.suffix == ".safetensors"}
-    nearest = min((len(place.parts) for place in places), default=0)
-    folders = sorted(place for place in places if len(place.parts) == nearest)
+def _top_folder(files: Sequence[tuple[PurePosixPath, tarfile.TarInfo]]) -> dict[str, tarfile.TarInfo]:
+    """{name: member} in the folder with weights that is nearest to the root: those deeper down are checkpoints. Raises
+    LoRAError where several are as near, or a name is there twice."""
+    with_weights = {path.parent for path, _ in files if path.suffix == ".safetensors"}
+    depth = min((len(folder.parts) for folder in with_weights), default=0)
+    folders = sorted(folder for folder in with_weights if len(folder.parts) == depth)
     if len(folders) > 1:
         raise LoRAError(f"is a tar with weights in {str(folders[0])!r} and in {str(folders[1])!r}. Expected one LoRA.")
     found: dict[str, tarfile.TarInfo] = {}
@@ -182,7 +186,7 @@ def _together(files: Sequence[tuple[PurePosixPath, tarfile.TarInfo]]) -> dict[st
 
 @contextmanager
 def _reader(path: Path) -> Iterator[tuple[dict[str, Spec], dict[str, str], Any]]:
-    """(specs, metadata, safetensors' reader) of a file whose header keeps within the bounds."""
+    """(specs, metadata, safetensors' reader) of a file. Raises LoRAError where its header exceeds the bounds above."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER_BYTES:

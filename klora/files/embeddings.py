@@ -18,8 +18,8 @@ MAX_VECTORS = 64  # for a word
 _FIRST = ("clip_l", "text_encoders_0")  # what trainers call the first text encoder's vectors, and only those
 
 
-def taught(contents: Contents, widths: Mapping[str, int]) -> Words:
-    """The words of an open file. widths: of the base's text encoders, by component. Raises LoRAError."""
+def taught_words(contents: Contents, widths: Mapping[str, int]) -> Words:
+    """The words of an open file. widths: {text encoder's component: width of its embeddings}. Raises LoRAError."""
     found: dict[str, dict[str, Tensor]] = {}
     for key in filter(EMBEDDING.match, contents.specs):
         _, word, encoder = key.split(".")
@@ -28,27 +28,29 @@ def taught(contents: Contents, widths: Mapping[str, int]) -> Words:
 
 
 def _beside(contents: Contents, widths: Mapping[str, int]) -> dict[str, dict[str, Tensor]]:
-    """special_params.json says {"TOK": "<s0><s1>"}; a prompt may use either. Without one each token is a word, as all
-    of them together are: a training of several words named them so."""
+    """The words of contents.embeddings. With special_params.json, {"TOK": "<s0><s1>"}, a prompt may use TOK or
+    <s0><s1>. Without it the words are each token, <s0>, and all of them in a row, <s0><s1>."""
     if not contents.embeddings:
         return {}
-    vectors = {_part(key): _checked(key, own, _part(key), widths) for key, own in contents.embeddings.items()}
-    count = {len(own) for own in vectors.values()}
+    vectors = {_part(key): _checked(key, rows, _part(key), widths) for key, rows in contents.embeddings.items()}
+    count = {len(rows) for rows in vectors.values()}
     tokens = [f"<s{i}>" for i in range(max(count))]
-    words = {str(word): str(said) for word, said in contents.words.items()} or {"".join(tokens): "".join(tokens)}
-    for word, said in words.items():
-        if count != {len(re.findall(r"<[^<>]+>", said))} or not word.strip():
-            raise LoRAError(f"has {word!r} stand for {said!r}. Expected a token for each embedding.")
-    whole = {spelled: vectors for word, said in words.items() for spelled in (word, said)}
-    single = {token: {part: own[i : i + 1] for part, own in vectors.items()} for i, token in enumerate(tokens)}
+    words = {str(word): str(row) for word, row in contents.words.items()} or {"".join(tokens): "".join(tokens)}
+    for word, row in words.items():
+        if count != {len(re.findall(r"<[^<>]+>", row))} or not word.strip():
+            raise LoRAError(f"has {word!r} stand for {row!r}. Expected a token for each embedding.")
+    whole = {spelled: vectors for word, row in words.items() for spelled in (word, row)}
+    single = {token: {part: rows[i : i + 1] for part, rows in vectors.items()} for i, token in enumerate(tokens)}
     return whole if contents.words else single | whole
 
 
 def _part(encoder: str) -> str:
+    """The component of the text encoder that a trainer calls so."""
     return "text_encoder" if encoder in _FIRST else "text_encoder_2"
 
 
 def _checked(key: str, tensor: Tensor, component: str, widths: Mapping[str, int]) -> Tensor:
+    """The embeddings under a key as [N, D]. Raises LoRAError unless they are finite and of the component's width."""
     tensor = tensor[None] if tensor.ndim == 1 else tensor
     if component not in widths:
         raise LoRAError(f"holds {key!r} for a {component}, which this base does not have.")

@@ -1,8 +1,8 @@
-"""The tensors of a LoRA file -> a pair for each module, by the module's name as the file spells it.
+"""The tensors of a LoRA file -> a pair for each module, by the module's name as the file spells it (stem).
 
-Every tensor is used, or the file is refused by the name of the first that is not; but for zeros that would be added to
-a bias or a norm, as extraction from a whole model leaves them. What can be told from the header is told before any
-other tensor is read.   O outputs, I inputs, R rank.
+Every tensor is used, or the file is refused by the name of the first that is not. The one exception is zeros that
+would be added to a bias or a norm, which extraction from a whole model leaves. What the header tells is checked before
+any other tensor is read.   O outputs, I inputs, R rank.
 """
 
 import math
@@ -19,7 +19,7 @@ from klora.files.lycoris import MAX_DENSE, MAX_ERROR, MAX_RANK, low_rank
 from klora.lora import LowRank
 
 MAX_ALPHA = 1e4
-EXACT = 1e-6  # an error that is rounding
+EXACT = 1e-6  # relative error up to which a conversion counts as exact: rounding
 
 _FACTOR = re.compile(r"^(.+?)(?:\.lora_|\.lora\.|_lora\.|\.lora_linear_layer\.)(A|B|down|up)(?:\.\w+)?\.weight$")
 _LYCORIS = re.compile(r"^(.+)\.(hada_w[12]_[ab]|lokr_w[12](?:_[ab])?|diff|alpha)$")
@@ -27,7 +27,7 @@ _XLABS = re.compile(r"_lora([12])\.(?=(down|up)\.weight$)")
 EMBEDDING = re.compile(r"^bundle_emb\.[^.]+\.(clip_l|clip_g|t5|t5xxl)$")  # bundle_emb.WORD.ENCODER
 _ADDED = re.compile(r"\.(diff|diff_b|[wb]_norm|lora_B\.bias)$")  # to what is no matrix: a bias, a norm
 _PLAIN = {"A", "B"}
-_KINDS = (  # (kind, each of these parts or one whole that stands for two)
+_KINDS = (  # (kind, the sets of parts that it may have)
     ("LoHa", ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},)),
     ("LoKr", tuple({*w1, *w2} for w1 in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
                    for w2 in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b")))),
@@ -48,22 +48,22 @@ class Module(NamedTuple):
     keys: Mapping[str, str]
 
 
-def acting(contents: Contents) -> dict[str, Spec]:
-    """{key: spec} of all tensors but zeros that would be added to a bias or a norm."""
+def effective(contents: Contents) -> dict[str, Spec]:
+    """{key: spec} of all tensors, without zeros that would be added to a bias or a norm."""
     small = [key for key, (_, shape) in contents.specs.items() if len(shape) == 1 and _ADDED.search(key)]
     zeros = {key for key in small if not _computable(contents.tensor(key)).any()}
     return {key: spec for key, spec in contents.specs.items() if key not in zeros}
 
 
 def modules(specs: Mapping[str, Spec]) -> dict[str, Module]:
-    """{module name as spelled: its tensors}, checked by the header alone. Raises LoRAError."""
+    """{stem: Module}, checked by the header alone. Raises LoRAError."""
     parts: dict[str, dict[str, str]] = {}
     for key in specs:
         if EMBEDDING.match(key):
             continue
         stem, part = split(key)
         if part in parts.setdefault(stem, {}):
-            raise LoRAError(f"holds {_said(part)} of {stem!r} twice, as {key!r}. Expected one adapter.")
+            raise LoRAError(f"holds {_tensor_name(part)} of {stem!r} twice, as {key!r}. Expected one adapter.")
         parts[stem][part] = key
     if not parts:
         raise LoRAError(f"holds no tensors. {_ACCEPTED}")
@@ -76,10 +76,10 @@ def modules(specs: Mapping[str, Spec]) -> dict[str, Module]:
     return found
 
 
-def converted_sides(specs: Mapping[str, Spec], spelled: Mapping[str, Module]) -> dict[str, tuple[int, int]]:
-    """{module name as spelled: (O, I)} of what must be converted to a pair."""
+def converted_sides(specs: Mapping[str, Spec], file_modules: Mapping[str, Module]) -> dict[str, tuple[int, int]]:
+    """{stem: (O, I)} of the modules that are no pair yet and must be converted to one."""
     sides = {}
-    for stem, module in spelled.items():
+    for stem, module in file_modules.items():
         kind, shapes = module.kind, {part: specs[key].shape for part, key in module.keys.items()}
         if kind == "LoHa":
             sides[stem] = _whole(shapes, "hada_w1")
@@ -92,18 +92,18 @@ def converted_sides(specs: Mapping[str, Spec], spelled: Mapping[str, Module]) ->
 
 
 def _whole(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, int]:
-    """The shape of a factor, or of two thin ones' product."""
+    """The shape of the factor called name, or of NAME_a NAME_b, the product of two thin ones."""
     rows, columns = (shapes[name],) * 2 if name in shapes else (shapes[f"{name}_a"], shapes[f"{name}_b"])
     return rows[0], columns[1]
 
 
 def weightless(outputs: int, inputs: int) -> LowRank:
-    """A pair of a shape, which takes no memory and is none of zeros."""
+    """A pair of ones for a layer [O, I] that takes no memory: it stands for weights that are not read yet."""
     return LowRank(torch.ones(()).expand(1, inputs), torch.ones(()).expand(outputs, 1))
 
 
 def outline(specs: Mapping[str, Spec]) -> dict[str, tuple[int, int]]:
-    """{module name as spelled: (outputs, inputs)} of what is plain LoRA, whatever else a file holds."""
+    """{stem: (outputs, inputs)} of the plain LoRA modules, whatever else a file holds; 0 for a side that is missing."""
     sides: dict[str, dict[str, int]] = {}
     for key, (_, shape) in specs.items():
         if (found := _factor(key)) and len(shape) >= 2:
@@ -112,11 +112,11 @@ def outline(specs: Mapping[str, Spec]) -> dict[str, tuple[int, int]]:
     return {stem: (side.get("B", 0), side.get("A", 0)) for stem, side in sides.items()}
 
 
-def pairs(contents: Contents, spelled: Mapping[str, Module]) -> tuple[dict[str, LowRank], float]:
-    """({module name as spelled: pair}, the largest error of one relative to its dW, 0 where all are exact but for
-    rounding), alpha/rank folded into B. spelled: what modules() says of the file. Raises LoRAError."""
+def pairs(contents: Contents, file_modules: Mapping[str, Module]) -> tuple[dict[str, LowRank], float]:
+    """({stem: pair with alpha/rank folded into B}, the largest error of a converted one relative to its dW, 0 where all
+    are exact but for rounding). file_modules: those of modules(). Raises LoRAError."""
     found, worst = {}, 0.0
-    for stem, (kind, keys) in spelled.items():
+    for stem, (kind, keys) in file_modules.items():
         parts = {part: _matrix(stem, contents.tensor(key)) for part, key in keys.items() if part != "alpha"}
         alpha = float(contents.tensor(keys["alpha"])) if "alpha" in keys else None
         if kind == "LoRA":
@@ -147,7 +147,7 @@ def scaled(stem: str, pair: LowRank, alpha: float, divisor: float) -> LowRank:
 
 
 def split(key: str) -> tuple[str, str]:
-    """(stem, part) of a key. Raises LoRAError for what no update of a linear layer is made of."""
+    """(stem, part) of a key. Raises LoRAError for a tensor that is no part of a linear layer's update."""
     if found := _factor(key):
         return found
     if match := _LYCORIS.match(key):
@@ -171,16 +171,16 @@ def _kind(stem: str, keys: Mapping[str, str]) -> str:
     for kind, wholes in _KINDS:
         if seen in wholes:
             return kind
-    said = " and ".join(_said(part) for part in sorted(seen))
-    raise LoRAError(f"has only {said} for {stem!r}. Expected all factors of one update; the file is damaged.")
+    names = " and ".join(_tensor_name(part) for part in sorted(seen))
+    raise LoRAError(f"has only {names} for {stem!r}. Expected all factors of one update; the file is damaged.")
 
 
-def _said(part: str) -> str:
+def _tensor_name(part: str) -> str:
     return f"lora_{part}" if part in _PLAIN else part
 
 
 def _checked_shapes(stem: str, kind: str, specs: Mapping[str, Spec]) -> dict[str, tuple[int, ...]]:
-    """{part: shape} of a module whose tensors fit each other. Raises LoRAError."""
+    """{part: shape} of one module's tensors. Raises LoRAError unless they fit each other."""
     for part, (dtype, shape) in specs.items():
         if part == "alpha":
             if dtype not in FLOATS + WHOLE or math.prod(shape) != 1:
@@ -206,19 +206,19 @@ def _checked_shapes(stem: str, kind: str, specs: Mapping[str, Spec]) -> dict[str
 
 
 def _dense(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """How many elements the matrices have that must be factorised to make a pair of this module."""
+    """How many elements have to be factorised to make a pair of this module; 0 for plain LoRA."""
     whole = sum(math.prod(shapes[name]) for name in ("diff", "lokr_w1", "lokr_w2") if name in shapes)
     loha = "hada_w1_a" in shapes and shapes["hada_w1_b"][0] * shapes["hada_w2_b"][0] > MAX_RANK
     return whole + (shapes["hada_w1_a"][0] * shapes["hada_w1_b"][1] if loha else 0)
 
 
 def _divisor(parts: Mapping[str, Tensor]) -> int | None:
-    """The rank that alpha is divided by; None where nothing is thin, and LyCORIS takes alpha for 1."""
+    """The rank that alpha is divided by; None where no factor is thin, for which LyCORIS ignores alpha."""
     return next((len(parts[name]) for name in ("hada_w1_b", "lokr_w1_b", "lokr_w2_b") if name in parts), None)
 
 
 def _matrix(stem: str, tensor: Tensor) -> Tensor:
-    """The tensor as a matrix, which files also write as a convolution of one pixel. Raises LoRAError."""
+    """The tensor as a matrix; files also write one as a 1 x 1 convolution. Raises LoRAError."""
     tensor = _computable(tensor)
     if not tensor.isfinite().all():
         raise LoRAError(f"has values for {stem!r} that are not finite. Expected numbers; the file is damaged.")
@@ -226,7 +226,7 @@ def _matrix(stem: str, tensor: Tensor) -> Tensor:
 
 
 def _computable(tensor: Tensor) -> Tensor:
-    """In a type that can compute: one-byte floats hold values but can compute nothing."""
+    """The tensor, in bfloat16 where it is float8, with which torch computes nothing."""
     return tensor.bfloat16() if tensor.itemsize == 1 else tensor
 
 

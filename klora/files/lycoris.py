@@ -12,11 +12,11 @@ from torch import Tensor
 
 from klora.lora import LowRank
 
-Pair = tuple[Tensor, Tensor]  # A [R, I], B [O, R], float64
+Factors = tuple[Tensor, Tensor]  # A [R, I], B [O, R], float64
 
 MAX_RANK = 512
 MAX_ERROR = 0.01  # of dW's Frobenius norm; above it a file is refused
-MAX_DENSE = 1 << 27  # elements that a file may make us factorise: minutes on two cores
+MAX_DENSE = 1 << 27  # elements to factorise for one file, at most: minutes on two cores
 
 
 def low_rank(kind: str, parts: Mapping[str, Tensor], scale: float) -> tuple[LowRank, float]:
@@ -27,8 +27,9 @@ def low_rank(kind: str, parts: Mapping[str, Tensor], scale: float) -> tuple[LowR
     return LowRank(A.float(), (B * scale).float()), error
 
 
-def _loha(parts: Mapping[str, Tensor]) -> tuple[Pair, float]:
-    """Row-wise and column-wise products of all ranks with all ranks."""
+def _loha(parts: Mapping[str, Tensor]) -> tuple[Factors, float]:
+    """The rows of A are products of each row of w1_b with each of w2_b; so are B's columns. Exact where the ranks'
+    product is at most MAX_RANK."""
     a1, b1, a2, b2 = (parts[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
     if len(b1) * len(b2) <= MAX_RANK:
         A = (b1[:, None] * b2).flatten(0, 1)
@@ -36,7 +37,7 @@ def _loha(parts: Mapping[str, Tensor]) -> tuple[Pair, float]:
     return _nearest((a1 @ b1) * (a2 @ b2))
 
 
-def _lokr(parts: Mapping[str, Tensor]) -> tuple[Pair, float]:
+def _lokr(parts: Mapping[str, Tensor]) -> tuple[Factors, float]:
     """The singular vectors and values of a Kronecker product are the products of its factors' own."""
     (U1, s1, V1), (U2, s2, V2) = (_decomposed(parts, f"lokr_{name}") for name in ("w1", "w2"))
     products = torch.outer(s1, s2).flatten()
@@ -47,11 +48,11 @@ def _lokr(parts: Mapping[str, Tensor]) -> tuple[Pair, float]:
     return (A, B), _lost(products.square().sum(), products[largest].square().sum())
 
 
-def _nearest(matrix: Tensor) -> tuple[Pair, float]:
-    """The nearest pair of at most MAX_RANK, as far as a randomised decomposition finds it (arXiv:0909.4061). By chance
-    of its own, which torch.svd_lowrank cannot be given: a file is read alike every time."""
-    chance = torch.Generator().manual_seed(0)
-    Q = matrix @ torch.randn(matrix.shape[1], min(MAX_RANK, *matrix.shape), generator=chance, dtype=matrix.dtype)
+def _nearest(matrix: Tensor) -> tuple[Factors, float]:
+    """The nearest pair of at most MAX_RANK, by a randomised decomposition (arXiv:0909.4061). With a generator of its
+    own, which torch.svd_lowrank does not take, so that a file is read alike every time."""
+    generator = torch.Generator().manual_seed(0)
+    Q = matrix @ torch.randn(matrix.shape[1], min(MAX_RANK, *matrix.shape), generator=generator, dtype=matrix.dtype)
     for _ in range(2):
         Q = matrix @ torch.linalg.qr(matrix.T @ torch.linalg.qr(Q).Q).Q
     Q = torch.linalg.qr(Q).Q
@@ -61,7 +62,7 @@ def _nearest(matrix: Tensor) -> tuple[Pair, float]:
 
 
 def _decomposed(parts: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular value decomposition of one factor; of two thin matrices' product, by way of their own bases."""
+    """(U, s, V) of the factor called name, or of NAME_a NAME_b, whose product is never formed."""
     if name in parts:
         U, s, V = torch.linalg.svd(parts[name], full_matrices=False)
     else:
@@ -72,4 +73,5 @@ def _decomposed(parts: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor,
 
 
 def _lost(whole: Tensor, kept: Tensor) -> float:
+    """The relative error of an approximation. whole, kept: squared Frobenius norms, of dW and of the approximation."""
     return float(((whole - kept).clamp(min=0) / whole.clamp(min=1e-30)).sqrt())

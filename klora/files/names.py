@@ -1,5 +1,6 @@
-"""Where in a base the pairs of a file belong. A file is matched against an inventory, the base's own linear layers and
-their shapes, so that no layer is listed by hand; names of other code bases (sgm, BFL, XLabs) go through a converter.
+"""To which layers of a base the pairs of a file belong. Names are matched against an inventory, the base's own linear
+layers and their shapes, so that no layer is listed by hand; those of other code bases (sgm, BFL, XLabs) go through a
+converter.
 """
 
 import re
@@ -14,7 +15,7 @@ from klora.lora import LowRank
 
 # {component: {module name: (O, I)}}, the denoiser first, its modules in execution order
 Inventory = Mapping[str, Mapping[str, tuple[int, int]]]
-Place = tuple[str, str]  # (component, module name)
+LayerKey = tuple[str, str]  # (component, module name), both as the base has them
 # Turns tensors under foreign module names, kohya's sgm and BFL or XLabs', into diffusers-spelled ones
 Rename = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
@@ -28,17 +29,18 @@ _ENCODERS = (  # kohya's, where FLUX's T5 is te3, and those that ComfyUI saves
 _XLABS = re.compile(r"(?:diffusion_model\.)?((?:double|single)_blocks\.\d+\.processor\.(?:qkv|proj))([12]?)$")
 
 
-def located(pairs: Mapping[str, LowRank], inventory: Inventory, rename: Rename) -> dict[Place, LowRank]:
-    """{place in the base: pair}, each in one of its shape, but for zeros of a text encoder. Raises LoRAError."""
+def located(pairs: Mapping[str, LowRank], inventory: Inventory, rename: Rename) -> dict[LayerKey, LowRank]:
+    """{layer of the base: pair}. Raises LoRAError where the base has no such layer, or of another shape; zeros for an
+    unknown layer of a text encoder are left out.   pairs: by their names in the file."""
     if len(pairs) > (most := sum(len(names) for names in inventory.values())):  # and converters are quadratic
         raise LoRAError(f"adapts {len(pairs)} layers. Expected at most the {most} that this base has.")
     lookups = {part: _lookup(names) for part, names in inventory.items()}
-    found: dict[Place, LowRank] = {}
+    found: dict[LayerKey, LowRank] = {}
     foreign: dict[str, str] = {}
     for stem, pair in pairs.items():
         part, spelled = component(stem, list(inventory))
         if name := lookups[part].get(spelled):
-            _place(found, (part, name), pair, stem, inventory)
+            _add(found, (part, name), pair, stem, inventory)
         elif part != next(iter(inventory)):
             if pair.A.any() and pair.B.any():  # extraction leaves zeros of an encoder that was not trained
                 raise LoRAError(UNKNOWN.format(stem))
@@ -51,27 +53,29 @@ def located(pairs: Mapping[str, LowRank], inventory: Inventory, rename: Rename) 
         part, spelled = component(spelled, list(inventory))
         if (name := lookups[part].get(spelled)) is None:
             raise LoRAError(UNKNOWN.format(stem))
-        _place(found, (part, name), pair, stem, inventory)
+        _add(found, (part, name), pair, stem, inventory)
     return found
 
 
-def _place(found: dict[Place, LowRank], place: Place, pair: LowRank, stem: str, inventory: Inventory) -> None:
-    seen, expected = pair.shape, inventory[place[0]][place[1]]
+def _add(found: dict[LayerKey, LowRank], key: LayerKey, pair: LowRank, stem: str, inventory: Inventory) -> None:
+    seen, expected = pair.shape, inventory[key[0]][key[1]]
     if seen != expected:
         raise LoRAError(f"was made for another base: {stem!r} is {seen} there. Expected {expected}.")
-    if place in found:
-        raise LoRAError(f"adapts {place[1]!r} twice, once as {stem!r}. Expected one pair of factors a layer.")
-    found[place] = pair
+    if key in found:
+        raise LoRAError(f"adapts {key[1]!r} twice, once as {stem!r}. Expected one pair of factors a layer.")
+    found[key] = pair
 
 
 def _lookup(names: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+    """{spelling, with dots or kohya's underscores: module name} of a component's modules."""
     # transformers moves CLIP's layers in and out of "text_model" between versions and classes; files always say it.
     bare = {name.removeprefix("text_model."): name for name in names}
     return bare | {spelled.replace(".", "_"): name for spelled, name in bare.items()}
 
 
 def component(stem: str, components: list[str]) -> tuple[str, str]:
-    """(component, module name as spelled) of a name in a file, its wrappers taken off. components: denoiser first."""
+    """(component, module name) of a name in a file: what comes before a module's name says the component, and is taken
+    off; the rest stays as the file spells it. components: the denoiser first."""
     denoiser, *encoders = components
     for encoder, others in zip(encoders, _ENCODERS, strict=False):
         if match := re.match(rf"({encoder}\.|{others})(text_model[._])?", stem):
@@ -83,7 +87,7 @@ def component(stem: str, components: list[str]) -> tuple[str, str]:
 
 
 def _foreign(stem: str, spelled: str) -> str:
-    """How the keys begin under which a converter takes a pair; they end in down.weight and up.weight."""
+    """The key under which a converter takes a pair, up to its end, which is down.weight and up.weight."""
     if xlabs := _XLABS.match(stem):
         return f"{xlabs[1]}_lora{xlabs[2]}."
     return f"lora_unet_{spelled.replace('.', '_')}.lora_"
@@ -92,9 +96,10 @@ def _foreign(stem: str, spelled: str) -> str:
 def _renamed(
     foreign: Mapping[str, str], pairs: Mapping[str, LowRank], rename: Rename
 ) -> Iterator[tuple[str, str, LowRank]]:
-    """(stem, new spelling, pair) of what a converter makes of {stem: key's beginning}; one stem may become several.
+    """(stem, new spelling, pair) of all that a converter makes of the pairs; one stem may become several.
 
-    Converters drop names that they do not know. So each runs twice, once with every A filled with its stem's number.
+    foreign: {stem: _foreign() key}. Converters do not say which stem a result came from, and silently drop names that
+    they do not know. So each runs twice, first on pairs whose A holds nothing but the number of its stem.
     """
     stems = list(foreign)
     # Expanded, so that this run computes next to nothing; in bfloat16, that may be torch's default, 257 would be 256.
@@ -111,7 +116,7 @@ def _renamed(
 
 
 def _converted(foreign: Mapping[str, str], pairs: Mapping[str, LowRank], rename: Rename) -> dict[str, LowRank]:
-    """{diffusers' spelling: pair}. XLabs' names have a converter of their own, which takes no others beside them."""
+    """{diffusers' spelling: pair}. XLabs' names are converted apart: their converter takes no others beside them."""
     kinds = [{stem: key for stem, key in foreign.items() if key.endswith(end)} for end in ("_", ".")]
     return {name: pair for kind in kinds if kind for name, pair in _once(kind, pairs, rename).items()}
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from klora.files.container import Contents
 from klora.files.factors import outline
 
-_LAYERS: Mapping[str, str | Mapping[float, str]] = {  # where names do not tell, by its inputs, or outputs for each
+# {pattern of a module's name: model}, or, where names do not tell, {its inputs, or outputs / inputs: model}
+_LAYERS: Mapping[str, str | Mapping[float, str]] = {
     r"attn2[._]to_[kv]$": {768: "SD 1.5", 1024: "SD 2"},  # texts' widths; SDXL's is 2048
     r"transformer_blocks[._]\d+[._]attn[._](to|add)_[qkv]": {1536: "SD 3", 2432: "SD 3"},
     r"(?<!single_)transformer_blocks[._][2-5]\d[._]attn[._]": {3072: "Qwen-Image"},  # FLUX.1 has nineteen blocks
@@ -24,16 +25,18 @@ _LAYERS: Mapping[str, str | Mapping[float, str]] = {  # where names do not tell,
     r"(^|[._])blocks[._]\d+[._](self|cross)_attn[._]\w+_proj$": "Anima",
     r"(^|[._])blocks[._]\d+[._](self|cross)_attn[._]": "Wan",
 }
-_SAID = {"SD 1.5": "sd_v1|stable-diffusion-v1", "SD 2": "sd_v2|stable-diffusion-v2", "SD 3": "sd3|stable-diffusion-3"}
+# {model: pattern of what metadata calls it}
+_NAMES = {"SD 1.5": "sd_v1|stable-diffusion-v1", "SD 2": "sd_v2|stable-diffusion-v2", "SD 3": "sd3|stable-diffusion-3"}
 _OTHERS = ("FLUX.2", "Wan", "Qwen-Image", "Z-Image", "HiDream", "Anima", "Hunyuan", "Lumina", "Krea-2", "LTX",
            "Chroma", "Zeta-Chroma", "FIBO", "LongCat")  # these four have FLUX.1's layers  # fmt: skip
 # As trainers write them: qwen_image_edit, zimage, flux2_klein_9b.
-_SAID |= {model: "[-_. ]?".join(re.split("[-.]", model.lower())) + "(?![a-z])" for model in _OTHERS}
+_NAMES |= {model: "[-_. ]?".join(re.split("[-.]", model.lower())) + "(?![a-z])" for model in _OTHERS}
 
 
 class Origin(NamedTuple):
-    """The model that a LoRA file was made for. family: a key of klora.models.FAMILIES, None for what they do not run;
-    evidence: how that is known, "" where the names of its layers say it; base: the name that our trainer gives it."""
+    """The model that a LoRA file was made for. family: a key of klora.models.FAMILIES, None for another model;
+    evidence: what shows it, in words, "" where it is the names of a family's layers; base: the name of the base model
+    in the header of our trainer's files, else ""."""
 
     model: str
     family: str | None
@@ -45,19 +48,21 @@ class Origin(NamedTuple):
 
 
 def stranger(contents: Contents) -> Origin | None:
-    """The origin of a file that was made for none of our families; None where nothing says so."""
-    seen = (found for name, shape in outline(contents.specs).items() for found in _seen(name, *shape))
-    return next((Origin(model, None, evidence) for model, evidence in chain(seen, _said(contents.metadata))), None)
+    """The origin of a file that was made for a model which this project does not run; None where nothing says so."""
+    layers = (found for name, shape in outline(contents.specs).items() for found in _by_layer(name, *shape))
+    return next((Origin(model, None, why) for model, why in chain(layers, _by_metadata(contents.metadata))), None)
 
 
-def _seen(name: str, outputs: int, inputs: int) -> Iterator[tuple[str, str]]:
-    for pattern, told in _LAYERS.items():
-        model = told if isinstance(told, str) else told.get(inputs) or told.get(outputs / max(inputs, 1))
+def _by_layer(name: str, outputs: int, inputs: int) -> Iterator[tuple[str, str]]:
+    """(model, evidence) of the models that have a layer of this name and shape."""
+    for pattern, models in _LAYERS.items():
+        model = models if isinstance(models, str) else models.get(inputs) or models.get(outputs / max(inputs, 1))
         if model and re.search(pattern, name):
             yield model, f"a layer {name!r} of {outputs} x {inputs}"
 
 
-def _said(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    for key, (model, pattern) in product(("ss_base_model_version", "modelspec.architecture"), _SAID.items()):
+def _by_metadata(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """(model, evidence) of the models that the metadata names."""
+    for key, (model, pattern) in product(("ss_base_model_version", "modelspec.architecture"), _NAMES.items()):
         if re.match(pattern, metadata.get(key, "").lower()):
             yield model, f"{key} is {metadata[key][:40]!r}"

@@ -1,4 +1,4 @@
-"""What there is to say of a LoRA file: for `klora inspect`, for the log of a server, for people."""
+"""What is said of a LoRA file, by `klora inspect` and in a server's log."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from klora.files.factors import Module
 from klora.files.names import component
 from klora.lora import LoRA
 
-_FORMATS = {  # the first that some key has
+_FORMATS = {  # {pattern of a key: format}; the first pattern counts that some key has
     r"^base_model\.": "PEFT", r"\.processor\.(qkv|proj)_lora": "XLabs", r"^lora_transformer": "OneTrainer",
     r"^lora_unet\.": "OneTrainer", r"^lycoris_": "LyCORIS", r"^lora_(unet|te\d?)_": "kohya",
     r"double_blocks\.|single_blocks\.|input_blocks\.|output_blocks\.": "ComfyUI",
@@ -20,18 +20,21 @@ _FORMATS = {  # the first that some key has
 }  # fmt: skip
 ENCODERS = ("text_encoder", "text_encoder_2")
 MAX_TRIGGER = 200  # characters
-_NOTHING = ("None", "null")  # what trainers make a text of who write all their settings
+_NOTHING = ("None", "null")  # as trainers write a setting that is not set
 _STATED = ("trigger", "modelspec.trigger_phrase", "ss_trigger", "instance_prompt")  # as trainers write it
 _ONLY = re.compile(r'\{"\d+_([^"\\]+)": \{"\1": \d+\}\}')  # as ai-toolkit writes it: pictures called by their only tag
 _TAGS = 5  # of the most frequent ones in a file's training captions
 
 
 @dataclass(frozen=True)
-class Report:
-    """A LoRA file as a base reads it. kinds: modules of the file by kind; ranks: lowest and highest; layers: of the
-    denoiser; text_encoders: layers by component; inexact: the largest error of a converted module, relative to its dW;
-    triggers: words that the metadata states, of which the first is added to prompts; tags: others that its captions had
-    most often, of which none is. Nothing that acts is dropped: the file is refused."""
+class FileReport:
+    """A LoRA file as a base reads it. None of its tensors was dropped that would act: such a file is refused.
+
+    kinds: {kind: number of modules}.   ranks: lowest and highest.   layers: number of the denoiser's.   text_encoders:
+    {component: number of layers}.   words: that it teaches.   inexact: the largest error of a converted module,
+    relative to its dW.   triggers: words that the metadata states; the first is added to prompts.   tags: other words
+    that were frequent in the training captions; never added.
+    """
 
     format: str
     kinds: Mapping[str, int]
@@ -55,13 +58,13 @@ class Report:
         return ", ".join(facts + [f"trigger {trigger!r}" for trigger in self.triggers[:1]])
 
 
-def report(contents: Contents, spelled: Mapping[str, Module], lora: LoRA, inexact: float) -> Report:
-    """Of an open file, its modules and what a base has read from it."""
+def file_report(contents: Contents, file_modules: Mapping[str, Module], lora: LoRA, inexact: float) -> FileReport:
+    """The report on an open file, its modules() and the LoRA that a base has read from it."""
     ranks = [pair.rank for part in (lora.layers, *lora.text_encoders.values()) for pair in part.values()]
-    triggers = stated(contents.metadata)
-    return Report(
+    triggers = stated_triggers(contents.metadata)
+    return FileReport(
         format=_format(contents),
-        kinds=Counter(module.kind for module in spelled.values()),
+        kinds=Counter(module.kind for module in file_modules.values()),
         ranks=(min(ranks), max(ranks)),
         layers=len(lora),
         text_encoders={component: len(layers) for component, layers in lora.text_encoders.items()},
@@ -72,29 +75,28 @@ def report(contents: Contents, spelled: Mapping[str, Module], lora: LoRA, inexac
     )
 
 
-def stated(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """Words or phrases that a file's metadata states as what calls it, the surest first: the first is the trigger."""
+def stated_triggers(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """Words or phrases that a file's metadata states as its trigger, the surest first."""
     only = _ONLY.findall(metadata.get("ss_tag_frequency", ""))
     words = (word.strip(" ,") for word in (*(metadata.get(key, "") for key in _STATED), *only))
     return tuple(dict.fromkeys(filter(_is_trigger, words)))
 
 
 def _is_trigger(word: str) -> bool:
-    """Whether it can stand in a prompt and in a line of a log."""
+    """Whether a word is fit for a prompt and a line of a log."""
     return word.isprintable() and 0 < len(word) <= MAX_TRIGGER and word not in _NOTHING
 
 
 def stated_alphas(path: Path) -> dict[float, int]:
-    """{alpha: layers of the denoiser}, as far as a file's tensors say; {} where metadata does, or nothing. Raises
-    LoRAError."""
+    """{alpha: number of the denoiser's layers} by a file's alpha tensors; {} where it has none. Raises LoRAError."""
     with opened(path) as contents:
         stems = [key.removesuffix(".alpha") for key in contents.specs if key.endswith(".alpha")]
-        told = [stem for stem in stems if component(stem, ["unet", *ENCODERS])[0] == "unet"]
-        return dict(sorted(Counter(float(contents.tensor(f"{stem}.alpha")) for stem in told).items()))
+        denoiser = [stem for stem in stems if component(stem, ["unet", *ENCODERS])[0] == "unet"]
+        return dict(sorted(Counter(float(contents.tensor(f"{stem}.alpha")) for stem in denoiser).items()))
 
 
 def tags(metadata: Mapping[str, str]) -> list[str]:
-    """The most frequent ones of kohya's {"10_folder": {"tag": count}}."""
+    """The most frequent tags of the training captions, by kohya's ss_tag_frequency: {"10_folder": {"tag": count}}."""
     try:
         folders = dict(json.loads(metadata.get("ss_tag_frequency") or "{}")).values()
         counts: Counter[str] = Counter()

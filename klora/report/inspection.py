@@ -6,21 +6,21 @@ from pathlib import Path
 
 from klora.errors import LoRAError
 from klora.files.container import files_of
-from klora.files.report import Report
+from klora.files.report import FileReport
 from klora.files.shelf import Shelf
 from klora.models import load_shapes, origin_of
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """made_for: the model, as far as the file tells. report: how the first base reads it that does; fits: all that do;
-    refusals: {base: why not}."""
+    """What is known of one file. made_for: the model, as far as the file tells.   report: as the first base reads it
+    that can; None where none can.   fits: the bases that read it.   refusals: {base that does not: why}."""
 
     name: str
     size: int
     sha256: str
     made_for: str
-    report: Report | None
+    report: FileReport | None
     fits: tuple[str, ...]
     refusals: Mapping[str, str]
 
@@ -37,10 +37,10 @@ class Inspection:
 
 
 def inspect(path: Path, bases: Mapping[str, tuple[str, Path]]) -> Inspection:
-    """bases: {name: (key of FAMILIES, folder)}, those of other families than the file's own are not tried.
-    Raises LoRAError for what is no LoRA file at all."""
+    """Inspect a file with these bases, {name: (key of FAMILIES, folder)}; those of another family than the file's are
+    not tried. Raises LoRAError for what is no LoRA file at all."""
     origin = origin_of(path)
-    found: dict[str, Report] = {}
+    found: dict[str, FileReport] = {}
     refusals: dict[str, str] = {}
     for name, (family, folder) in bases.items():
         if origin and origin.family != family:

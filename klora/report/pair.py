@@ -10,8 +10,8 @@ from types import MappingProxyType
 from klora.errors import LoRAError
 from klora.files.adapter import with_alphas
 from klora.files.container import opened
-from klora.files.factors import acting, modules, pairs
-from klora.files.names import Place, component
+from klora.files.factors import effective, modules, pairs
+from klora.files.names import LayerKey, component
 from klora.files.report import ENCODERS, stated_alphas
 from klora.files.shelf import Shelf, keep_scores
 from klora.form.pair import Question
@@ -27,8 +27,8 @@ STEPS = 30  # where no base says what suits it
 
 @dataclass(frozen=True)
 class Pair:
-    """A content and a style LoRA, and how they were read.  base: the one that read both, None where none did; steps:
-    what suits it; refusals: {base: why not}, of those that were tried before it."""
+    """A content and a style LoRA, and how they were read.  base: the one that read both, None where none could; steps:
+    its default number; refusals: {base: why not}, of those that were tried before it."""
 
     content: LoRA
     style: LoRA
@@ -55,8 +55,8 @@ def answer(
     bases: Mapping[str, tuple[str, Path]],
     scores: Mapping[str, Path] = MappingProxyType({}),
 ) -> tuple[Report, Pair]:
-    """files: by input, "content_lora" and "style_lora".   bases: {name: (key of FAMILIES, folder)}.   scores: where
-    those of a file may be kept, by input. Raises KLoRAError."""
+    """The report that a question asks for, and its pair. files: by input, "content_lora" and "style_lora".   bases:
+    {name: (key of FAMILIES, folder)}.   scores: by input, the path at which a file's are stored. Raises KLoRAError."""
     schedule = Schedule.from_pattern(question.pattern, question.alpha, question.beta)
     pair = read_pair(files, bases, scores)
     fusion = fused(pair, scores)
@@ -66,10 +66,11 @@ def answer(
 
 
 def fused(pair: Pair, scores: Mapping[str, Path]) -> Fusion:
-    """Both scored against each other; scores are kept where their layers have a base's names."""
+    """Both LoRAs scored against each other. Scores are stored only where a base has read the pair: else layers are
+    called as in the files."""
     fusion = fuse(pair.content, pair.style)
-    for name, place in scores.items() if pair.base else ():
-        keep_scores(place, pair.content if name == "content_lora" else pair.style)
+    for name, path in scores.items() if pair.base else ():
+        keep_scores(path, pair.content if name == "content_lora" else pair.style)
     return fusion
 
 
@@ -88,8 +89,9 @@ def save_report(report: Report, folder: Path) -> list[Path]:
 def read_pair(
     files: Mapping[str, Path], bases: Mapping[str, tuple[str, Path]], scores: Mapping[str, Path] = MappingProxyType({})
 ) -> Pair:
-    """As the first base reads the files that reads both. Where none does, as the files spell their layers, which they
-    must do alike: then any pair for one model will do. Arguments as answer() has them. Raises LoRAError."""
+    """Both files as the first base reads them that can read both. Where none can, as the files spell their layers,
+    which they must do alike: then two LoRAs for any one model will do. Arguments as answer() has them. Raises
+    LoRAError."""
     origins = {name: origin_of(path) for name, path in files.items()}
     content, style = origins["content_lora"], origins["style_lora"]
     if content and style and content.model != style.model:
@@ -113,27 +115,28 @@ def read_pair(
 
 
 def _as_spelled(path: Path, denoiser: str) -> dict[str, LowRank]:
-    """The denoiser's pairs by their names in the file, wrappers taken off, numbers in names counted as numbers."""
+    """The denoiser's pairs by their names in the file, without prefixes, sorted so that block 2 comes before block
+    10."""
     with opened(path) as contents:
-        factors, _ = pairs(contents, modules(acting(contents)))
-        found: dict[Place, LowRank] = {}
+        factors, _ = pairs(contents, modules(effective(contents)))
+        found: dict[LayerKey, LowRank] = {}
         for stem, pair in factors.items():
-            place = component(stem, [denoiser, *ENCODERS])
-            if place in found:
-                raise LoRAError(f"adapts {place[1]!r} twice, once as {stem!r}. Expected one pair of factors a layer.")
-            found[place] = pair
+            key = component(stem, [denoiser, *ENCODERS])
+            if key in found:
+                raise LoRAError(f"adapts {key[1]!r} twice, once as {stem!r}. Expected one pair of factors a layer.")
+            found[key] = pair
         found = with_alphas(found, contents)
     return {name: found[part, name] for part, name in sorted(found, key=_by_number) if part == denoiser}
 
 
-def _by_number(place: Place) -> list[tuple[int, int, str]]:
-    parts = re.split(r"(\d+)", place[1])
+def _by_number(key: LayerKey) -> list[tuple[int, int, str]]:
+    parts = re.split(r"(\d+)", key[1])
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
 
 
 def _alike(content: Mapping[str, LowRank], style: Mapping[str, LowRank]) -> tuple[LoRA, LoRA]:
-    """Both with content's names for what they spell alike but for dots. Raises LoRAError where nothing is, or where a
-    layer has two shapes."""
+    """Both LoRAs, style's layers called as content calls them where names differ in dots and underscores only. Raises
+    LoRAError where they share no layer, or a shared one has two shapes."""
     names = {name.replace(".", "_"): name for name in content}
     style = {names.get(name.replace(".", "_"), name): pair for name, pair in style.items()}
     shared = content.keys() & style.keys()

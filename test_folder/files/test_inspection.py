@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from klora import cli
-from klora.files.report import stated, tags
+from klora.files.report import stated_triggers, tags
 from klora.form.request import Request
 from klora.models import load_shapes
 from klora.models.family import Family
@@ -87,7 +87,7 @@ def test_a_request_logs_a_line_for_each_lora(bases: Path, loras: Path, caplog: p
 @pytest.mark.parametrize("text", ["", "no json", "[1]", '{"a": 3}', '{"a": {"b": "c"}}', "[" * 100_000])
 def test_tags_that_make_no_sense_are_no_reason_to_refuse(text: str) -> None:
     metadata = {"ss_tag_frequency": text, "trigger": "sbu"}
-    assert (stated(metadata), tags(metadata)) == (("sbu",), [])
+    assert (stated_triggers(metadata), tags(metadata)) == (("sbu",), [])
 
 
 def test_a_tag_of_captions_is_not_said_to_be_a_trigger(sdxl: Family, tmp_path: Path) -> None:
