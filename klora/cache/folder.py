@@ -33,7 +33,7 @@ class Folder:
 
     @property
     def scores(self) -> Path:
-        """What others have computed of blobs: a JSON file each, called by the blobs' sha256."""
+        """Scores of LoRAs: a JSON file each, called by the sha256 of the blobs that the LoRA is read from."""
         return self.root / "scores"
 
     @property
@@ -57,13 +57,13 @@ class Folder:
         return disk.f_bavail * disk.f_frsize
 
     def secret(self) -> bytes:
-        """What scopes are keyed with: made where there is none, the same for every process and after a restart."""
+        """The key of scopes' hashes: made where there is none, the same for every process and after a restart."""
         path = self.root / "secret"
         with alone(self.locks / "secret", Deadline(_PATIENCE)):
             return _read_secret(path) or _make_secret(path)
 
 
-def opened(root: Path) -> Folder:
+def open_folder(root: Path) -> Folder:
     """The folder at root, made where there is none. Raises SourceError where others could meddle with it."""
     root = root.absolute()
     try:

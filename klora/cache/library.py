@@ -33,10 +33,11 @@ Fetch = Callable[[Download, Draft, Deadline], str]
 
 
 class Library:
-    """What a server lends from its store.
+    """The LoRA files that requests borrow: from the store, or fetched into it.
 
-    resolve: asks the authority what a reference comes to, now, the LoRA first.   fetch: writes a download into a draft,
-    and returns its sha256 in hex; both raise SourceError.   check: raises SourceError where a file is damaged.
+    resolve: asks the authority what a reference comes to now; the LoRA is the first download.   fetch: writes a
+    download into a draft, and returns its sha256 in hex; both raise SourceError.   check: raises SourceError for a
+    damaged file.
     """
 
     def __init__(self, store: Store, resolve: Resolve, fetch: Fetch, check: Callable[[Path], None]) -> None:
@@ -52,11 +53,12 @@ class Library:
         deadline: Deadline,
         bases: Mapping[str, str] = MappingProxyType({}),
     ) -> Iterator[dict[str, "Borrowed"]]:
-        """The file of each reference by its input, fetched at once; they stay as they are until the end of the block.
+        """The file of each reference by its input, all fetched at the same time, unchanged until the end of the block.
 
         What a PEFT repository has beside its .safetensors file lies beside it. The first failure ends all: raises
         SourceError, NotFound, Denied, Unreachable or CacheFullError. The deadline is then cancelled.
-        bases: {name: family} that they may be for, by their authorities' word; without any, for whatever they are.
+        tokens: by authority, "hf", "civitai", "replicate".   bases: {name: family}; a LoRA that its authority states to
+        be for none of these families is refused. Without any, none is.
         """
         with ExitStack() as loans:
             asked = {
@@ -67,7 +69,7 @@ class Library:
 
     def _at_once(self, asked: Mapping[str, "_Asked"], deadline: Deadline, loans: ExitStack) -> dict[str, "Borrowed"]:
         with ThreadPoolExecutor(max(1, len(asked)), "lora") as pool:
-            waiting = {name: pool.submit(self._said_of, name, one, loans) for name, one in asked.items()}
+            waiting = {name: pool.submit(self._borrow_for, name, one, loans) for name, one in asked.items()}
             try:
                 for one in as_completed(waiting.values()):
                     one.result()
@@ -76,8 +78,9 @@ class Library:
                 raise
         return {name: future.result() for name, future in waiting.items()}
 
-    def _said_of(self, name: str, asked: "_Asked", loans: ExitStack) -> "Borrowed":
-        """What goes wrong being said of the input that names it, for another request may name it by another."""
+    def _borrow_for(self, name: str, asked: "_Asked", loans: ExitStack) -> "Borrowed":
+        """_borrow(), with the name of the input in front of an error's text. Errors that are remembered have none:
+        another request may name the same LoRA in another input."""
         try:
             return self._borrow(asked, loans)
         except KLoRAError as error:
@@ -92,7 +95,7 @@ class Library:
         _check_base(asked, ref.base_model)
         logger.info("%s: %s, %d bytes, %.3f s", reference, found.how, ref.size, time.monotonic() - start)
         if ref.base_model or ref.triggers:
-            logger.info("%s", _told(ref))
+            logger.info("%s", _description(ref))
         return Borrowed(found.loan.paths[0], self._store.scores(ref.files), ref.triggers)
 
     def _found(self, asked: "_Asked") -> "_Found":
@@ -102,8 +105,8 @@ class Library:
             return self._at_hand(asked) or self._asked_for(asked)
 
     def _at_hand(self, asked: "_Asked") -> "_Found | None":
-        """What needs no question; of what is not the pinned file the authority may have a later one. Raises again what
-        was refused lately."""
+        """What can be lent without asking the authority: allowed lately, and the pinned file, of which else there may
+        be a later version. Raises again what was refused lately."""
         ref, pin = self._store.refs.get(asked.name), asked.reference.pin
         known = ref and ref.authorised.is_recent(MAX_AGE) and pin in (None, ref.files[0].sha256)
         if ref and known and (loan := self._store.lend(ref.files)):
@@ -126,14 +129,15 @@ class Library:
             raise
         if asked.scope == PUBLIC and any(download.credential for download in downloads):
             raise RuntimeError(f"{asked.plain} was asked for with a credential that the request did not bring")
-        told = downloads[0]
-        _check_pin(asked.reference, told.sha256)
-        _check_base(asked, told.base_model)
+        lora = downloads[0]
+        _check_pin(asked.reference, lora.sha256)
+        _check_base(asked, lora.base_model)
         return self._kept(asked, downloads, known)
 
     @contextmanager
     def _heeding_refusals(self, asked: "_Asked") -> Iterator[None]:
-        """Remember what is refused, and forget what it once came to: it may not serve when nobody can be asked."""
+        """Remember that a reference is refused, and forget its ref, which must not serve when the authority is
+        silent."""
         try:
             with self._refusals.remembering(asked.name):
                 yield
@@ -142,7 +146,7 @@ class Library:
             raise
 
     def _kept(self, asked: "_Asked", downloads: tuple[Download, ...], known: Ref | None) -> "_Found":
-        """The downloads as blobs with a ref. A disk that is full is given a second chance."""
+        """_keep(), once more after an eviction where the disk was full."""
         try:
             return self._keep(asked, downloads, known)
         except DiskFullError:
@@ -151,6 +155,7 @@ class Library:
             return self._keep(asked, downloads, known)
 
     def _keep(self, asked: "_Asked", downloads: tuple[Download, ...], known: Ref | None) -> "_Found":
+        """Have every download as a blob, fetched where it is missing, and write the ref that names them."""
         before = {file.key: file.sha256 for file in known.files} if known else {}
         how, files = "revalidated", []
         with ExitStack() as pins:
@@ -163,8 +168,8 @@ class Library:
                     how = "fetched"
                 pins.enter_context(held)
                 files.append(File(download.key, download.name, cast(str, sha256), held.size()))
-            told = downloads[0]
-            ref = Ref(str(asked.plain), asked.scope, tuple(files), Moment.now(), told.base_model, told.triggers)
+            lora = downloads[0]
+            ref = Ref(str(asked.plain), asked.scope, tuple(files), Moment.now(), lora.base_model, lora.triggers)
             self._store.remember(ref, asked.deadline)
             return _Found(self._lent(ref.files), ref, how)
 
@@ -177,7 +182,7 @@ class Library:
             return sha256, self._store.publish(draft, sha256, deadline)
 
     def _data(self, reference: Data, deadline: Deadline) -> "_Found":
-        """What came with the request, without a ref: its blob is the first to go."""
+        """The file that came within a request, as a blob without a ref: it is the first to be evicted."""
         name = "data.tar" if reference.payload[257:262] == b"ustar" else "data.safetensors"
         files = (File(str(reference), name, reference.sha256, len(reference.payload)),)
         ref = Ref(str(reference), PUBLIC, files, Moment.now())
@@ -191,15 +196,15 @@ class Library:
                 return _Found(self._lent(files), ref, "kept")
 
     def _lent(self, files: tuple[File, ...]) -> Loan:
-        """What is pinned already."""
+        """A loan of files whose blobs are pinned already."""
         if (loan := self._store.lend(files)) is None:
             raise DiskError("The LoRA cache does not give back what was written to it. Expected a disk that works.")
         return loan
 
 
 class Borrowed(NamedTuple):
-    """A LoRA file, under its own name, and where scores of it may be kept for the next time. triggers: words that call
-    it, as its authority says."""
+    """A fetched LoRA file, under its own name.  scores: the path at which its scores are stored for the next time.
+    triggers: words that call it, as its authority says."""
 
     path: Path
     scores: Path
@@ -207,7 +212,7 @@ class Borrowed(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """A loan of the files of a ref. how: the word for the log."""
+    """A ref and a loan of its files. how: they were had, in a word for the log."""
 
     loan: Loan
     ref: Ref
@@ -216,7 +221,7 @@ class _Found(NamedTuple):
 
 @dataclass(frozen=True)
 class _Asked:
-    """A reference as one request asks for it."""
+    """A reference as one request asks for it: for whom, until when, and for which bases."""
 
     reference: Reference
     scope: str
@@ -253,8 +258,8 @@ def _check_base(asked: _Asked, base_model: str | None) -> None:
         )
 
 
-def _told(ref: Ref) -> str:
-    """What the authority says of a reference, in a line."""
+def _description(ref: Ref) -> str:
+    """What the authority says of a reference, in a line for the log."""
     facts = [f"made for {ref.base_model!r:.60}"] if ref.base_model else []
     facts += [f"called by {', '.join(map(repr, ref.triggers))}"] if ref.triggers else []
     return f"{ref.reference}: {', '.join(facts)}, as its page says"

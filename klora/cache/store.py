@@ -16,7 +16,7 @@ from typing import NamedTuple
 from uuid import uuid4
 
 from klora.cache.draft import Draft, disk_errors
-from klora.cache.folder import opened, sync
+from klora.cache.folder import open_folder, sync
 from klora.cache.pins import Pin, alone, pin
 from klora.cache.refs import SHA256, File, Ref, Refs
 from klora.cache.room import SPACE, Room, set_aside
@@ -25,7 +25,7 @@ from klora.sources.download import Unreachable
 
 _PATIENCE = 10.0  # seconds to wait at the start for a chance to clear away
 _Seen = tuple[int, int, int]
-"""By what a file is known again without reading it: inode, size, time of its last change."""
+"""(inode, size, time of its last change): while these are the same, so is the file's content."""
 
 
 class Loan(NamedTuple):
@@ -46,7 +46,7 @@ class Store:
     """
 
     def __init__(self, root: Path, max_bytes: int, min_free: int) -> None:
-        self._folder = opened(root)
+        self._folder = open_folder(root)
         self.refs = Refs(self._folder.refs)
         self.room = Room(self._folder, self.refs, max_bytes, min_free)
         self._verified: dict[str, _Seen] = {}
@@ -56,11 +56,11 @@ class Store:
             self.room.sweep()
 
     def secret(self) -> bytes:
-        """What scopes are keyed with: 32 bytes that never leave the folder."""
+        """The key of scopes' hashes: 32 bytes that never leave the folder."""
         return self._folder.secret()
 
     def flight(self, name: str, deadline: Deadline) -> AbstractContextManager[None]:
-        """Be the only one, of all threads and processes, who fetches what is called so."""
+        """Be the only one, of all threads and processes, in the block of this name: who else enters it waits."""
         return alone(self._folder.locks / name, deadline, pause=0.05)  # fifty may wait for as long as a download takes
 
     # Reading.
@@ -101,7 +101,7 @@ class Store:
             return Loan(paths, stack.pop_all())
 
     def scores(self, files: Sequence[File]) -> Path:
-        """Where what is computed of these files may be kept; it goes when they go."""
+        """The path at which the scores of these files are stored; they are removed with the files."""
         return self._folder.scores / f"{'-'.join(file.sha256 for file in files)}.json"
 
     @contextmanager
@@ -191,13 +191,13 @@ class Store:
             path.unlink(missing_ok=True)
 
     def evict(self, wanted: int, deadline: Deadline) -> int:
-        """Remove at least so many bytes of what is not in use; how many it were."""
+        """Remove at least wanted bytes of what is not in use, if there are as many. Returns how many went."""
         with self._space(deadline):
             return self.room.evict(wanted)
 
     @contextmanager
     def _space(self, deadline: Deadline) -> Iterator[None]:
-        """Alone with the account of bytes. Raises DiskError."""
+        """Hold the lock under which room is reserved, and files appear and go. Raises DiskError."""
         with disk_errors(), alone(self._folder.locks / SPACE, deadline):
             yield
 

@@ -1,4 +1,4 @@
-"""The answer to one request: its status, its headers and its body, counted; what goes wrong is told in our own words.
+"""The answer to one request: its status, its headers and its body, counted; errors are raised in our own words.
 
 Knows nothing of where it comes from, and of files only that they have a length.
 """
@@ -84,19 +84,19 @@ class Answer:
 
 
 def guarded(action: Callable[[], T], who: str, deadline: Deadline) -> T:
-    """action(), with what it raises of the network told as an error of ours.
+    """action(), with the network's errors raised as a SourceError.
 
-    That one quotes nothing (the library's own hold paths, headers and addresses) and has no other in its chain.
+    It quotes nothing of them, nor has them in its chain: they hold paths, headers and addresses, which may be secret.
     """
     try:
         return action()
     except (OSError, HTTPException) as error:
-        failure = _told(error, who)
+        failure = _translated(error, who)
     deadline.left()  # says so itself, where the watchdog broke the connection
     raise failure
 
 
-def _told(error: Exception, who: str) -> SourceError:
+def _translated(error: Exception, who: str) -> SourceError:
     if isinstance(error, ssl.SSLCertVerificationError):
         return SourceError(f"{who} has no valid certificate for its name. Expected one that an authority has signed.")
     if isinstance(error, TimeoutError):

@@ -26,18 +26,18 @@ class Authorities:
     max_bytes: int = 2 << 30
 
     def resolve(self, reference: Reference, tokens: Mapping[str, str], deadline: Deadline) -> tuple[Download, ...]:
-        """What a reference comes to now, the LoRA first.
+        """The downloads that a reference comes to now, the LoRA first.
 
         tokens: of the user's, by authority, "hf", "civitai", "replicate". Raises NotFound, Denied, Unreachable, or
         SourceError where it is no LoRA, or larger than one may be.
         """
-        downloads = self._asked(reference, tokens, deadline)
+        downloads = self._ask(reference, tokens, deadline)
         for download in downloads:
             if (download.size or 0) > self.max_bytes:  # before anybody makes room for it
                 raise SourceError(f"{download.name} is {download.size} bytes long. Expected at most {self.max_bytes}.")
         return downloads
 
-    def _asked(self, reference: Reference, tokens: Mapping[str, str], deadline: Deadline) -> tuple[Download, ...]:
+    def _ask(self, reference: Reference, tokens: Mapping[str, str], deadline: Deadline) -> tuple[Download, ...]:
         match reference:
             case HubFile():
                 return hub.resolve(reference, tokens.get("hf"), self.hub, self.network, deadline)
@@ -56,7 +56,7 @@ class Authorities:
         return fetch(download, sink, self.network, deadline, self.max_bytes)
 
     def _resolve_bare(self, reference: Bare, tokens: Mapping[str, str], deadline: Deadline) -> tuple[Download, ...]:
-        """Replicate's, where it has one that was trained there; else Hugging Face's."""
+        """The downloads of Replicate's model, if one of that name was trained there; else of Hugging Face's."""
         model, repository = reference.candidates()
         for candidate in (model, repository):
             try:

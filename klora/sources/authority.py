@@ -14,7 +14,7 @@ from klora.sources.network import REDIRECTS, Network
 from klora.sources.retries import persistently
 
 MAX_NAME = 80  # characters
-MAX_WORDS, MAX_WORD = 20, 200  # of an author's, and the characters of one
+MAX_WORDS, MAX_WORD = 20, 200  # triggers of one LoRA; characters of one
 
 
 def bearer(token: str | None, authority: str) -> dict[str, str]:
@@ -33,15 +33,17 @@ def file_name(path: str) -> str:
     return name[-MAX_NAME:].lstrip(".-") or "lora"
 
 
-def plain_words(said: Iterable[Any]) -> tuple[str, ...]:
-    """What authors say calls a LoRA, or is its base, as far as it can stand in a prompt and in a line of a log."""
-    words = [text.strip(" ,") for text in said if isinstance(text, str)]
+def plain_words(texts: Iterable[Any]) -> tuple[str, ...]:
+    """The texts, which authors may write as they like, that are fit for a prompt and a line of a log; without
+    repetition, at most MAX_WORDS. For triggers, and names of base models."""
+    words = [text.strip(" ,") for text in texts if isinstance(text, str)]
     plain = [word for word in words if word.isprintable() and 0 < len(word) <= MAX_WORD]
     return tuple(dict.fromkeys(plain))[:MAX_WORDS]
 
 
 def redirection(url: str, headers: dict[str, str], net: Network, deadline: Deadline) -> str | None:
-    """Where url sends one on, in full and not gone to; None where it answers itself. Raises what Network.json does."""
+    """The address that url redirects to, in full, without going there; None where url answers itself. Raises what
+    Network.json does."""
 
     def attempt() -> str | None:
         with net.get(url, headers, deadline, follow=False) as answer:
@@ -55,7 +57,7 @@ def redirection(url: str, headers: dict[str, str], net: Network, deadline: Deadl
 
 @contextmanager
 def understood(authority: str) -> Iterator[None]:
-    """Tell what goes wrong in reading an authority's answer as its fault: Unreachable."""
+    """Have errors of reading an authority's answer raised as Unreachable: an answer of another form is its failure."""
     try:
         yield
     except SourceError:

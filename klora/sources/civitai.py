@@ -90,7 +90,8 @@ def _version(
 
 
 def _newest(model: Any) -> int:
-    """The newest that may be for a family of ours, where there is one: a page's versions are for many models."""
+    """The number of the newest version that may be for one of FAMILIES, or of the newest at all where none is: a page's
+    versions are for many base models."""
     if not (versions := model["modelVersions"]):
         raise NotFound("a model without versions")
     ours = [version for version in versions if family_of(_base_model(version)) != ""]
@@ -127,7 +128,7 @@ def _file(file: Any) -> _File:
 
 
 def _chosen(reference: CivitaiFile, version: _Version) -> _File:
-    """The file that is meant: the one that is named, else the primary one. Raises SourceError."""
+    """The file of a version that the reference names, else the primary one. Raises SourceError."""
     if version.kind not in _LORAS:
         raise SourceError(f"{reference} is a {version.kind!r:.40}. Expected a LoRA.")
     if version.usage != "Download":
@@ -143,14 +144,14 @@ def _chosen(reference: CivitaiFile, version: _Version) -> _File:
 
 
 def _is_meant(reference: CivitaiFile, file: _File) -> bool:
-    asked = {"size": reference.size, "fp": reference.fp}
-    same = all(file.metadata.get(key, "").lower() == value for key, value in asked.items() if value)
+    wanted = {"size": reference.size, "fp": reference.fp}
+    same = all(file.metadata.get(key, "").lower() == value for key, value in wanted.items() if value)
     return same and reference.file in (None, file.number)
 
 
 def _listed(files: Iterable[_File]) -> str:
-    told = [f"+{file.number} {file.name!r:.60} ({file.kind}, {file.metadata.get('format')})" for file in files]
-    return ", ".join(told[:MAX_LISTED]) or "no files"
+    listed = [f"+{file.number} {file.name!r:.60} ({file.kind}, {file.metadata.get('format')})" for file in files]
+    return ", ".join(listed[:MAX_LISTED]) or "no files"
 
 
 def _download(version: _Version, file: _File, endpoint: str, headers: dict[str, str]) -> Download:

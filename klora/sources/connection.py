@@ -51,9 +51,9 @@ class Dialler:
     def answer(self, target: Target, headers: Mapping[str, str], deadline: Deadline) -> Iterator[Answer]:
         """GET target over a connection of its own. Raises SourceError and what is below it."""
         with ExitStack() as stack:
-            yield guarded(lambda: self._asked(target, headers, deadline, stack), target.who, deadline)
+            yield guarded(lambda: self._request(target, headers, deadline, stack), target.who, deadline)
 
-    def _asked(self, target: Target, headers: Mapping[str, str], deadline: Deadline, stack: ExitStack) -> Answer:
+    def _request(self, target: Target, headers: Mapping[str, str], deadline: Deadline, stack: ExitStack) -> Answer:
         connection = _Connection(target.host, target.port)
         connection.sock = self._connected(target, deadline, stack)
         fixed = {"Host": target.authority, "Accept-Encoding": "identity", "Connection": "close"}
@@ -104,7 +104,8 @@ class Dialler:
         return found[:MAX_ADDRESSES]
 
     def _resolved(self, target: Target, deadline: Deadline) -> Sequence[Info]:
-        """What the resolver says, if anything. In a thread of its own, whose wait nothing can end but the resolver."""
+        """The resolver's answer, [] without one in time. It is asked in a thread, for nothing can interrupt its
+        wait."""
         answers: queue.SimpleQueue[Sequence[Info] | None] = queue.SimpleQueue()
 
         def ask() -> None:

@@ -45,14 +45,14 @@ class Download:
 
     @property
     def holds_weights(self) -> bool:
-        """Whether it is more than what lies beside weights: a PEFT repository's adapter_config.json."""
+        """Whether this is a file of tensors; else it is the adapter_config.json beside a PEFT repository's."""
         return self.name != CONFIG
 
 
 def family_of(base_model: str | None) -> str | None:
-    """The family of a base model that an authority names; "" where it is surely none of ours, None where the words do
-    not tell, as those on most pages of Hugging Face's."""
-    return next((family for family, said in _FAMILIES.items() if said.fullmatch(base_model or "")), None)
+    """The family, a key of FAMILIES, of a base model that an authority names; "" for a model that surely is of none;
+    None where the name does not tell, as on most pages of Hugging Face."""
+    return next((family for family, names in _FAMILIES.items() if names.fullmatch(base_model or "")), None)
 
 
 class NotFound(SourceError):

@@ -65,7 +65,7 @@ class _Transfer:
         self._etag: str | None = None
 
     def advance(self) -> None:
-        """Take what is missing, over one connection. Raises Unreachable where another may bring more."""
+        """Fetch what is missing, over one connection. Raises Unreachable where a further connection may bring more."""
         wanted = self._missing()
         with self.net.get(self.download.url, {**self.download.headers, **wanted}, self.deadline) as answer:
             if "Range" in wanted and answer.status in (206, 416):
@@ -84,14 +84,15 @@ class _Transfer:
         return digest
 
     def _missing(self) -> dict[str, str]:
-        """The headers that ask for the rest, where there is a way to tell that it is the rest of the same file."""
+        """The headers that ask for the rest of the file; {} to begin anew, where nothing would tell that it is the same
+        file."""
         if not self.count or not (self._etag or self.download.sha256):
             return {}
         return {"Range": f"bytes={self.count}-"} | ({"If-Range": self._etag} if self._etag else {})
 
     def _resume(self, answer: Answer) -> None:
-        said = _RANGE.fullmatch(answer.headers.get("Content-Range", ""))
-        first, last, total = map(int, said.groups()) if said else (0, 0, 0)
+        stated = _RANGE.fullmatch(answer.headers.get("Content-Range", ""))
+        first, last, total = map(int, stated.groups()) if stated else (0, 0, 0)
         same = self._etag is None or answer.headers.get("ETag", self._etag) == self._etag
         same = same and self._size in (None, total)
         if answer.status != 206 or not same or (first, last) != (self.count, total - 1):

@@ -123,9 +123,9 @@ def _read(answer: Any) -> _Repository:
 
 
 def _texts(card: Any, key: str) -> Iterator[str]:
-    """What a card says under a key, one text or several. Authors write cards: anything may be in them."""
-    said = card.get(key) if isinstance(card, dict) else None
-    yield from (text for text in (said if isinstance(said, list) else [said]) if isinstance(text, str) and text)
+    """The texts under a key of a model card, one or several. Authors write cards: anything may be in them."""
+    value = card.get(key) if isinstance(card, dict) else None
+    yield from (text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text)
 
 
 def _commit(sha: str) -> str:
@@ -140,7 +140,8 @@ def _file(sibling: Any) -> _File:
 
 
 def _chosen(reference: HubFile, paths: list[str]) -> str:
-    """The path of the file that is meant. Raises NotFound where there is none, SourceError where there are several."""
+    """The path of the LoRA in the repository. Raises NotFound where there is none, SourceError where it may be one of
+    several."""
     if reference.path in paths:
         return reference.path
     weights = [path for path in paths if path.endswith(".safetensors")]

@@ -16,7 +16,7 @@ _ELSEWHERE = "a reference such as hf:owner/name/file.safetensors or an https add
 
 
 def parsed(name: str, text: str) -> Reference:
-    """What a text refers to. Raises SourceError, which says it of the input."""
+    """parse(text). Raises SourceError with the input's name in front."""
     try:
         return parse(text)
     except SourceError as error:
@@ -24,8 +24,8 @@ def parsed(name: str, text: str) -> Reference:
 
 
 def own(name: str, text: str) -> Reference:
-    """What a text refers to for whoever owns the machine: what lies at a path, of a file also a pinned one, before all
-    else. Raises LoRAError for a path at which nothing does, SourceError as parsed() does."""
+    """What a text refers to for the owner of the machine: a file or folder of this path, which may be pinned if it is a
+    file, else parsed(). Raises LoRAError for a path at which nothing is, SourceError as parsed() does."""
     body, _, pin = text.rpartition("#sha256=")
     with suppress(OSError, ValueError):  # a name that the file system cannot take
         if text and Path(text).exists():  # "" is no path, and would be the working folder
@@ -66,7 +66,7 @@ def lora_path(reference: str, root: Path | None, name: str) -> Path:
 
 
 def pinned(path: Path, reference: Local, name: str) -> Path:
-    """A local file, compared with its reference's #sha256=. Raises SourceError."""
+    """The path of a local file, once its sha256 is that of the reference's pin, if it has one. Raises SourceError."""
     if reference.pin:
         try:
             with path.open("rb") as file:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from klora.cache.folder import opened as folder_at
+from klora.cache.folder import open_folder as folder_at
 from klora.errors import SourceError
 from klora.sources.deadline import Deadline
 from test_folder.store.stored import SIZE, opened, put, ref
