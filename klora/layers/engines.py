@@ -151,17 +151,19 @@ def _merge(weight: Tensor, acting: GatedPairs, out: Tensor) -> None:
     """out = weight + sum of gate * B A, in one pass over the weight."""
     if not acting:
         out.copy_(weight)
-    else:  # one, as mostly: nothing is to be stacked, and no B rounded
-        [(pair, gate)] = acting if len(acting) == 1 else [(_stacked([LowRank(p.A, p.B * g) for p, g in acting]), 1.0)]
+    elif len(acting) == 1:  # as mostly: nothing is to be stacked, and no B rounded
+        [(pair, gate)] = acting
         torch.addmm(weight, pair.B, pair.A, alpha=gate, out=out)
+    else:
+        both = _stacked([LowRank(pair.A, pair.B * gate) for pair, gate in acting])
+        torch.addmm(weight, both.B, both.A, out=out)
 
 
 def lend_gated(denoiser: nn.Module, plan: Plan, pairs: Mapping[int, Pairs], loans: list[Loan]) -> Gate:
     """Put a LoRALinear in the place of each layer, with the gates multiplied into its stacked A: B (g * (A x)) is
     B (g * A) x, so that a step costs nothing more. A is written in place: compiled code is not traced again."""
-    slices: list[
-        list[tuple[Tensor, Tensor, int]]
-    ] = []  # by layer: (rows of the stacked A, the pristine A, whose it is)
+    # By layer: (rows of the stacked A, the pristine A, the LoRA that has it).
+    slices: list[list[tuple[Tensor, Tensor, int]]] = []
     for index, name in enumerate(plan.layers):
         adapting = [(pair, lora) for lora, pair in enumerate(pairs[index]) if pair is not None]
         stacked = _stacked([pair for pair, _ in adapting])

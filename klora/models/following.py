@@ -16,21 +16,21 @@ def following(pipe: Any, on_step: Callable[[int], Any]) -> Iterator[Callable[...
     i is the place of the timestep in the scheduler's list, not a count of calls: image-to-image starts part-way,
     second-order schedulers call twice a step, denoising_end cuts it. Yields the pipeline's `callback_on_step_end`: it
     counts where neither the scheduler nor the denoiser's timestep tells the place."""
-    told: list[Any] = [None, 0]  # the list of the call that was last told of, and how many of its steps are over
+    progress: list[Any] = [None, 0]  # of the pipeline's last call: its list of timesteps, and how many steps are over
 
     def before_forward(_: nn.Module, args: tuple[Any, ...]) -> None:
         times, end = pipe.scheduler.timesteps, getattr(pipe, "denoising_end", None)  # SDXL's alone have one
         total = len(times)
         last = int((times >= round((1 - end) * pipe.scheduler.config.num_train_timesteps)).sum()) if end else total
         begin = max(0, last - getattr(pipe, "num_timesteps", last))  # some pipelines tell it uncut, some not at all
-        counted = begin + (told[1] if told[0] is times else 0)  # each call has a list of its own
+        counted = begin + (progress[1] if progress[0] is times else 0)  # each call has a list of its own
         known = [getattr(pipe.scheduler, name, None) for name in ("step_index", "begin_index")]
         place = next(at for at in (*known, *(_place(time, times) for time in args[1:2]), counted) if at is not None)
         steps = pipe.scheduler.num_inference_steps or total  # DDPM does not count timesteps of one's own
         on_step(Step(place * steps // total, steps))
 
     def on_step_end(_: Any, index: int, __: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        told[:] = pipe.scheduler.timesteps, index + 1
+        progress[:] = pipe.scheduler.timesteps, index + 1
         return kwargs
 
     denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
