@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,11 +108,16 @@ def test_less_than_full_strength_keeps_something_of_the_image_however_few_the_st
     assert np.abs(one - other).mean() > 2
 
 
+@pytest.mark.parametrize("painted", [False, True], ids=["redrawn", "inpainted"])
 @pytest.mark.parametrize("base", ["sdxl", "flux-schnell"])
-def test_full_strength_depends_on_nothing_but_seed_and_prompt(models: dict[str, Family], base: str) -> None:
+def test_full_strength_depends_on_nothing_but_seed_and_prompt(
+    models: dict[str, Family], base: str, painted: bool
+) -> None:
     """Rectified flow starts from pure noise at sigma 1; SDXL's last beta would keep a trace of the image."""
     model = models[base]
-    one, other = (paint(model, image=image, prompt_strength=1.0) for image in (photo(), Image.new("RGB", (64, 64))))
+    inputs: dict[str, Any] = {"mask": Image.new("L", (64, 64), 255)} if painted else {}
+    inputs["prompt_strength"] = 1.0
+    one, other = (paint(model, image=image, **inputs) for image in (photo(), Image.new("RGB", (64, 64))))
     assert np.abs(one - other).max() <= 1
 
 

@@ -3,12 +3,24 @@
 from itertools import combinations
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 
 from klora.form.request import SCHEDULERS
 from klora.models.family import Family
-from test_folder.families.painting import paint, photo
+from test_folder.families.painting import PROMPT, paint, photo, pixels_of, seeded
+
+STOCK: dict[str, tuple[Any, dict[str, Any]]] = {
+    "DDIM": (diffusers.DDIMScheduler, {"clip_sample": False}),
+    "DPMSolverMultistep": (diffusers.DPMSolverMultistepScheduler, {}),
+    "HeunDiscrete": (diffusers.HeunDiscreteScheduler, {}),
+    "KarrasDPM": (diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "K_EULER_ANCESTRAL": (diffusers.EulerAncestralDiscreteScheduler, {}),
+    "K_EULER": (diffusers.EulerDiscreteScheduler, {}),
+    "PNDM": (diffusers.PNDMScheduler, {"skip_prk_steps": True}),
+}
+"""What the names of the form are in diffusers."""
 
 
 def test_schedulers_are_those_of_the_form(sdxl: Family, models: dict[str, Family]) -> None:
@@ -36,3 +48,17 @@ def test_solvers_of_one_equation_agree(sdxl: Family) -> None:
     for scheduler in ("DDIM", "DPMSolverMultistep", "HeunDiscrete", "KarrasDPM", "PNDM"):
         image = paint(sdxl, num_inference_steps=12, scheduler=scheduler)
         assert np.abs(image - euler).mean() < 10, scheduler
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_an_image_is_redrawn_as_the_stock_pipeline_with_this_scheduler_does(sdxl: Family, scheduler: str) -> None:
+    """From the same latents, which the stock pipeline would else draw by the seed. One level of 255, for rounding."""
+    kind, options = STOCK[scheduler]
+    parts = sdxl.pipe.components | {"scheduler": kind.from_config(sdxl.pipe.scheduler.config, **options)}
+    pipeline = diffusers.StableDiffusionXLImg2ImgPipeline(**parts, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    asked: dict[str, Any] = {"num_inference_steps": 5, "guidance_scale": 3.0}
+    latents = sdxl.encode_images(pixels_of(photo())).mean
+    stock = pipeline(PROMPT, image=latents, strength=0.6, generator=seeded(7), **asked).images[0]
+    image = paint(sdxl, scheduler=scheduler, image=photo(), prompt_strength=0.6, seed=7, **asked)[0]
+    assert np.abs(image - np.asarray(stock, dtype=int)).max() <= 1
