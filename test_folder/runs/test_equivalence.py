@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from klora.fusion import Schedule, fuse
-from klora.generation import generate
+from klora.generation import combine, generate
 from klora.layers import attached
 from test_folder import tiny
 from test_folder.fusion.drawn import naive_gamma, naive_sums
@@ -151,3 +151,19 @@ def test_fusions_make_different_images(model, both):
     images += [pixels(generate(model, asked(pattern="s"), **both)), pixels(generate(model, asked()))]
     for index, image in enumerate(images):
         assert all(abs(image - other).max() > 8 for other in images[:index])
+
+
+@pytest.mark.parametrize(
+    ("fusion", "scales"), [("sum", [2.0, 0.5]), ("content", [2.0]), ("style", [0.5])], ids=["sum", "content", "style"]
+)
+def test_without_a_choice_each_lora_acts_at_its_own_scale(both, fusion, scales):
+    plan = combine(asked(fusion=fusion, content_scale=2.0, style_scale=0.5), 8, **both)
+    assert torch.equal(plan.gates, torch.tensor(scales).expand(1, len(plan.layers), len(scales)))
+
+
+def test_every_input_of_the_choice_steers_it_and_each_lora_acts_at_its_own_scale(both):
+    inputs = {"pattern": "s", "alpha": 2.0, "beta": 0.25, "style_bias": 1.3}
+    plan = combine(asked(content_scale=2.0, style_scale=0.5, **inputs), 8, **both)
+    wins = fuse(both["content"], both["style"]).content_wins(Schedule(2.0, 0.25, wraps=False), 8, style_bias=1.3)
+    assert 0.1 < wins.float().mean() < 0.9
+    assert torch.equal(plan.gates, torch.where(wins[..., None], torch.tensor([2.0, 0.0]), torch.tensor([0.0, 0.5])))
