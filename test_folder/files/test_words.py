@@ -107,11 +107,12 @@ def test_an_encoder_may_have_more_rows_than_words(bases: Path) -> None:
         flux.encode_prompt([spoken("a photo of zork")])
 
 
+@pytest.mark.parametrize("where", ["prompt", "negative_prompt"])
 @pytest.mark.parametrize("prompt", ["a photo of TOK", "a photo of <s0><s1>", "a photo of content:TOK"])
-def test_a_cog_sdxl_tars_words_act_in_a_request(sdxl: Family, tmp_path: Path, prompt: str) -> None:
+def test_a_cog_sdxl_tars_words_act_in_a_request(sdxl: Family, tmp_path: Path, prompt: str, where: str) -> None:
     lora = sdxl.read_lora(cog_sdxl(sdxl, tmp_path)[0])
     images = [
-        generate(sdxl, Request(words, num_inference_steps=1, seed=0), content=file)[0].tobytes()
+        generate(sdxl, Request(**{"prompt": "a toy", where: words}, num_inference_steps=1, seed=0), content=file)[0]
         for words, file in ((prompt, lora), ("a photo of content:TOK", lora), (prompt, LoRA(lora.layers)))
     ]
     assert images[0] == images[1] != images[2]
