@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, wait
 from typing import Any
 
-from playground.connection import Connection, Patience, Run, refusal
+from playground.connection import Connection, Patience, Run, taken
 from playground.errors import PlaygroundError
 
 POLL_SECONDS = 0.25
@@ -51,9 +51,7 @@ class CogServer:
             if stop.wait(BUSY_SECONDS):
                 yield Run("canceled")
                 return
-        if status != 200:
-            raise PlaygroundError(refusal(status, answer))
-        yield Run.told_by(answer)
+        yield Run.told_by(taken(status, answer))
 
     def _ask(self, name: str, inputs: Mapping[str, Any]) -> "Future[tuple[int, Any]]":
         """The answer to come. A thread that is no pool's, for those keep a program from ending."""
@@ -80,7 +78,7 @@ class CogServer:
         if stop.is_set():
             self._cancel(name)  # again each time: the request may not have begun when it first was
         status, answer = self.connection.call("PUT", self._address(name), NO_FORM_ACCEPTS)
-        return Run.told_by(answer) if status == 202 else None
+        return Run.told_by(taken(status, answer)) if status == 202 else None
 
     def _cancel(self, name: str) -> None:
         self.connection.call("POST", f"{self._address(name)}/cancel")

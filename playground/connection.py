@@ -34,7 +34,7 @@ class Run:
     @classmethod
     def told_by(cls, answer: Mapping[str, Any]) -> "Run":
         """From what a server answers."""
-        error = _WRAPPING.sub("", answer.get("error") or "")
+        error = _WRAPPING.sub("", str(answer.get("error") or ""))
         metrics = answer.get("metrics") or {}
         return cls(answer.get("status", "processing"), answer.get("logs") or "", answer.get("output"), metrics, error)
 
@@ -88,12 +88,9 @@ class Connection:
         except requests.RequestException as error:  # its text may hold headers
             raise PlaygroundError(f"{_shown(self.url)} does not answer: {type(error).__name__}.") from None
 
-    def get(self, address: str) -> Any:
-        """The JSON there. Raises PlaygroundError."""
-        status, answer = self.call("GET", address)
-        if status != 200 or not isinstance(answer, dict):
-            raise PlaygroundError(refusal(status, answer))
-        return answer
+    def get(self, address: str) -> Mapping[str, Any]:
+        """The JSON object there. Raises PlaygroundError."""
+        return taken(*self.call("GET", address))
 
     def fetch(self, url: str) -> bytes:
         """A file that the server made and put somewhere; that place is told no token. Raises PlaygroundError."""
@@ -132,14 +129,23 @@ class Patience:
         return answer
 
 
+def taken(status: int, answer: Any) -> Mapping[str, Any]:
+    """The JSON object that a server answers. Raises PlaygroundError for a refusal, and for what is no such object, as a
+    gateway's page to sign in at is."""
+    if status not in (200, 201, 202) or not isinstance(answer, dict):
+        raise PlaygroundError(refusal(status, answer))
+    return answer
+
+
 def refusal(status: int, answer: Any) -> str:
-    """What a server says of a request that it does not take."""
-    if isinstance(answer, str):
-        return f"The server answers {status}: {answer[:300]}"
-    detail = answer.get("detail") or answer.get("error") or answer.get("title") or answer
-    if isinstance(detail, list):
-        return " ".join(f"{fault['loc'][-1]}: {fault['msg'].rstrip('.')}." for fault in detail)
-    return f"The server answers {status}: {detail}"
+    """What a server, or a gateway before it, says of a request that it does not take."""
+    said = answer if isinstance(answer, dict) else {}
+    detail = said.get("detail") or said.get("error") or said.get("title") or answer
+    try:
+        faults = " ".join(f"{fault['loc'][-1]}: {fault['msg'].rstrip('.')}." for fault in detail)
+    except (TypeError, KeyError, IndexError):  # other than a form finds them
+        faults = ""
+    return faults or f"The server answers {status}: {str(detail)[:300]}"
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from playground.connection import Connection, Patience, Run, refusal
+from playground.connection import Connection, Patience, Run, taken
 from playground.errors import PlaygroundError
 
 POLL_SECONDS = 1.0
@@ -28,9 +28,7 @@ class ReplicateModel:
         stop: set by another thread to cancel it. It is also cancelled when the iterator is closed.
         """
         body = {"version": self._latest()["id"], "input": dict(inputs)}
-        status, answer = self.connection.call("POST", self._predictions, body)
-        if status not in (200, 201, 202):
-            raise PlaygroundError(refusal(status, answer))
+        answer = taken(*self.connection.call("POST", self._predictions, body))
         urls, state, patience = answer["urls"], Run.told_by(answer), Patience()
         try:
             while not state.ended:

@@ -1,6 +1,7 @@
 """How the playground runs predictions on Cog, where the real server of test_playground.py is hard to bring to it."""
 
 import threading
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -10,6 +11,8 @@ from klora.form.inputs import progress_line
 from playground.cog import CogServer
 from playground.connection import Connection, Run
 from playground.errors import PlaygroundError
+from playground.progress import Server
+from playground.replicate import ReplicateModel
 from test_folder.speaking.answering import ANSWERED, Answer, answering, last
 
 
@@ -76,6 +79,29 @@ def test_what_is_refused_is_said_input_by_input() -> None:
     with answering(lambda *_: (422, {"detail": faults})) as server, pytest.raises(PlaygroundError) as refused:
         last(CogServer(Connection(server.url)).run({}, threading.Event()))
     assert str(refused.value) == 'seed: "a" is not of type "integer". prompt: Field required.'
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "sentence"),
+    [
+        (200, b"<html>Sign in", "The server answers 200: <html>Sign in"),
+        (200, [], "The server answers 200: []"),
+        (500, None, "The server answers 500: None"),
+        (403, {"detail": [{"msg": "no"}]}, "The server answers 403: [{'msg': 'no'}]"),
+        (429, {"title": "Slow down", "detail": []}, "The server answers 429: Slow down"),
+    ],
+    ids=["page", "list", "null", "no place", "title"],
+)
+@pytest.mark.parametrize("server_of", [CogServer, ReplicateModel])
+def test_what_a_gateway_answers_in_the_servers_place_is_said(
+    server_of: Callable[[Connection], Server], status: int, said: Any, sentence: str
+) -> None:
+    def answer(method: str, path: str, body: Any) -> Answer:
+        return (200, {"latest_version": {"id": "v2"}}) if method == "GET" else (status, said)
+
+    with answering(answer) as fake, pytest.raises(PlaygroundError) as refused:
+        last(server_of(Connection(fake.url)).run({}, threading.Event()))
+    assert str(refused.value) == sentence
 
 
 @pytest.mark.parametrize(
