@@ -81,8 +81,7 @@ class Folder:
 
     def withhold(self, job: Job) -> None:
         """Write that the safety checker has withheld a job's image, so that it is not made again."""
-        known = {name: by for name, by in job.request.loras.items() if by in self.sha256}
-        loras = {name: {"sha256": self.sha256[by]} for name, by in known.items()}
+        loras = {name: {"sha256": self.sha256[by]} for name, by in job.request.loras.items() if by in self.sha256}
         self._mark(job, {"klora": FORM, "seed": job.request.seed, "withheld": True, "loras": loras})
 
     def _first(self, job: Job, used: Mapping[str, list[str]]) -> dict[str, list[str]]:
@@ -96,10 +95,13 @@ class Folder:
 
     def _write(self, job: Job, suffix: str, content: bytes) -> None:
         """As a whole, or not at all."""
-        path = self._place(job, suffix)
-        part = path.with_name(f".{path.name}.part")
-        part.write_bytes(content)
-        part.replace(path)
+        part = (path := self._place(job, suffix)).with_name(f".{path.name}.part")
+        try:
+            part.write_bytes(content)
+            part.replace(path)
+        except OSError as error:  # of a full disk, which does not say whose
+            part.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
     def _place(self, job: Job, suffix: str) -> Path:
         return self.path / f"{job.index:05}.{suffix}"

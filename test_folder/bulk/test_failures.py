@@ -1,6 +1,7 @@
 """What fails stops a run or is passed over, and what is said of it and on the way."""
 
 import json
+import resource
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,6 +50,20 @@ def test_what_one_lora_cannot_do_stops_before_anything_is_made(
 
 def no_drawing(*_: Any) -> Any:
     raise AssertionError("nothing is to be drawn")
+
+
+def test_a_file_that_the_disk_does_not_take_is_named_and_nothing_of_it_stays(
+    runs: Runs, prompts: PromptFile, tmp_path: Path
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as failed:
+            runs(prompts)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert Path(failed.value.filename).parent == tmp_path / "out"
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_empty_lines_stop_where_that_is_asked_for(runs: Runs, tmp_path: Path) -> None:
