@@ -150,6 +150,15 @@ def test_other_libraries_another_base_and_other_pixels_are_told(image: Path, bas
     ]
 
 
+def test_an_image_that_is_cut_off_is_made_again_all_the_same(image: Path) -> None:
+    whole = image.read_bytes()
+    image.write_bytes(whole[: whole.index(b"IDAT") + 100])
+    result = reproduce(str(image), "--out", "again")
+    said = f"Warning: {image.name} is damaged behind what it tells, so that the pixels cannot be compared.\n"
+    assert (result.exit_code, result.stderr) == (0, said)
+    assert Path(result.stdout.strip()).read_bytes() == whole
+
+
 def test_an_image_that_was_made_smaller_since_is_told(image: Path) -> None:
     chunks = PngInfo()
     chunks.add_text("klora", Image.open(image).info["klora"])
