@@ -152,6 +152,18 @@ def drag(page: Page, share: float) -> None:
     page.mouse.up()
 
 
+def drop(page: Page, place: str, *files: Path) -> None:
+    """Drag files or folders from elsewhere onto a place of the page, and let them go."""
+    page.locator(place).scroll_into_view_if_needed()
+    box = page.locator(place).bounding_box()
+    assert box
+    at = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    dragged = {"items": [], "files": [str(file) for file in files], "dragOperationsMask": 1}
+    chromium = page.context.new_cdp_session(page)
+    for step in ("dragEnter", "dragOver", "drop"):
+        chromium.send("Input.dispatchDragEvent", {"type": step, **at, "data": dragged})
+
+
 def shown(page: Page, place: str) -> np.ndarray:
     """The pixels of a picture on the page, once it is there."""
     source = page.locator(f"{place} img").first.get_attribute("src")
@@ -263,6 +275,41 @@ def test_what_has_the_focus_is_seen_and_how_a_request_ends_is_read_out(page: Pag
         assert page.locator(place).first.evaluate(
             "e => (e.closest('[aria-live]') ?? e.querySelector('[aria-live]')).ariaLive"
         ) == "polite"  # fmt: skip
+
+
+def test_arrows_move_among_the_choices_of_a_question_and_tab_passes_them(page: Page, server: Client) -> None:
+    page.focus('#input-pattern input[value="s"]')
+    page.keyboard.press("ArrowRight")
+    picture = make(page)
+    assert np.array_equal(picture, server.images(**ASKED | {"pattern": "s*"})[0])
+    page.focus('#input-pattern input[value="s*"]')
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Shift+Tab")
+    assert page.evaluate("document.activeElement.name").startswith("input-fusion")
+
+
+def test_a_picture_is_a_button_with_a_name_and_nothing_moves_for_who_wants_that(page: Page) -> None:
+    make(page)
+    expect(page.locator("#now").get_by_role("button", name="Now", exact=True)).to_be_visible()
+    page.emulate_media(reduced_motion="reduce")
+    page.focus(DIAL)
+    page.click("#everything-else > button")
+    page.click("#everything-else > button")
+    assert page.evaluate("document.getAnimations().length") == 0
+    page.emulate_media(reduced_motion="no-preference")
+
+
+@pytest.mark.parametrize("dropped", [("a.txt", "b.txt"), ("",)], ids=["two", "folder"])
+def test_what_is_dropped_is_one_file(page: Page, tmp_path: Path, dropped: tuple[str, ...]) -> None:
+    (tmp_path / "a.txt").write_text("a sbu robot\n")
+    (tmp_path / "b.txt").write_text("a sbu flower\n")
+    said: list[str] = []
+    page.once("dialog", lambda dialog: (said.append(dialog.message), dialog.accept()))
+    drop(page, "#input-prompts", *(tmp_path / name for name in dropped))
+    assert said == ["Expected one file, and no folder."]
+    drop(page, "#input-prompts", tmp_path / "a.txt")
+    expect(page.locator("#input-prompts")).to_contain_text("12.0")
+    page.click("#input-prompts button[aria-label=Clear]")
 
 
 def test_the_sum_is_shown_whatever_the_slider_says(page: Page, server: Client) -> None:
