@@ -14,7 +14,7 @@ def test_a_token_travels_encrypted_or_not_at_all(url: str) -> None:
     with pytest.raises(PlaygroundError, match="unencrypted") as refused:
         Connection(url, "s3cret")
     assert "s3cret" not in str(refused.value)
-    assert Connection(url).url == url
+    assert Connection(f" {url}/\n").url == url
 
 
 @pytest.mark.parametrize(
