@@ -13,7 +13,7 @@ def difference(original: Path, made: Path) -> str:
         with Image.open(original) as first, Image.open(made) as second:
             pair = first.convert("RGB"), second.convert("RGB")
     except (OSError, SyntaxError, ValueError):  # whichever Pillow has for what is cut off or damaged
-        return f"{original.name} is damaged behind what it tells, so that the pixels cannot be compared."
+        return f"{original.name} is damaged, so that the pixels cannot be compared."
     if pair[0].size != pair[1].size:
         return f"it is {pair[1].width}x{pair[1].height}, and {original.name} is not."
     most = max(ImageChops.difference(*pair).tobytes())

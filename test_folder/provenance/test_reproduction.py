@@ -154,7 +154,7 @@ def test_an_image_that_is_cut_off_is_made_again_all_the_same(image: Path) -> Non
     whole = image.read_bytes()
     image.write_bytes(whole[: whole.index(b"IDAT") + 100])
     result = reproduce(str(image), "--out", "again")
-    said = f"Warning: {image.name} is damaged behind what it tells, so that the pixels cannot be compared.\n"
+    said = f"Warning: {image.name} is damaged, so that the pixels cannot be compared.\n"
     assert (result.exit_code, result.stderr) == (0, said)
     assert Path(result.stdout.strip()).read_bytes() == whole
 
