@@ -215,7 +215,7 @@ class Predictor(BasePredictor):
             default=False,
         ),
         prompts: Optional[Path] = Input(
-            description="File of up to 1,000 lines, to make an image per line: each line is a prompt, or a JSON object of inputs. Returns one tar of images and captions. Each prompt replaces {} in the prompt above.",
+            description="File of up to 1,000 lines, to make an image per line: each line is a prompt, or each a JSON object of inputs. Returns one tar of images and captions. Each prompt replaces {} in the prompt above.",
             default=None,
         ),
         hf_api_token: Optional[Secret] = Input(

@@ -56,7 +56,7 @@ def train(
         default=None,
     ),
     autocaption: bool = Input(
-        description="Let a captioning model describe the pictures that have no caption. It has to be installed.",
+        description="Let a captioning model describe the pictures that have no caption. Skipped if none is installed.",
         default=False,
     ),
     autocaption_prefix: Optional[str] = Input(
@@ -133,7 +133,8 @@ def train(
         default="none",
     ),
     class_prompt: Optional[str] = Input(
-        description="Prompt of the class to preserve. Blank means one made of class_word.", default=None
+        description="Prompt of the class to preserve. Blank means one made of class_word; with output, each caption with it in the trigger's place.",
+        default=None,
     ),
     num_class_images: int = Input(
         description="Pictures of the class that the base makes before training.", ge=1, le=1000, default=100

@@ -24,7 +24,7 @@ class Bulk:
     shuffle: int | None = ask(None, "Make the images in a random order, drawn from this seed.", ge=0, le=MAX_SEED)
     shard: str = ask("1/1", "Make only the i-th of n parts, written i/n; all parts may share the folder.")
     on_error: str | None = ask(
-        None, "What to do at a bad line or a failure. Default: stop; skip empty lines.", choices=("stop", "skip")
+        None, "What to do at a bad line or a failure. Default: stop, but skip empty lines.", choices=("stop", "skip")
     )
     ray: bool = ask(False, "Spread the work over a Ray cluster, one worker per GPU.")
     ray_workers: int | None = ask(None, "Number of Ray workers; implies --ray. Default: one per GPU.", ge=1, le=10_000)

@@ -77,7 +77,7 @@ class Request:
         True, "Add the trigger words that the LoRAs' files or pages name, if the prompt lacks them."
     )
     go_fast: bool = ask(
-        False, "Faster, with small differences: FLUX skips what hardly changes between steps, and compiled blocks run."
+        False, "Faster, slightly different: FLUX skips what hardly changes between steps; compiled blocks run, if any."
     )
     disable_safety_checker: bool = ask(False, "Show images without checking them for unsafe content.")
     report: bool = ask(

@@ -65,7 +65,7 @@ class TrainConfig:
     layers_to_optimize_regex: str = ask(
         "", "Adapt the linear layers whose names this matches, instead of lora_targets."
     )
-    resolution: str = ask("", "Pictures are scaled to the area of squares of these sides, such as 512,768,1024.")
+    resolution: str = ask("", "Pictures are scaled to the area of squares of these sides in pixels, as 512,768,1024.")
     crop: str = ask("bucket", "How pictures are cropped.", choices=("bucket", "center", "random", "salience"))
     horizontal_flip: bool = ask(False, "Also train on mirrored pictures.")
     batch_size: int = ask(1, "Pictures per batch.", ge=1, le=16)
@@ -83,7 +83,9 @@ class TrainConfig:
     mask_min_weight: float = ask(0.1, "Loss weight outside of a mask; inside it is 1.", ge=0, le=1)
     prior_preservation: str = ask("none", "How the base is kept from forgetting the class.",
                                   choices=("none", "output", "class_images"))  # fmt: skip
-    class_prompt: str = ask("", "Prompt of the class to preserve. Default: a {class_word}.")
+    class_prompt: str = ask(
+        "", "Prompt of the class to preserve. Default: a {class_word}; with output, captions with it for the trigger."
+    )
     num_class_images: int = ask(100, "Pictures of the class that the base makes before training.", ge=1, le=1000)
     prior_loss_weight: float = ask(1.0, "Weight of the loss that preserves the class.", ge=0, le=100)
     timestep_sampling: str = ask("auto", "Distribution of noise levels. auto: uniform on SDXL, logit_normal on FLUX.1.",
