@@ -63,7 +63,8 @@ def fuse(
     for path in [*_saved(images, out, request), *(kept(partial(save_report, numbers), out) if numbers else [])]:
         typer.echo(path)
     share = f", style acts in {facts['style_share']:.0%}" if "style_share" in facts else ""
-    typer.echo(f"seed {request.seed}{share}, {time.perf_counter() - started:.1f} s")
+    fast = f", go_fast: {facts['go_fast']}" if "go_fast" in facts else ""
+    typer.echo(f"seed {request.seed}{share}{fast}, {time.perf_counter() - started:.1f} s")
 
 
 def reproduce(

@@ -76,8 +76,9 @@ def test_every_kind_of_option_reaches_the_request(families: dict[str, Family]) -
         "image": open_image("image", Path("start.png"), "RGB"),
         "mask": open_image("mask", Path("mask.png"), "L"),
     }
-    images, _ = generated(families["sdxl"], "sdxl", **given, **pictures)
+    images, facts = generated(families["sdxl"], "sdxl", **given, **pictures)
     assert (result.exit_code, result.stderr) == (0, "")
+    assert f", go_fast: {facts['go_fast']}, " in result.stdout.splitlines()[-1]
     assert np.array_equal(Image.open("out/klora_1_0.png"), images[0])
 
 

@@ -133,7 +133,7 @@ def read_prompts(
             if isinstance(given["prompt"], str):
                 given["prompt"] = template.replace("{}", given["prompt"])
             request = Request(**given)
-            request.check_roles([name.removesuffix("_lora") for name in request.loras])  # as making it would, but now
+            request.check_roles(request.roles)  # as making it would, but now
             jobs.append(Job(index, number, request, "seed" in told))
         except RequestError as error:
             faults.append(Fault(number, str(error)))

@@ -1,6 +1,7 @@
 """Batches of jobs -> files in a folder; what happened is told as it happens, and summed up. Knows no model."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -34,6 +35,8 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     if prompts.empty:
         tell(f"Skipped empty lines: {', '.join(map(str, prompts.empty))}.")
+    for remark, images in Counter(said for job in jobs for said in job.request.remarks(job.request.roles)).items():
+        tell(f"In {images} of {len(jobs)} images {remark}.")
     there = {job.index for job in jobs if folder.done(job)}
     # Batches are those of the first time, and made again as a whole: a batched product rounds otherwise in another.
     batches = [batch for batch in bulk.batches(jobs) if not there.issuperset(job.index for job in batch)]
@@ -53,8 +56,7 @@ def _outcomes(bulk: Bulk, batches: Sequence[Batch], folder: Folder, opened: Call
         yield from spread(batches, opened, folder, bulk.ray_workers)
     elif batches:
         draw = opened()
-        for batch in batches:
-            yield make(batch, draw, folder)
+        yield from (make(batch, draw, folder) for batch in batches)
 
 
 def _follow(

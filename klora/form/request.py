@@ -170,6 +170,11 @@ class Request:
         named = {"content_lora": self.content_lora, "style_lora": self.style_lora}
         return {name: reference for name, reference in named.items() if reference}
 
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """What the LoRAs are for that were given, "content" and "style"."""
+        return tuple(name.removesuffix("_lora") for name in self.loras)
+
     def size(self, native: int, multiple: int) -> tuple[int, int]:
         """(width, height) in pixels on a base of this native side, in multiples of `multiple` unless named outright."""
         if self.width is not None or self.height is not None:

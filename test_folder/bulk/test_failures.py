@@ -73,6 +73,16 @@ def test_empty_lines_stop_where_that_is_asked_for(runs: Runs, tmp_path: Path) ->
         runs(prompts, on_error="stop")
 
 
+def test_inputs_that_change_nothing_are_named_with_how_many_images_they_are_of(runs: Runs, tmp_path: Path) -> None:
+    lines: list[Any] = [{"prompt": "a dog"}, {"prompt": "a cat", "style_lora": "b"}, {"prompt": "an owl"}]
+    given = {"content_lora": "a", "style_scale": 2.0, "output_format": "png", "output_quality": 20}
+    said = runs(read(written(tmp_path / "p.jsonl", *lines), **given))
+    assert said[:2] == [
+        "In 2 of 3 images style_scale changes nothing: no style LoRA acts.",
+        "In 3 of 3 images output_quality changes nothing: png is exact.",
+    ]
+
+
 def failing(draw: Draw, error: KLoRAError, *prompts: str) -> Draw:
     """Fails where a batch has one of these."""
 
