@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from klora.bases.hub import stay_offline as stay_offline
-from klora.bases.install import ensure_base, left_to_setup
+from klora.bases.install import ensure_base, setup_note
 from klora.bases.pget import find_pget
 from klora.bases.table import BASES as BASES
 from klora.bases.table import base_of
@@ -116,7 +116,7 @@ def _named_bases() -> list[str]:
 def _fetch_if_due(name: str) -> None:
     """Fetch a base that is missing, though KLORA_BASES names it or the build left it to set-up, with HF_TOKEN. Raises
     BaseModelError."""
-    due = name in _named_bases() or left_to_setup(models_folder(), name).is_file()
+    due = name in _named_bases() or setup_note(models_folder(), name).is_file()
     if due and name not in installed_bases():
         logger.info("%s is not in %s: fetching it", name, models_folder())
         download_base(name, token=os.environ.get(TOKENS["hf"]) or None)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import weights
-from klora.bases.install import left_to_setup
+from klora.bases.install import setup_note
 from klora.errors import BaseModelError, SafetyError
 from klora.studio import Studio
 from predict import Predictor
@@ -54,7 +54,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def leave(models: Path, name: str) -> Path:
     """The note of a build that has not fetched a base."""
-    note = left_to_setup(models, name)
+    note = setup_note(models, name)
     note.write_text("not here")
     return note
 

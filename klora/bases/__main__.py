@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from klora.bases.hub import how_to_open
-from klora.bases.install import check_room, left_to_setup, listed
+from klora.bases.install import check_room, listed, setup_note
 from klora.bases.pget import find_pget
 from klora.bases.table import BASES, INDICES, base_of
 from klora.errors import BaseModelError
@@ -23,7 +23,7 @@ IN_A_BUILD = (
     "In a build: cog build --secret id=hf_token,env=HF_TOKEN, with --no-cache after one without it; or "
     "--or-at-setup in cog.yaml."
 )
-LEFT = """{name} is not here: the build had no token for it, and --or-at-setup left it to the server's set-up.
+NOTE = """{name} is not here: the build had no token for it, and --or-at-setup left it to the server's set-up.
 {how} Set-up then fetches it and takes this note away.
 """
 
@@ -57,7 +57,7 @@ def main(
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("klora").setLevel(logging.INFO)
     try:
-        fetch(options.bases, options.folder, _token(environment, secret), environment, later=options.or_at_setup)
+        fetch(options.bases, options.folder, _token(environment, secret), environment, or_at_setup=options.or_at_setup)
     except BaseModelError as error:
         sys.stderr.write(f"Error: {error}\n")
         return 1
@@ -71,15 +71,15 @@ def main(
 
 
 def fetch(
-    names: Sequence[str], folder: Path, token: str | None, environment: Mapping[str, str], *, later: bool = False
+    names: Sequence[str], folder: Path, token: str | None, environment: Mapping[str, str], *, or_at_setup: bool = False
 ) -> None:
     """Fetch bases into a folder, once it is sure that there is room for all of them. Raises BaseModelError.
 
-    later: leave a note in the place of a gated base where there is no token for it, and do not fail.
+    or_at_setup: where there is no token for a gated base, leave a note in its place instead of raising.
     """
     wanted = {name: base_of(name) for name in names}
     closed = [name for name, base in wanted.items() if base.gated and not token]
-    if closed and not later:
+    if closed and not or_at_setup:
         raise BaseModelError(f"{how_to_open(closed[0], wanted[closed[0]])} {IN_A_BUILD}")
     pget = find_pget(environment.get("KLORA_PGET_SHA256"))
     listings = [listed(name, base, folder, token) for name, base in wanted.items() if name not in closed]
@@ -93,20 +93,21 @@ def fetch(
         logger.info("%s is in %s.", listing.name, listing.install(pget))
     for name in closed:
         if not any((folder / name / index).is_file() for index in INDICES):
-            _leave(name, folder)
+            _leave_note(name, folder)
 
 
-def _leave(name: str, folder: Path) -> None:
-    note = left_to_setup(folder, name)
+def _leave_note(name: str, folder: Path) -> None:
+    """Write the note by which set-up knows that it has to fetch a base, and log so."""
+    note = setup_note(folder, name)
     folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(LEFT.format(name=name, how=how_to_open(name, BASES[name])))
+    note.write_text(NOTE.format(name=name, how=how_to_open(name, BASES[name])))
     logger.warning("%s is NOT fetched: there is no token. Set-up is to fetch it, says %s.", name, note)
 
 
 def _token(environment: Mapping[str, str], secret: Path) -> str | None:
-    """HF_TOKEN, else what the build's secret holds."""
-    given = environment.get("HF_TOKEN") or (secret.read_text() if secret.is_file() else "")
-    return given.strip() or None
+    """The token in HF_TOKEN, else that in the build's secret, None where both are blank."""
+    token = environment.get("HF_TOKEN") or (secret.read_text() if secret.is_file() else "")
+    return token.strip() or None
 
 
 if __name__ == "__main__":

@@ -30,9 +30,10 @@ class File(NamedTuple):
 
 
 class Repository:
-    """A source of a base as the owner of a token sees it, or anyone. endpoint: of the hub; None: the public one.
+    """A base's repository, read with a token or, without one, as anyone may. endpoint: the hub's address, None for
+    huggingface.co's. public: whether no token is given and none is needed.
 
-    Raises BaseModelError where the token cannot be one.
+    Raises BaseModelError for a token that cannot be one.
     """
 
     def __init__(self, base: Base, token: str | None = None, endpoint: str | None = None) -> None:
@@ -44,24 +45,25 @@ class Repository:
             )
         self.base = base
         self.public = token is None and not base.gated
-        self.given = token is not None
+        self.has_token = token is not None
         self._login: dict[str, Any] = {"token": token or False}  # None would be the machine's own
         self._endpoint = endpoint
         self._api = HfApi(endpoint=endpoint)
 
     def wanted(self) -> list[File]:
-        """The files of the base."""
+        """The base's files, of all that the hub lists."""
         base = self.base
         tree = self._api.list_repo_tree(base.repository, revision=base.revision, recursive=True, **self._login)
         files = [entry for entry in tree if isinstance(entry, RepoFile) and base.wants(entry.path)]
         return [File(file.path, file.size, file.lfs.sha256 if file.lfs else None) for file in files]
 
     def url(self, file: File) -> str:
-        """Where anyone finds a public file."""
+        """The address at which anyone may fetch a public file."""
         return hf_hub_url(self.base.repository, file.path, revision=self.base.revision, endpoint=self._endpoint)
 
     def download(self, file: File, folder: Path, stopped: Callable[[], bool]) -> None:
-        """Fetch a file into a folder by the hub's client, which takes up broken connections where they broke."""
+        """Fetch a file into a folder by the hub's client, which resumes broken downloads; it ends soon after stopped()
+        is true."""
 
         class Bar(tqdm):  # type: ignore[misc]  # untyped
             """In place of the client's progress bars: shows nothing, but ends the fetch when it is stopped."""
@@ -92,7 +94,7 @@ def stay_offline() -> None:
 
 
 def how_to_open(name: str, base: Base) -> str:
-    """What whoever wants a gated base has to do."""
+    """The sentence that says how to get access to a gated base."""
     return (
         f"{name} is gated: accept the licence at huggingface.co/{base.repository} and set HF_TOKEN to a token of the "
         "account that has."
@@ -101,7 +103,8 @@ def how_to_open(name: str, base: Base) -> str:
 
 @contextmanager
 def in_words(name: str, repository: Repository, target: Path) -> Iterator[None]:
-    """Turn what goes wrong inside into a BaseModelError: one sentence, without signed addresses. So is the log."""
+    """Have every error in the block raised as a BaseModelError, in one sentence without signed addresses; they are
+    kept out of what the hub's client logs, too."""
     try:
         with _logged_without_queries():
             yield
@@ -116,7 +119,7 @@ def in_words(name: str, repository: Repository, target: Path) -> Iterator[None]:
 
 
 def _origin(error: Exception) -> Exception:
-    """Where the client only says that there was an error, that one."""
+    """The cause of a LocalEntryNotFoundError, which itself does not say what went wrong; else the error."""
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
     return cause if isinstance(cause, Exception) else error
 
@@ -125,17 +128,17 @@ def _refusal(name: str, repository: Repository, error: Exception) -> str:
     base = repository.base
     if isinstance(error, GatedRepoError):
         return how_to_open(name, base)
-    if repository.given and isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+    if repository.has_token and isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
         return f"{name} cannot be fetched: Hugging Face does not know the token in HF_TOKEN. Expected a valid one."
-    words = " ".join(_QUERY.sub(r"\1", str(error)).split()) or type(error).__name__
+    reason = " ".join(_QUERY.sub(r"\1", str(error)).split()) or type(error).__name__
     return (
-        f"{name} cannot be fetched from {base.repository}: {words.rstrip('.')}. "
+        f"{name} cannot be fetched from {base.repository}: {reason.rstrip('.')}. "
         "What has come stays; the next attempt fetches the rest."
     )
 
 
 class _WithoutQueries(logging.Filter):
-    """Takes the queries from addresses in log lines, for those of a gated file's bytes are keys to it."""
+    """Removes the queries of addresses from log lines: that of a gated file's address gives access to the file."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = _QUERY.sub(r"\1", record.getMessage()), ()

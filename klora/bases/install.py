@@ -1,7 +1,7 @@
 """Fetches what a folder lacks of a base model. Every file is there whole, or not at all.
 
-In the base's folder, .cache/klora/state says of which commits its files are, and whether they are all there.  The
-index, by which others know that a base is installed, comes last.
+In the base's folder, .cache/klora/state holds the commits of its files and the word "begun" or "complete". The index,
+by which others know that a base is installed, is fetched last.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from klora.interruptible import in_threads
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-AT_ONCE = 4  # files
+AT_ONCE = 4  # files that are fetched, or hashed, at a time
 
 
 def ensure_base(
@@ -42,14 +42,14 @@ def ensure_base(
     """Fetch what folder/name lacks of a base, from all its sources, and return that folder. Raises BaseModelError.
 
     The hub is asked which files there are, each time.  token: of somebody who has accepted the licence.  pget: fetches
-    the large files of public repositories where no token is given; what it fails at the hub's client fetches.
-    Processes that want the same base at once wait for each other.
+    the large files of public repositories where no token is given; what it fails to fetch, the hub's client fetches.
+    Of processes that want the same base at once, one fetches it and the others wait.
     """
     return listed(name, base, folder, token, endpoint=endpoint).install(pget)
 
 
 def listed(name: str, base: Base, folder: Path, token: str | None = None, *, endpoint: str | None = None) -> "Listing":
-    """What the hub has of a base, for folder/name. Nothing is written. Raises BaseModelError."""
+    """The files that the hub has of a base, to be installed in folder/name. Writes nothing. Raises BaseModelError."""
     target = folder / name
     sources = [_source(name, Repository(part, token, endpoint), target) for part in base.sources]
     return Listing(base, name, target, sources)
@@ -67,7 +67,8 @@ class Source:
 
 
 def _source(name: str, repository: Repository, target: Path) -> Source:
-    """What a repository has of a base. Raises BaseModelError where that is nothing, or has no index and should."""
+    """The files that a repository has of a base. Raises BaseModelError where there are none, or no index in the
+    repository that should have it."""
     base = repository.base
     with in_words(name, repository, target):
         files = repository.wanted()
@@ -79,7 +80,7 @@ def _source(name: str, repository: Repository, target: Path) -> Source:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a base at one commit of each of its sources, and the folder that is to have them."""
+    """The files of a base at one commit of each of its sources. target: the folder to install them in."""
 
     base: Base
     name: str
@@ -88,7 +89,7 @@ class Listing:
 
     @property
     def files(self) -> list[File]:
-        """Of all sources."""
+        """The files of all sources."""
         return [file for source in self.sources for file in source.files]
 
     @property
@@ -98,34 +99,34 @@ class Listing:
 
     @property
     def missing(self) -> int:
-        """Bytes of those that are not there, by their sizes."""
+        """Bytes of the files that are absent from the folder, or have another size there."""
         return sum(file.size for file in self.files if not _has_size(self.target / file.path, file.size))
 
     def distrust(self) -> None:
-        """Let the next install() check every byte, not only sizes."""
+        """Forget that the files were checked, so that install() hashes them instead of comparing sizes only."""
         _state_file(self.target).unlink(missing_ok=True)
 
     def install(self, pget: Pget | None = None) -> Path:
-        """Fetch what is missing, as ensure_base() does, and take away a build's note that it is. Raises
-        BaseModelError."""
+        """Fetch what is missing, as ensure_base() does, and remove a build's note that it is. Raises BaseModelError."""
         with in_words(self.name, self.sources[0].repository, self.target):
             if not self._is_complete():
                 self.target.mkdir(parents=True, exist_ok=True)
                 with FileLock(self.target.with_name(f".{self.name}.lock")):
                     if not self._is_complete():  # another process may have fetched it meanwhile
                         _Installation(self.name, self.target, self.sources, pget).complete()
-            left_to_setup(self.target.parent, self.name).unlink(missing_ok=True)
+            setup_note(self.target.parent, self.name).unlink(missing_ok=True)
         return self.target
 
     def _is_complete(self) -> bool:
-        """Whether all files were checked when they came, and are still there by their sizes."""
+        """Whether all files were checked when they were fetched, and still have their sizes."""
         return _state(self.target) == f"{_commits(self.sources)} complete" and self.missing == 0
 
 
 def check_room(names: Sequence[str], folder: Path, needed: int) -> None:
-    """Raise BaseModelError unless the disk of a folder, which need not be there yet, has so many bytes free."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
-    free = shutil.disk_usage(there).free
+    """Raise BaseModelError unless the disk of a folder, which need not exist yet, has the needed bytes free. names: of
+    the bases that need them."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise BaseModelError(
             f"{' and '.join(names)} {'needs' if len(names) == 1 else 'need'} {needed / 1e9:.1f} GB more in {folder}, "
@@ -133,8 +134,8 @@ def check_room(names: Sequence[str], folder: Path, needed: int) -> None:
         )
 
 
-def left_to_setup(folder: Path, name: str) -> Path:
-    """Where a build leaves a note that it has not fetched a base, so that set-up has to."""
+def setup_note(folder: Path, name: str) -> Path:
+    """The path of the note that a build leaves for a base which it has not fetched, so that set-up has to."""
     return folder / f"{name}.at-setup"
 
 
@@ -159,7 +160,7 @@ def _state(target: Path) -> str:
 
 @dataclass(frozen=True)
 class _Installation:
-    """One base on its way to one folder, whose lock is held."""
+    """The fetching of one base into its folder, whose lock is held meanwhile."""
 
     name: str
     target: Path
@@ -168,7 +169,7 @@ class _Installation:
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def complete(self) -> None:
-        """Fetch the files that are missing or are not as the hub has them, those of the last source last."""
+        """Fetch the files that are missing or differ from the hub's: source by source, each one's index last."""
         self._begin()
         missing = [replace(source, files=self._missing(source.files)) for source in self.sources]
         self._announce(missing)
@@ -180,9 +181,9 @@ class _Installation:
         self._set_state("complete")
 
     def _begin(self) -> None:
-        """Clear away what killed processes left, and small files that nothing says are of these commits."""
-        for left in (self.target / ".cache").rglob("*.incomplete"):
-            left.unlink(missing_ok=True)
+        """Remove what killed processes left, and, unless the state names these commits, the files without a SHA-256."""
+        for part in (self.target / ".cache").rglob("*.incomplete"):
+            part.unlink(missing_ok=True)
         if _state(self.target).rpartition(" ")[0] != _commits(self.sources):
             for file in (file for source in self.sources for file in source.files if file.sha256 is None):
                 (self.target / file.path).unlink(missing_ok=True)
@@ -196,39 +197,41 @@ class _Installation:
         new.replace(state)
 
     def _missing(self, files: Sequence[File]) -> list[File]:
-        found = self._in_parallel(self._is_there, files)
-        return [file for file, there in zip(files, found, strict=True) if not there]
+        present = self._in_parallel(self._is_present, files)
+        return [file for file, is_present in zip(files, present, strict=True) if not is_present]
 
-    def _is_there(self, file: File) -> bool:
+    def _is_present(self, file: File) -> bool:
         path = self.target / file.path
         return _has_size(path, file.size) and file.sha256 in (None, _sha256(path))
 
     def _announce(self, missing: Sequence[Source]) -> None:
-        """Say what will be fetched. Raises BaseModelError where there is no room for it."""
+        """Log what will be fetched. Raises BaseModelError where there is no room for it."""
         sizes = [file.size for source in missing for file in source.files]
         check_room([self.name], self.target, sum(sizes))
-        of, where = sum(len(source.files) for source in self.sources), " and ".join(map(str, self.sources))
+        total, where = sum(len(source.files) for source in self.sources), " and ".join(map(str, self.sources))
         logger.info(
-            "%s: %d of %d files to fetch (%.3f GB) from %s.", self.name, len(sizes), of, sum(sizes) / 1e9, where
+            "%s: %d of %d files to fetch (%.3f GB) from %s.", self.name, len(sizes), total, sum(sizes) / 1e9, where
         )
 
     def _in_parallel(self, do: Callable[[File], Result], files: Sequence[File]) -> list[Result]:
-        """Let some be done at once. After an error none is begun; after an interruption those under way end, too."""
+        """What do returns for each file, AT_ONCE at a time. After an error none is begun; an interruption also
+        ends those under way."""
         return in_threads(do, files, self._stop.set, AT_ONCE)
 
     def _fetch(self, source: Source, file: File) -> None:
-        """Fetch one file, check it and say so. Raises what the hub's client raises, and BaseModelError."""
-        began, path = time.monotonic(), self.target / file.path
+        """Fetch one file, check it and log so. Raises what the hub's client raises, and BaseModelError."""
+        start, path = time.monotonic(), self.target / file.path
         path.unlink(missing_ok=True)  # the client would keep a file of this name that it has fetched before
         by_pget = self._fetched_by_pget(source, file)
         if not by_pget:
             source.repository.download(file, self.target, self._stop.is_set)
             self._check(source, file, path)
-        seconds, by = time.monotonic() - began, "pget" if by_pget else "huggingface_hub"
+        seconds, by = time.monotonic() - start, "pget" if by_pget else "huggingface_hub"
         logger.info("%s: %s, %d bytes in %.1f s by %s.", self.name, file.path, file.size, seconds, by)
 
     def _fetched_by_pget(self, source: Source, file: File) -> bool:
-        """Whether pget has fetched it: a public file whose bytes can be checked."""
+        """Fetch a file by pget and return True; False where that fails, or the file is not public or has no SHA-256 to
+        check it by."""
         if self.pget is None or file.sha256 is None or not source.repository.public:
             return False
         part = self.target / ".cache" / "klora" / f"{uuid.uuid4().hex}.incomplete"
@@ -248,17 +251,17 @@ class _Installation:
             part.unlink(missing_ok=True)
 
     def _check(self, source: Source, file: File, path: Path) -> None:
-        """Raise BaseModelError, and remove the file, unless it is as the hub says."""
+        """Raise BaseModelError, and remove what is at path, unless its size and SHA-256 are the hub's."""
         size = path.stat().st_size if path.is_file() else 0
         sha256 = _sha256(path) if file.sha256 and size else None
         if (size, sha256) != (file.size, file.sha256):
             path.unlink(missing_ok=True)
-            came, expected = _facts(size, sha256), _facts(file.size, file.sha256)
+            actual, expected = _described(size, sha256), _described(file.size, file.sha256)
             where = f"{file.path} of {self.name} came from {source.repository.base.repository}"
-            raise BaseModelError(f"{where} as {came}. Expected {expected}.")
+            raise BaseModelError(f"{where} as {actual}. Expected {expected}.")
 
 
-def _facts(size: int, sha256: str | None) -> str:
+def _described(size: int, sha256: str | None) -> str:
     return f"{size} bytes with the SHA-256 {sha256}" if sha256 else f"{size} bytes"
 
 

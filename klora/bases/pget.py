@@ -1,7 +1,7 @@
 """pget, a program that fetches one public file over many connections. It is never given a secret.
 
-It has no total timeout, writes in place and knows no checksum, so whoever calls it gives it a fresh path and checks
-what came. A lock that it takes for the whole machine is made one for the file.
+It has no total timeout, writes in place and knows no checksum, so the caller gives it a fresh path and checks what is
+there afterwards. Its lock, by default one for the whole machine, is here one for each file.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 # Eight connections with a buffer of 32 MB each; pget's own are four a core with 125 MB each.
 OPTIONS = ("--force", "--concurrency", "8", "--chunk-size", "32M")
-SLOWEST = 5e6  # bytes a second; below that pget is held to hang
+SLOWEST = 5e6  # bytes a second; a slower pget is taken to hang
 
 
 class PgetError(Exception):
@@ -54,18 +54,18 @@ class Pget:
             raise PgetError(f"it ended with status {status}")
 
 
-def _run(command: list[str], enough: Callable[[], bool]) -> int | None:
-    """The exit status; None, and the whole process group is killed, where it was enough before there was one.
+def _run(command: list[str], stopped: Callable[[], bool]) -> int | None:
+    """Run a command and return its exit status; once stopped() is true, kill its process group and return None.
 
-    The environment is empty, for ours may hold tokens, and pget takes settings from its own. What it says is not kept,
-    for it says addresses.
+    The environment is empty, because ours may hold tokens, and pget takes settings from its own. The output is thrown
+    away, because it shows addresses.
     """
     nothing = subprocess.DEVNULL
     with subprocess.Popen(
         command, env={}, start_new_session=True, stdin=nothing, stdout=nothing, stderr=nothing
     ) as process:
         try:
-            while not enough():
+            while not stopped():
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return process.wait(0.1)
             return None
@@ -75,19 +75,21 @@ def _run(command: list[str], enough: Callable[[], bool]) -> int | None:
 
 
 def find_pget(sha256: str | None, command: str = "pget") -> Pget | None:
-    """The binary of this name or path, if it is there and has these bytes. Raises BaseModelError where it has others.
+    """The pget of this name or path, if it is there and is the trusted one. Raises BaseModelError where it is another.
 
-    sha256: in hex, of the one version that is trusted. Without it pget is not used.
+    sha256: of the binary that is trusted, in hex. Without it pget is not used.
     """
-    found = shutil.which(command)
-    if found is None:
+    binary = shutil.which(command)
+    if binary is None:
         logger.info("pget is not installed: huggingface_hub fetches the base models.")
         return None
     if not sha256:
-        logger.info("%s is not used, for nothing says which SHA-256 it must have: set KLORA_PGET_SHA256.", found)
+        logger.info("%s is not used, for nothing says which SHA-256 it must have: set KLORA_PGET_SHA256.", binary)
         return None
-    with Path(found).open("rb") as binary:
-        seen = hashlib.file_digest(binary, "sha256").hexdigest()
-    if seen != sha256.strip().lower():
-        raise BaseModelError(f"{found} has the SHA-256 {seen}. Expected {sha256}, to which KLORA_PGET_SHA256 is set.")
-    return Pget(Path(found).absolute())
+    with Path(binary).open("rb") as file:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != sha256.strip().lower():
+        raise BaseModelError(
+            f"{binary} has the SHA-256 {actual}. Expected {sha256}, to which KLORA_PGET_SHA256 is set."
+        )
+    return Pget(Path(binary).absolute())

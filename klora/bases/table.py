@@ -12,8 +12,8 @@ class Base:
     """Where a base model comes from. family: a key of klora.models.FAMILIES, None for what makes no images.
 
     revision: a commit, in full.  files: patterns of the paths to fetch, in which * also stands for folders.  gated:
-    needs a Hugging Face token whose owner has accepted the licence.  completed_by: of a base that is one checkpoint
-    file under its authors' own names, where the small files come from that make a diffusers-format folder of it.
+    needs a Hugging Face token whose owner has accepted the licence.  completed_by: None for a diffusers-format folder;
+    for a base that is one checkpoint file, the source of the small files that make such a folder of it.
     Sampling defaults are the family's, which reads them off the model.
     """
 
@@ -27,12 +27,12 @@ class Base:
 
     @property
     def sources(self) -> "tuple[Base, ...]":
-        """Where its files come from, that of its index last."""
+        """The repositories of its files, the one with its index last."""
         return (self, self.completed_by) if self.completed_by else (self,)
 
     @property
     def checkpoint(self) -> str:
-        """The file that the base is, in its repository; of one that is a diffusers-format folder, nothing."""
+        """The path in the repository of the one file that the base is; "" for a diffusers-format folder."""
         return self.files[0] if self.completed_by else ""
 
     def wants(self, path: str) -> bool:
@@ -41,7 +41,7 @@ class Base:
 
 
 INDICES = ("model_index.json", "config.json")
-"""The file that says what a folder is: of a pipeline, of a single model."""
+"""The file that makes a folder a base: a pipeline's, a single model's."""
 
 _CONFIGS = ("*.json", "*/*.json", "*/*.txt", "*/*.model")
 _DIFFUSERS_FILES = (*_CONFIGS, "*/*.safetensors")
