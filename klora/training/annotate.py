@@ -1,4 +1,4 @@
-"""What small models say of training pictures: BLIP in words, CLIPSeg where a thing is. Each is used, then dropped.
+"""Captions and masks of training pictures by small models, BLIP and CLIPSeg. Each is used, then dropped.
 
 Knows nothing of Cog, of archives or of the training loop.
 """
@@ -34,7 +34,7 @@ class _Annotator:
 
 
 class Captioner(_Annotator):
-    """Says in one line what a picture shows."""
+    """Describes a picture in one line."""
 
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> Self:
@@ -45,16 +45,16 @@ class Captioner(_Annotator):
 
     @torch.no_grad()
     def caption(self, image: Image.Image) -> str:
-        """The likeliest next word each time, so that a picture always has the same caption."""
+        """The picture's caption; always the same one, because decoding is greedy."""
         options = {"max_new_tokens": MAX_NEW_TOKENS, "num_beams": 1, "do_sample": False}
-        tokens = self.model.generate(self._pixels(image), **options)[0, 1:]  # the first says only that a caption starts
+        tokens = self.model.generate(self._pixels(image), **options)[0, 1:]  # the first marks the start
         # Cleaning up makes "man ' s" into "man's".
         text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=True)
         return " ".join(text.split())
 
 
 class Segmenter(_Annotator):
-    """Says where in a picture a thing is."""
+    """Finds what a prompt names in a picture."""
 
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> Self:
@@ -65,13 +65,13 @@ class Segmenter(_Annotator):
 
     @torch.no_grad()
     def mask(self, image: Image.Image, prompt: str) -> Image.Image:
-        """L, as large as the picture, white where the prompt's thing is."""
+        """L, as large as the picture, the whiter the likelier a pixel shows what the prompt names."""
         longest = self.model.config.text_config.max_position_embeddings
-        words = self.tokenizer(prompt, truncation=True, max_length=longest, return_tensors="pt").to(self.model.device)
-        chances = torch.sigmoid(self.model(**words, pixel_values=self._pixels(image)).logits)
+        tokens = self.tokenizer(prompt, truncation=True, max_length=longest, return_tensors="pt").to(self.model.device)
+        probabilities = torch.sigmoid(self.model(**tokens, pixel_values=self._pixels(image)).logits)
         size = (image.height, image.width)
-        chances = F.interpolate(chances[:, None], size=size, mode="bilinear", antialias=True)[0, 0]
-        return Image.fromarray((chances * 255).round().byte().cpu().numpy())
+        probabilities = F.interpolate(probabilities[:, None], size=size, mode="bilinear", antialias=True)[0, 0]
+        return Image.fromarray((probabilities * 255).round().byte().cpu().numpy())
 
 
 def autocaptioned(pictures: Iterable[Picture], captioner: Captioner, prefix: str, suffix: str) -> list[Picture]:
@@ -94,16 +94,16 @@ def segmented(pictures: Iterable[Picture], segmenter: Segmenter, prompt: str) ->
 
 
 def _joined(before: str, after: str) -> str:
-    """Two parts of a caption with a comma between, unless one brings what separates them."""
+    """Two parts of a caption with a comma between them, or a space, or nothing where they are separated already."""
     if not before or not after or before[-1].isspace() or after[0].isspace() or after[0] in PUNCTUATION:
         return before + after
     return f"{before} {after}" if before[-1] in PUNCTUATION else f"{before}, {after}"
 
 
-def _loaded(what: str, folder: Path, device: torch.device, kinds: tuple[Any, Any, Any], advice: str) -> list[Any]:
-    """Model, tokenizer and image processor."""
+def _loaded(name: str, folder: Path, device: torch.device, kinds: tuple[Any, Any, Any], advice: str) -> list[Any]:
+    """Model, tokenizer and image processor, of these kinds. name: begins an error's sentence, and advice ends it."""
     if not (folder / "config.json").is_file():
-        raise BaseModelError(f"{what} is not installed: {folder} has no config.json. {advice}")
+        raise BaseModelError(f"{name} is not installed: {folder} has no config.json. {advice}")
     options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
     options |= {"local_files_only": True, "ignore_mismatched_sizes": True}
     try:
@@ -111,17 +111,18 @@ def _loaded(what: str, folder: Path, device: torch.device, kinds: tuple[Any, Any
         tokenizer, processor = (kind.from_pretrained(folder, local_files_only=True) for kind in kinds[1:])
     except Exception as error:  # transformers has no kind of its own for damaged files
         reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
-        raise BaseModelError(f"{what} cannot be loaded from {folder}: {reason}. {advice}") from error
+        raise BaseModelError(f"{name} cannot be loaded from {folder}: {reason}. {advice}") from error
     if flaw := _flaw(model, info, tokenizer):
-        raise BaseModelError(f"{what} in {folder} {flaw}. {advice}")
+        raise BaseModelError(f"{name} in {folder} {flaw}. {advice}")
     return [model.to(device).eval().requires_grad_(False), tokenizer, processor]
 
 
 def _flaw(model: Any, info: dict[str, Any], tokenizer: Any) -> str | None:
-    """What transformers lets pass, and fills with random numbers or with an empty vocabulary."""
+    """What is wrong with a model's files that transformers loads all the same, with random weights or an empty
+    vocabulary in place of what is missing; None if nothing is."""
     if bad := [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]:
         return f"lacks {min(bad)} in the shape that its config.json gives"
     if bad := [name for name, tensor in model.named_parameters() if not tensor.isfinite().all()]:
         return f"has values in {min(bad)} that are not finite"
-    seen, told = len(tokenizer), model.config.text_config.vocab_size  # BLIP counts two more than its tokenizer knows
-    return f"has a tokenizer of {seen} tokens where its config.json gives {told}" if 2 * seen < told else None
+    seen, stated = len(tokenizer), model.config.text_config.vocab_size  # of BLIP two more than its tokenizer has
+    return f"has a tokenizer of {seen} tokens where its config.json gives {stated}" if 2 * seen < stated else None

@@ -1,7 +1,7 @@
-"""From an upload to named bytes, safely. Knows nothing of images and captions.
+"""From an upload to {name: bytes}, within limits. Knows nothing of images and captions.
 
-An upload is a folder, a zip, a tar or a tar.gz, told by its content. Members are read as counted streams; their names
-are labels, never places to write to. A tar inside (a WebDataset shard) and a parquet file are read as folders of their
+An upload is a folder, a zip, a tar or a tar.gz, by its content. Members are read as counted streams; their names are
+labels, never places to write to. A tar inside (a WebDataset shard) and a parquet file are read as folders of their
 names: row 7 of a.parquet becomes a.parquet/000007 with its caption in a.parquet/000007.txt.
 """
 
@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from klora.errors import RequestError
 
-FREE_BYTES = 16 << 20  # that any upload may unpack to, however small it is packed
+FREE_BYTES = 16 << 20  # to which any upload may unpack, whatever Limits.ratio is
 CLUTTER = ("thumbs.db", "desktop.ini")
 CAPTION_KEYS = ("caption", "text", "prompt")
 # What zipfile, tarfile and gzip raise for damaged files; ValueError is tarfile's, for numbers in extended headers.
@@ -35,12 +35,12 @@ Member = tuple[str, bool, Callable[[], IO[bytes] | None]]  # name, whether it is
 
 @dataclass(frozen=True)
 class Limits:
-    """What an upload may ask for at most; bytes are counted unpacked."""
+    """The most that an upload may hold. member_bytes, total_bytes: unpacked; ratio: unpacked bytes per packed byte."""
 
     members: int = 10_000
     member_bytes: int = 256 << 20
     total_bytes: int = 2 << 30
-    ratio: int = 100  # unpacked bytes for each of the archive
+    ratio: int = 100
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Skipped:
 
 @dataclass
 class Intake:
-    """What came out of an upload, what it used up, and what was left out."""
+    """What is read from an upload. files: {name: content}; members, unpacked_bytes: counted so far, skipped or not."""
 
     limits: Limits
     packed_bytes: int
@@ -67,10 +67,10 @@ class Intake:
         self.skipped.append(Skipped(name, reason))
 
     def take(self, members: Iterable[Member], folder: str = "") -> None:
-        """Read every regular member; the bytes of a shard and of a parquet file count once, as what is in them."""
-        for raw, regular, opened in members:
+        """Read every regular member. A shard or a parquet file is counted by its members, not also by its own bytes."""
+        for raw, regular, open_member in members:
             name = self._admitted(folder + _label(raw), regular=regular)
-            data = None if name is None else self._read(name, opened)
+            data = None if name is None else self._read(name, open_member)
             if name is None or data is None:
                 continue
             if not folder and (inside := _inside(data, self)):
@@ -88,6 +88,7 @@ class Intake:
             self.skip(name, f"is damaged: {error}")
 
     def _admitted(self, name: str, *, regular: bool) -> str | None:
+        """Count a member; its normalised name, or None where it is skipped. Raises RequestError for one too many."""
         self.members += 1
         if self.members > self.limits.members:
             raise RequestError(f"input_images holds more than {self.limits.members} files. Expected at most so many.")
@@ -97,10 +98,11 @@ class Intake:
             self.skip(name, reason)
         return None if reason else label
 
-    def _read(self, name: str, opened: Callable[[], IO[bytes] | None]) -> bytes | None:
+    def _read(self, name: str, open_member: Callable[[], IO[bytes] | None]) -> bytes | None:
+        """A member's content; None where it is skipped. Raises RequestError beyond the limits."""
         data = bytearray()
         try:
-            with opened() or io.BytesIO() as stream:
+            with open_member() or io.BytesIO() as stream:
                 while chunk := stream.read(1 << 20):
                     data += chunk
                     self._spend(name, len(chunk), len(data))
@@ -121,7 +123,7 @@ class Intake:
 
 @dataclass
 class Metered:
-    """A stream that is counted, because tarfile reads an extended header of any length into memory."""
+    """A stream that counts what is read: tarfile would read an extended header of any length into memory."""
 
     stream: IO[bytes] | gzip.GzipFile
     packed_bytes: int
@@ -129,7 +131,7 @@ class Metered:
     count: int = 0
 
     def read(self, size: int) -> bytes:
-        """The next bytes. Raises RequestError when the upload has no right to so many."""
+        """The next bytes. Raises RequestError beyond the limits."""
         data = self.stream.read(size)
         self.count += len(data)
         check_bytes(self.count, self.packed_bytes, self.limits)
@@ -202,7 +204,7 @@ def _open_zipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes]:
 
 
 def _zip_name(info: zipfile.ZipInfo) -> str:
-    """The member's name; as UTF-8 if it is that, which macOS writes without the flag that says so."""
+    """The member's name, as UTF-8 where it can be: macOS writes that without the flag for it."""
     try:
         return info.filename if info.flag_bits & 0x800 else info.filename.encode("cp437").decode()
     except UnicodeError:
@@ -226,6 +228,7 @@ def _is_tar(head: bytes) -> bool:
 
 
 def _inside(data: bytes, intake: Intake) -> Iterator[Member] | None:
+    """The members of a tar or parquet file within the upload; None for any other file."""
     if data.startswith(b"PAR1"):
         return _parquet(data, intake)
     return _tar(io.BytesIO(data)) if _is_tar(data) else None
@@ -253,14 +256,14 @@ def _parquet(data: bytes, intake: Intake) -> Iterator[Member]:
 
 
 def _stored_bytes(metadata: Any, columns: Sequence[str]) -> int:
-    """What these columns of a parquet file unpack to, as it says, a value that rows share counted once."""
+    """The bytes to which columns of a parquet file unpack, by its own account; values that rows share count once."""
     groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
     chunks = (group.column(number) for group in groups for number in range(group.num_columns))
     return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
 
 
 def _label(name: str) -> str:
-    """A name that prints and compares: forward slashes, composed accents, bytes that are no UTF-8 as Latin-1."""
+    """A name made printable and comparable: forward slashes, composed accents, bytes that are no UTF-8 as Latin-1."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -269,6 +272,7 @@ def _label(name: str) -> str:
 
 
 def _objection(name: str, *, regular: bool) -> str:
+    """Why a member is skipped; "" if it is not."""
     parts = name.split("/")
     if name.startswith("/") or PureWindowsPath(name).drive or ".." in parts:
         return "has a name that leads out of the upload"

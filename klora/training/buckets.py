@@ -78,33 +78,34 @@ def fit(
     spare = resized[0] - bucket[0], resized[1] - bucket[1]
     left, top = _corner(mode, spare, bucket, generator, mask)
     # Only the part that is kept is resized: a 5000x70 picture would be 42 megapixels on the way to 1408x768.
-    wide, high = image.width / resized[0], image.height / resized[1]
-    right, bottom = min(image.width, (left + bucket[0]) * wide), min(image.height, (top + bucket[1]) * high)
-    box = left * wide, top * high, right, bottom
+    x_scale, y_scale = image.width / resized[0], image.height / resized[1]
+    right, bottom = min(image.width, (left + bucket[0]) * x_scale), min(image.height, (top + bucket[1]) * y_scale)
+    box = left * x_scale, top * y_scale, right, bottom
     pixels = _tensor(image.resize(bucket, Image.Resampling.LANCZOS, box)) / 127.5 - 1
     # Bilinear, because Lanczos rings: an edge would leave traces where the mask is zero.
-    shown = None if mask is None else _tensor(mask.resize(bucket, Image.Resampling.BILINEAR, box)) / 255
+    weights = None if mask is None else _tensor(mask.resize(bucket, Image.Resampling.BILINEAR, box)) / 255
     if flip:
-        pixels, shown = pixels.flip(-1), None if shown is None else shown.flip(-1)
+        pixels, weights = pixels.flip(-1), None if weights is None else weights.flip(-1)
         left = spare[0] - left
-    return Crop(pixels, shown, (image.height, image.width, top, left, bucket[1], bucket[0]))
+    return Crop(pixels, weights, (image.height, image.width, top, left, bucket[1], bucket[0]))
 
 
 def batches(sizes: Sequence[Size], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
-    """One epoch: every index once, in batches whose pictures share a bucket, in an order made by (seed, epoch) alone.
+    """The batches of one epoch: every index once, a batch's in one bucket, in an order that (seed, epoch) alone
+    decides.
 
     sizes: the bucket of every picture.   The last batch of a bucket may be short. A bucket with fewer pictures than one
     batch is repeated, in its shuffled order, until the batch is full; only there does an index come more than once.
     """
     key = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
-    found: list[list[int]] = []
+    epoch_batches: list[list[int]] = []
     for bucket in sorted(set(sizes)):
         members = [index for index, size in enumerate(sizes) if size == bucket]
         order = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
         order += [order[i % len(order)] for i in range(len(order), batch_size)]
-        found += [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    return [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]
+        epoch_batches += [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return [epoch_batches[i] for i in torch.randperm(len(epoch_batches), generator=generator).tolist()]
 
 
 def _covering(size: Size, bucket: Size) -> Size:
@@ -123,8 +124,8 @@ def _corner(mode: str, spare: Size, bucket: Size, generator: torch.Generator | N
     if mode == "salience" and mask is not None and mask.getbbox():
         weights = np.asarray(mask)
         centres = (np.average(np.arange(n) + 0.5, weights=weights.sum(axis)) / n for axis, n in enumerate(mask.size))
-        places = (c * (s + b) - b / 2 for c, s, b in zip(centres, spare, bucket, strict=True))
-        left, top = (round(min(max(0, place), room)) for place, room in zip(places, spare, strict=True))
+        corners = (c * (s + b) - b / 2 for c, s, b in zip(centres, spare, bucket, strict=True))
+        left, top = (round(min(max(0, corner), room)) for corner, room in zip(corners, spare, strict=True))
         return left, top
     return spare[0] // 2, spare[1] // 2
 

@@ -1,6 +1,6 @@
 """Pictures and captions as the denoiser reads them, encoded once. Everything here is float32 on the CPU.
 
-The VAE sees each view of a picture once; its posterior is kept, and not one sample of it. Knows no optimiser.
+The VAE encodes each view of a picture once, to a posterior, of which each batch takes a new sample. Knows no optimiser.
 """
 
 import hashlib
@@ -22,7 +22,8 @@ RANDOM_VIEWS = 4  # crops of each picture, when crop is random
 
 @dataclass(frozen=True)
 class View:
-    """A picture cut to its bucket in one way. mask [1, H/8, W/8], the weights of the cells; time_ids as in Crop."""
+    """A picture cut to its bucket in one way. mask: the loss weights of its latent cells, [1, H/8, W/8] in [0, 1];
+    time_ids: [6], as in Crop."""
 
     posterior: Posterior
     time_ids: Tensor
@@ -31,7 +32,7 @@ class View:
 
 @dataclass(frozen=True)
 class Example:
-    """One picture at one resolution: its views are alike in size (width, height)."""
+    """One picture at one resolution. size: (width, height) of all its views, in pixels."""
 
     views: tuple[View, ...]
     caption: str
@@ -42,7 +43,7 @@ class Example:
 def encode_pictures(
     model: Family, pictures: Sequence[Picture], captions: Sequence[str], config: TrainConfig
 ) -> Iterator[Example]:
-    """Every picture, and its caption, at every resolution. Raises RequestError."""
+    """An example of each picture, and its caption, at each resolution. Raises RequestError."""
     for resolution in resolutions(model, config):
         sizes = [size for size in buckets(resolution) if config.crop != "center" or size[0] == size[1]]
         for picture, caption in zip(pictures, captions, strict=True):
@@ -60,19 +61,19 @@ def encode_pictures(
 
 @torch.no_grad()
 def encode_texts(model: Family, captions: Iterable[str]) -> dict[str, Conditioning]:
-    """What the text encoders make of each caption, and of what is to be steered away from."""
+    """{caption: what the text encoders make of it and, where a family has one, of the negative prompt}."""
     encoded = {caption: model.encode_prompt([caption]) for caption in sorted(set(captions))}
     return {caption: {name: part.cpu() for name, part in parts.items()} for caption, parts in encoded.items()}
 
 
 def resolutions(model: Family, config: TrainConfig) -> list[int]:
-    """Sides in pixels of the squares to whose areas pictures are scaled."""
+    """The sides, in pixels, of the squares to whose areas pictures are scaled: the config's, else the base's."""
     shares = model.recipe.resolutions
     return list(config.sides or (round(share * model.native_size / 16) * 16 for share in shares))
 
 
 def keyed_generator(seed: int, *key: object) -> torch.Generator:
-    """A CPU generator for one purpose, the same wherever and whenever it is asked for."""
+    """A new CPU generator, whose state (seed, *key) alone decides."""
     digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -84,7 +85,8 @@ def _views(config: TrainConfig) -> list[tuple[int, bool]]:
 
 
 def _weights(mask: Tensor | None, posterior: Posterior, config: TrainConfig, picture: Picture) -> Tensor | None:
-    """The mask in latent cells, by area. A picture without one counts everywhere."""
+    """The loss weights of a picture's latent cells, [1, H/8, W/8]: its mask [1, H, W] averaged over each, or 1 without
+    a mask; None where the config wants no masks."""
     if config.mask_mode == "none":
         return None
     cells = posterior.mean.shape[-2:]

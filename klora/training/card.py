@@ -1,6 +1,6 @@
-"""What tells people about a trained LoRA: the contact sheet of its samples, the model card, the upload to the hub.
+"""How a trained LoRA is presented: the contact sheet of its samples, the model card, the upload to the hub.
 
-It gets pictures, facts and a folder, and knows nothing of torch, of Cog or of the training loop.
+Works on pictures, facts and a folder, and knows nothing of torch, of Cog or of the training loop.
 """
 
 import logging
@@ -20,7 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 from klora.errors import RequestError
 from klora.training.writing import RESUME_STATE
 
-# Of the sheet, in pixels; TEXT is the height of letters, LEADING goes from line to line.
+# The contact sheet's measures in pixels: a picture's sides at least and at most, the height of letters (TEXT) and of
+# lines (LEADING); and how many lines a text has at most.
 LARGEST, SMALLEST, MARGIN, GAP, TEXT, LEADING, LABEL_WIDTH, LINES = 384, 192, 24, 16, 18, 23, 180, 3
 
 SETTINGS = (
@@ -30,13 +31,13 @@ SETTINGS = (
     "prior_preservation", "timestep_sampling", "snr_gamma", "noise_offset", "ema_decay", "precision", "seed",
     "pictures", "dataset",
 )  # fmt: skip
-"""The facts that a card lists; dataset is a SHA-256. Named one by one: a new one may hold captions or paths."""
+"""The facts that a card lists; dataset is a SHA-256. Listed one by one, as others may hold captions or paths."""
 
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image | None]]], titles: Sequence[str]) -> Image.Image:
-    """One sheet: a row of pictures behind each label, a column under each title. None leaves its cell empty."""
+    """The sheet of rows (label, pictures), with a title above each column. A None leaves its cell empty."""
     font = ImageFont.load_default(TEXT)
     columns = max([len(titles), *(len(pictures) for _, pictures in rows)], default=0)
     grid = [[p and fitted(p) for p in [*pictures, *[None] * columns][:columns]] for _, pictures in rows]
@@ -61,16 +62,17 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image | None]]], titl
 
 
 def fitted(picture: Image.Image) -> Image.Image:
-    """As a sheet shows it: large ones at LARGEST, small ones by a whole factor, so that pixels stay squares."""
+    """A picture at its size on the sheet, RGB: a large one scaled to LARGEST, a small one by a whole factor to at least
+    SMALLEST, so that its pixels stay squares."""
     side = max(picture.size)
     factor = -(-SMALLEST // side) if side <= LARGEST else LARGEST / side
     size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
-    way = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.NEAREST
-    return picture.convert("RGB").resize(size, way)
+    resampling = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.NEAREST
+    return picture.convert("RGB").resize(size, resampling)
 
 
 def _wrapped(text: str, font: _Font, width: int) -> list[str]:
-    """At most LINES lines, each of at most the width in pixels."""
+    """The text in at most LINES lines, each at most so many pixels wide; what is too long is cut, with an ellipsis."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
@@ -159,9 +161,9 @@ def _loading(repository: str, checkpoint: str, family: str) -> dict[str, str]:
 
 
 def _licence(repository: str, licence: str) -> dict[str, Any]:
-    """The card's fields. The hub has identifiers for some licences; any other has a name and a link."""
-    known = {"rail++": "openrail++", "rail-m": "creativeml-openrail-m", "apache-2.0": "apache-2.0"}
-    for part, identifier in known.items():
+    """The card's licence fields: the hub's identifier, or for a licence without one its name and a link."""
+    identifiers = {"rail++": "openrail++", "rail-m": "creativeml-openrail-m", "apache-2.0": "apache-2.0"}
+    for part, identifier in identifiers.items():
         if part in licence.lower():
             return {"license": identifier}
     name, file = re.sub(r"[^a-z0-9]+", "-", licence.lower()).strip("-"), "/blob/main/LICENSE.md"
@@ -170,12 +172,12 @@ def _licence(repository: str, licence: str) -> dict[str, Any]:
 
 
 def _code(value: object) -> str:
-    """A code span on one line."""
+    """The value as Markdown's code, on one line."""
     return f"`{' '.join(str(value).split()).replace('`', chr(39))}`"
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Refuse what the hub would, before training starts. Raises RequestError."""
+    """Raise RequestError, before training starts, for a name that the hub would refuse."""
     try:
         validate_repo_id(repo_id if "/" in repo_id else "")
     except HFValidationError:
@@ -185,18 +187,19 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def push(folder: Path, repo_id: str, token: str, private: bool = True) -> str:
-    """Upload all but the resume state, of use to who trains on alone; return the address. Raises RequestError.
+    """Upload a training's folder, without the state from which only its owner resumes; return the address. Raises
+    RequestError.
 
-    private: makes a private repository, and refuses one of that name that is public.
+    private: make the repository private, and refuse an existing one that is public.
     """
     api = HfApi(token=token)
-    with _unlogged():
+    with _silenced():
         return _pushed(api, folder, repo_id, private)
 
 
 @contextmanager
-def _unlogged() -> Iterator[None]:
-    """In which the hub's libraries say nothing: their lines show signed addresses, which are keys."""
+def _silenced() -> Iterator[None]:
+    """In the block the hub's libraries log nothing: their lines show signed addresses, which give access."""
     loggers = [logging.getLogger(name) for name in ("huggingface_hub", "httpx2", "httpcore2")]
     levels = [logger.level for logger in loggers]
     try:
@@ -211,7 +214,7 @@ def _unlogged() -> Iterator[None]:
 def _pushed(api: HfApi, folder: Path, repo_id: str, private: bool) -> str:
     try:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
-        # What is there stays as it is, and create_repo says nothing of it.
+        # An existing repository stays as it is: create_repo does not make it private, nor raise.
         if private and not api.model_info(repo_id).private:
             seen = f"hf_repo_id is {repo_id!r}, which is public, and hf_private is true"
             raise RequestError(f"{seen}. Expected a private repository, or hf_private=false.")
@@ -225,6 +228,7 @@ def _pushed(api: HfApi, folder: Path, repo_id: str, private: bool) -> str:
 
 
 def _refusal(error: Exception) -> str:
+    """What went wrong and what is expected, without what the error says."""
     if not isinstance(error, HfHubHTTPError):
         return f"the upload broke off ({type(error).__name__}). Expected a hub that can be reached and answers."
     accepted = {

@@ -46,7 +46,7 @@ class Picture:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What is learnt from of it, image, caption and mask, whatever its name: equal where these are."""
+        """Of image, caption and mask: equal where these three are, whatever the names."""
         return json.dumps([_sha256(self.data), self.caption, None if self.mask is None else _sha256(self.mask)])
 
     def open(self) -> Image.Image:
@@ -54,24 +54,24 @@ class Picture:
         return _decoded(self.data, "white")
 
     def open_mask(self) -> Image.Image | None:
-        """Where the picture counts, white; L, as large as the picture, black where it is transparent."""
+        """The mask, L, as large as the picture: white where it counts, black where the mask's file is transparent."""
         return None if self.mask is None else _decoded(self.mask, "black").convert("L")
 
 
 def read_upload(path: Path, limits: Limits = Limits()) -> tuple[list[Picture], list[Skipped]]:  # noqa: B008  frozen
-    """Pictures in the natural order of their names, and what was left out. Raises RequestError.
+    """The pictures in the natural order of their names, and the files left out. Raises RequestError.
 
-    Captions: a .txt, .caption, .json or .cls beside the picture with its name or its stem, metadata.jsonl, a table that
-    is metadata.csv or *caption*.csv, in this order; the first one stays. Masks: STEM.mask.png beside the picture, or
-    its stem in a folder masks/ there.
+    A picture's caption is the first of: a .txt, .caption, .json or .cls beside it with its name or stem, a line of
+    metadata.jsonl, a row of metadata.csv or *caption*.csv. Its mask is STEM.mask.png beside it, or a file with its
+    stem in a folder masks/ there.
     """
     intake = unpack(path, limits)
     names = sorted(intake.files, key=_natural)
     sizes = _sizes([name for name in names if not _is_text(name)], intake)
-    masked = {name: target for name in sizes if (target := _masked(name)) is not None}
-    pictures = [name for name in sizes if name not in masked]
+    targets = {name: target for name in sizes if (target := _mask_target(name)) is not None}
+    pictures = [name for name in sizes if name not in targets]
     captions = _captions([name for name in names if _is_text(name)], pictures, intake)
-    masks = _masks(masked, sizes, intake)
+    masks = _masks(targets, sizes, intake)
     skipped = sorted(intake.skipped, key=lambda item: _natural(item.name))
     if not pictures:
         reasons = "; ".join([f"{intake.members} files seen", *(f"{item.name!r} {item.reason}" for item in skipped[:3])])
@@ -80,12 +80,13 @@ def read_upload(path: Path, limits: Limits = Limits()) -> tuple[list[Picture], l
 
 
 def dataset_hash(pictures: Iterable[Picture]) -> str:
-    """SHA-256 of what is learnt from, images, captions and masks, whatever their names and order."""
+    """SHA-256 over images, captions and masks; the same whatever their names and order."""
     return _sha256("\n".join(sorted(picture.fingerprint for picture in pictures)).encode())
 
 
 def captioned(picture: Picture, trigger: str, template: str) -> str:
-    """The picture's caption with the trigger in place of [trigger], or in front; without a caption, the template."""
+    """The text to train a picture with: its caption, with the trigger for [trigger] or else in front unless it is in it
+    already; without a caption the template, with the trigger for [trigger]."""
     text = (picture.caption or template).replace("[trigger]", trigger)
     if not picture.caption or re.search(whole_word(trigger), text):
         return text
@@ -103,7 +104,7 @@ def _decoded(data: bytes, backdrop: str) -> Image.Image:
 
 
 def _sizes(names: Sequence[str], intake: Intake) -> dict[str, Size]:
-    """Size of every file that can be trained on: it decodes to its last row, and is large enough."""
+    """{name: size} of the files that decode to the last row and are large enough; the others are skipped."""
     sizes = {}
     for name in names:
         try:
@@ -133,8 +134,8 @@ def _is_text(name: str) -> bool:
     return base.endswith(SIDECARS) or base in METADATA or ("caption" in base and base.endswith(".csv"))
 
 
-def _masked(name: str) -> str | None:
-    """What a mask's name says of its picture: the path without suffix. None if it is no mask's name."""
+def _mask_target(name: str) -> str | None:
+    """The path without suffix of the picture that a mask of this name is for. None if it is no mask's name."""
     stem = posixpath.splitext(name)[0]
     if stem.lower().endswith(".mask"):
         return stem[: -len(".mask")]
@@ -146,56 +147,61 @@ def _masked(name: str) -> str | None:
 
 
 def _captions(texts: Sequence[str], pictures: Sequence[str], intake: Intake) -> dict[str, str]:
-    owners = _owners(pictures)
+    """{picture: caption} by these text files; what cannot be used of them is skipped."""
+    index = _index(pictures)
     captions: dict[str, str] = {}
-    for name in sorted(texts, key=_weakness):
+    for name in sorted(texts, key=_precedence):
         try:
             entries = _entries(name, intake)
         except (ValueError, RecursionError, csv.Error) as error:
             intake.skip(name, f"cannot be read: {error}")
             continue
         for target, caption in entries:
-            found = _owned(owners, target)
-            if fresh := [picture for picture in found if picture not in captions]:
-                captions |= dict.fromkeys(fresh, caption)
+            named = _lookup(index, target)
+            if without := [picture for picture in named if picture not in captions]:
+                captions |= dict.fromkeys(without, caption)
             else:
-                intake.skip(name, f"has a caption for {target!r}, which {'has one' if found else 'is no picture here'}")
+                intake.skip(name, f"has a caption for {target!r}, which {'has one' if named else 'is no picture here'}")
     return captions
 
 
-def _masks(masked: Mapping[str, str], sizes: Mapping[str, Size], intake: Intake) -> dict[str, bytes]:
-    owners = _owners([name for name in sizes if name not in masked])
+def _masks(targets: Mapping[str, str], sizes: Mapping[str, Size], intake: Intake) -> dict[str, bytes]:
+    """{picture: its mask's file}; masks that fit no picture are skipped. targets: {mask: path of its picture}."""
+    index = _index([name for name in sizes if name not in targets])
     masks: dict[str, bytes] = {}
-    for mask, target in masked.items():
-        found = [name for name in _owned(owners, target) if sizes[name] == sizes[mask] and name not in masks]
-        masks |= dict.fromkeys(found, intake.files[mask])
-        if not found:
-            own, *others = ("{}x{}".format(*sizes[name]) for name in (mask, *_owned(owners, target)))
+    for mask, target in targets.items():
+        fitting = [name for name in _lookup(index, target) if sizes[name] == sizes[mask] and name not in masks]
+        masks |= dict.fromkeys(fitting, intake.files[mask])
+        if not fitting:
+            size, *others = ("{}x{}".format(*sizes[name]) for name in (mask, *_lookup(index, target)))
             seen = f"of its name: {' and '.join(others) or 'none'}"
-            intake.skip(mask, f"is a mask of {own}, and no picture of its name and size lacks one ({seen})")
+            intake.skip(mask, f"is a mask of {size}, and no picture of its name and size lacks one ({seen})")
     return masks
 
 
-def _owners(pictures: Sequence[str]) -> dict[str, list[str]]:
-    """Pictures by what may name them: path, path without suffix, either one in lower case."""
-    owners: dict[str, list[str]] = {}
+def _index(pictures: Sequence[str]) -> dict[str, list[str]]:
+    """{key: pictures}. A picture's keys: its path, that without suffix, and "?" followed by either one casefolded."""
+    index: dict[str, list[str]] = {}
     for name in pictures:
         stem = posixpath.splitext(name)[0]
         for key in {name, stem, f"?{name.casefold()}", f"?{stem.casefold()}"}:
-            owners.setdefault(key, []).append(name)
-    return owners
+            index.setdefault(key, []).append(name)
+    return index
 
 
-def _owned(owners: Mapping[str, list[str]], target: str) -> list[str]:
-    return owners.get(target) or owners.get(f"?{target.casefold()}") or []
+def _lookup(index: Mapping[str, list[str]], target: str) -> list[str]:
+    """The pictures that a path names, with or without suffix; those of another case only if it names none exactly."""
+    return index.get(target) or index.get(f"?{target.casefold()}") or []
 
 
-def _weakness(name: str) -> tuple[int, str]:
+def _precedence(name: str) -> tuple[int, str]:
+    """Sorts the text files so that the first caption of a picture is the one that counts."""
     return (*SIDECARS, ".jsonl", ".csv").index(posixpath.splitext(name)[1].lower()), name
 
 
 def _entries(name: str, intake: Intake) -> list[tuple[str, str]]:
-    """Pairs of a path, with or without suffix, and a caption. Raises ValueError, RecursionError and csv.Error."""
+    """(path of a picture with or without suffix, its caption) of each entry of a text file. Raises ValueError,
+    RecursionError and csv.Error."""
     data = intake.files[name]
     if len(data) > MAX_TEXT_BYTES:
         raise ValueError(f"it has more than {MAX_TEXT_BYTES} bytes")
@@ -220,7 +226,7 @@ def _entries(name: str, intake: Intake) -> list[tuple[str, str]]:
 def _table(text: str) -> list[dict[str, str]]:
     """The rows of a CSV. Raises ValueError for a first line that is no header, and would be lost as one."""
     lines, separator = io.StringIO(text, newline=""), _separator(text)
-    reader = csv.DictReader(lines, delimiter=separator, skipinitialspace=True)  # or a quote behind one opens nothing
+    reader = csv.DictReader(lines, delimiter=separator, skipinitialspace=True)  # else a quote after one opens nothing
     for keys in (FILE_KEYS, CAPTION_KEYS):
         if not set(keys).intersection(reader.fieldnames or ()):
             raise ValueError(f"its first line names no column {', '.join(keys[:-1])} or {keys[-1]}")
@@ -228,13 +234,14 @@ def _table(text: str) -> list[dict[str, str]]:
 
 
 def _separator(text: str) -> str:
-    """What parts the names of the first line: spreadsheets write semicolons where decimals have commas."""
+    """The separator of a CSV by its first line: spreadsheets write semicolons where decimals have commas."""
     header = text.partition("\n")[0]
     return max(",;\t", key=header.count)
 
 
 def _rows(name: str, rows: Sequence[object], intake: Intake) -> list[tuple[str, str]]:
-    """The rows that can be read; those that cannot are reported one by one. Raises ValueError when none can."""
+    """(path of a picture, its caption) of each row that has a caption; rows that cannot be read are skipped one by one.
+    Raises ValueError when none can be read."""
     pairs, faults = [], []
     for number, row in enumerate(rows, 1):
         try:
@@ -250,23 +257,23 @@ def _rows(name: str, rows: Sequence[object], intake: Intake) -> list[tuple[str, 
     for fault in faults:
         intake.skip(name, fault)
     folder = posixpath.dirname(name)
-    named = [(posixpath.normpath(posixpath.join(folder, file)), caption) for file, caption in pairs if caption]
-    return [(unicodedata.normalize("NFC", file), caption) for file, caption in named]
+    entries = [(posixpath.normpath(posixpath.join(folder, file)), caption) for file, caption in pairs if caption]
+    return [(unicodedata.normalize("NFC", file), caption) for file, caption in entries]
 
 
 def _one_line(text: str) -> str:
-    """Raises ValueError for half a character."""
+    """The text with single spaces for all white space. Raises ValueError for half of a surrogate pair."""
     if HALF_CHARACTER.search(text):
         raise ValueError("one with half a character in it")
     return " ".join(text.split())
 
 
 def _first(row: object, keys: Sequence[str]) -> str:
-    """The value of the first of these keys. Raises ValueError when there is none, or no text."""
-    found = [row[key] for key in keys if key in row] if isinstance(row, dict) else []
-    if not found or not isinstance(found[0], str):
+    """The value of the first of these keys that a row has. Raises ValueError when it has none or that is no text."""
+    values = [row[key] for key in keys if key in row] if isinstance(row, dict) else []
+    if not values or not isinstance(values[0], str):
         raise ValueError(f"one without {', '.join(keys[:-1])} or {keys[-1]}")
-    return found[0]
+    return values[0]
 
 
 def _text(data: bytes) -> str:

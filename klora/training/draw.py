@@ -1,4 +1,4 @@
-"""From encoded examples to batches. Which, with what noise and at what level, is decided by a batch's number alone.
+"""From encoded examples to batches. A batch's number alone decides which examples, what noise and which noise levels.
 
 Knows no model and no optimiser.
 """
@@ -20,7 +20,7 @@ FIXED_POINTS = 8  # (example, noise, noise level) at which the loss is compared 
 
 @dataclass(frozen=True)
 class Material:
-    """What is trained on. class_examples: of pictures that the base made; texts: what the encoders made of captions."""
+    """What is trained on. class_examples: of pictures that the base drew; texts: {caption: its conditioning}."""
 
     examples: Sequence[Example]
     class_examples: Sequence[Example]
@@ -28,7 +28,8 @@ class Material:
 
 
 class Draw:
-    """Batches by number, on a device. times: the law of the noise levels, when the config leaves it to the base."""
+    """Batches by number, on a device. times: the base's distribution of noise levels, a key of objective.TIMES, for
+    timestep_sampling "auto"."""
 
     def __init__(self, material: Material, config: TrainConfig, times: str, device: torch.device) -> None:
         self.texts = material.texts
@@ -43,11 +44,12 @@ class Draw:
         return self._batch(self._examples[number], "draw", number)
 
     def class_batch(self, number: int) -> Batch | None:
-        """Pictures of the class, to be learnt with the batch of this number; None where there are none."""
+        """The batch of class pictures that goes with the batch of this number; None where there are none."""
         return self._batch(self._class_examples[number], "class", number) if self._material.class_examples else None
 
     def fixed(self) -> Iterator[Batch]:
-        """Batches of one, the same at every step: noise levels from 0 to 1, the examples in turn."""
+        """FIXED_POINTS batches of one example, the same at every step: noise levels from 0 to 1, the examples in
+        turn."""
         for point in range(FIXED_POINTS):
             example = self._material.examples[point % len(self._material.examples)]
             view, generator = example.views[0], keyed_generator(self._config.seed, "fixed", point)
@@ -79,14 +81,15 @@ class Draw:
 
 
 def _rows(parts: Sequence[Tensor], blank: Tensor) -> Tensor:
-    """Parts [1, T, ...] as rows of one tensor; shorter ones are followed by what the encoders make of nothing."""
+    """Parts [1, T, ...] as rows of one tensor; shorter ones are padded with blank, the encoding of the empty prompt."""
     length = max(part.shape[1] for part in parts)
     padding = ([blank] * ((length - part.shape[1]) // blank.shape[1]) for part in parts)
     return torch.cat([torch.cat([part, *blanks], dim=1) for part, blanks in zip(parts, padding, strict=True)])
 
 
 class _Deck:
-    """Examples by the number of their batch; every epoch has as many batches, and one epoch's plan is kept."""
+    """The examples of each batch by its number, which counts on through the epochs: these have equally many batches.
+    Only one epoch's plan is kept."""
 
     def __init__(self, examples: Sequence[Example], config: TrainConfig) -> None:
         self._all, self._config = examples, config
@@ -105,7 +108,7 @@ class _Deck:
 
 
 def _sampled(view: View, generator: torch.Generator) -> Tensor:
-    """Latents [C, H/8, W/8]: a fresh sample of the posterior."""
+    """Latents [C, H/8, W/8], a sample of the view's posterior."""
     mean, std = view.posterior
     return mean + std * torch.randn(mean.shape, generator=generator)
 

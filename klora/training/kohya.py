@@ -1,4 +1,4 @@
-"""LoRA layers -> the file that kohya's sd-scripts write, which A1111, Forge, ComfyUI and sd-scripts load.
+"""Writes LoRA files in the format of kohya's sd-scripts, which A1111, Forge, ComfyUI and sd-scripts load.
 
 SDXL's layers keep diffusers' names, which those programs map themselves. FLUX.1's take the names of its first release,
 where several of diffusers' layers are rows of one. Knows nothing of reading (klora.lora), of models, or of text
@@ -15,7 +15,7 @@ from torch import Tensor
 from klora.errors import LoRAError
 from klora.lora import LowRank, save_tensors
 
-_SAID = {
+_METADATA = {
     "unet": {"ss_network_module": "networks.lora", "ss_base_model_version": "sdxl_base_v1-0"},
     "transformer": {"ss_network_module": "networks.lora_flux", "ss_base_model_version": "flux1"},
 }
@@ -60,8 +60,8 @@ def save_kohya(
     metadata: Mapping[str, str] = {},
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write the denoiser's layers. component: what diffusers calls it, "unet" or "transformer"; dtype: None keeps each
-    tensor's own. Raises LoRAError, and writes nothing, for a layer that has no name there."""
+    """Write a denoiser's layers. component: diffusers' name of it, "unet" or "transformer"; dtype: None keeps each
+    tensor's. Raises LoRAError, and writes nothing, for a layer that has no name in the format."""
     tensors: dict[str, Tensor] = {}
     for name, pair in (_flat(layers) if component == "unet" else _fused(layers)).items():
         tensors[f"lora_unet_{name}.lora_down.weight"] = pair.A.to("cpu", dtype).contiguous()
@@ -69,7 +69,7 @@ def save_kohya(
         tensors[f"lora_unet_{name}.alpha"] = torch.tensor(float(pair.rank))
     ranks = {str(pair.rank) for pair in layers.values()}
     rank = ranks.pop() if len(ranks) == 1 else "Dynamic"  # sd-scripts' word for ranks that differ
-    save_tensors(path, tensors, {**metadata, **_SAID[component], "ss_network_dim": rank, "ss_network_alpha": rank})
+    save_tensors(path, tensors, {**metadata, **_METADATA[component], "ss_network_dim": rank, "ss_network_alpha": rank})
     return path
 
 
@@ -78,7 +78,7 @@ def _flat(layers: Mapping[str, LowRank]) -> dict[str, LowRank]:
 
 
 def _fused(layers: Mapping[str, LowRank]) -> dict[str, LowRank]:
-    """{name in the file: pair}"""
+    """FLUX.1's layers as {name in the file: pair}, those that share a name there as one pair."""
     groups: dict[str, list[LowRank | None]] = {}
     for layer, pair in layers.items():
         name, place, count = _place(layer)
@@ -87,22 +87,23 @@ def _fused(layers: Mapping[str, LowRank]) -> dict[str, LowRank]:
 
 
 def _place(layer: str) -> tuple[str, int, int]:
-    """(name in the file, which of the layers that share it, how many these are)"""
+    """(name in the file, position among the layers that share it, from 0, number of these)."""
     block = r"(?<=transformer_blocks\.)\d+"
-    known = _PLACES.get(re.sub(block, "{}", layer))
-    if known is None:
+    place = _PLACES.get(re.sub(block, "{}", layer))
+    if place is None:
         raise LoRAError(f"{layer!r} has no name in kohya's format. Expected a linear layer of FLUX.1.")
-    return known[0].format(*re.findall(block, layer)), *known[1:]
+    return place[0].format(*re.findall(block, layer)), *place[1:]
 
 
 def _swapped(pair: LowRank) -> LowRank:
-    """diffusers' rows are the scale's and then the shift's; the first release's are the other way round."""
+    """The two halves of the rows exchanged: diffusers has the scale's first, the first release the shift's."""
     return LowRank(pair.A, torch.cat(pair.B.chunk(2)[::-1]))
 
 
 def _stacked(parts: list[LowRank | None]) -> LowRank:
-    """One pair for all parts, exactly: A's one above the other, B's along the diagonal. What is not adapted has rows of
-    zeros and no rank. That many rows: query, key and value are alike, and as wide as their input where none is here."""
+    """One pair whose B A has each part's B A as its rows, exactly: A's one above the other, B's along the diagonal. A
+    part that is not adapted adds rows of zeros to B, and no rank. How many: query, key and value have equally many, and
+    if none of them is adapted, as many as the input has features."""
     adapted = [part for part in parts if part is not None]
     rows = next((part.B.shape[0] for part in parts[:3] if part), adapted[0].A.shape[1])
     heights = [rows, rows, rows, _MLP_ROWS * rows]

@@ -1,4 +1,4 @@
-"""The training loss, one for every family: noise levels, masks, weights, and what is to be kept of the base.
+"""The training loss, one for every family: noise levels, masks, weights, prior preservation.
 
 A family contributes predict().   Shape legend: N examples, C channels, H and W in latent cells.
 """
@@ -22,13 +22,13 @@ TIMES: Mapping[str, Callable[[int, Generator], Tensor]] = {
     "content": lambda count, generator: 1 - torch.rand(count, generator=generator) ** 3,
     "style": lambda count, generator: torch.rand(count, generator=generator) ** 3,
 }
-"""Laws of the noise levels in [0, 1], 1 being all noise: content dwells on noise, where layout is decided, style on
-what is nearly an image, where texture is."""
+"""{distribution: function that draws noise levels}, in [0, 1], 1 being all noise: content favours noise, where layout
+is decided, style what is nearly an image, where texture is."""
 
 
 class Batch(NamedTuple):
-    """What one forward pass is trained on. All on the denoiser's device; latents and noise float32 [N, C, H, W],
-    times float32 [N], mask float32 [N, 1, H, W] in [0, 1]; kept: the prompts under which to stay as the base is."""
+    """The inputs of one forward pass, on the denoiser's device. latents, noise: float32 [N, C, H, W]; times: float32
+    [N]; mask: float32 [N, 1, H, W] in [0, 1]; kept: conditioning under which the output is to stay the base's."""
 
     latents: Tensor
     noise: Tensor
@@ -38,12 +38,12 @@ class Batch(NamedTuple):
     kept: Conditioning | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on a device."""
+        """The batch on a device."""
         return tree_map_only(Tensor, lambda tensor: tensor.to(device), self)
 
 
 class Objective(nn.Module):
-    """The loss as a module, so that accelerate can run it on several processes. gate: the LoRAs' (trainable())."""
+    """The loss as a module, so that accelerate can run it on several processes. gate: what trainable() yields."""
 
     def __init__(self, model: Family, gate: Tensor, snr_gamma: float | None = None, prior_weight: float = 1.0) -> None:
         super().__init__()
@@ -52,17 +52,17 @@ class Objective(nn.Module):
         self._snr_gamma, self._prior_weight = snr_gamma, prior_weight
 
     def forward(self, batch: Batch, prior: Batch | None = None) -> Tensor:
-        """The mean loss, float32 []: of the batch, and of what is to be kept, by its weight.
+        """The mean loss, float32 []: of the batch and, times prior_weight, of what preserves the prior.
 
-        Pictures of the class are learnt as others are. The distance to the base's own output is plain: it is to be
-        nothing at every noise level and outside of the mask too, and so neither snr_gamma nor the mask is in it.
+        That is the loss of prior, a batch of class pictures, or under batch.kept the mean squared distance to the
+        base's output. This is to be zero at every noise level and outside of the mask, too: without snr_gamma and mask.
         """
-        # The base's pass comes before those that gradients go through, because the gate takes part in them.
-        kept = (batch.latents, batch.noise, batch.times, batch.kept or {})
-        base = self._base(*kept) if batch.kept else None
+        # The base's pass comes first: it changes the gate in place, which the other passes keep for their gradients.
+        inputs = (batch.latents, batch.noise, batch.times, batch.kept or {})
+        base = self._base(*inputs) if batch.kept else None
         loss = self._errors(batch).mean()
         if base is not None:
-            loss = loss + self._prior_weight * (self._predict(*kept).predicted - base).square().mean()
+            loss = loss + self._prior_weight * (self._predict(*inputs).predicted - base).square().mean()
         if prior is not None:
             loss = loss + self._prior_weight * self._errors(prior).mean()
         return loss
@@ -73,13 +73,13 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def _base(self, *inputs: Any) -> Tensor:
-        """What the denoiser says without its LoRA."""
-        opened = self._gate.clone()
+        """What the denoiser predicts without its LoRA."""
+        gate = self._gate.clone()
         try:
             self._gate.zero_()
             return self._predict(*inputs).predicted
         finally:
-            self._gate.copy_(opened)
+            self._gate.copy_(gate)
 
 
 def errors(prediction: Prediction, mask: Tensor | None = None, snr_gamma: float | None = None) -> Tensor:
@@ -98,7 +98,7 @@ def errors(prediction: Prediction, mask: Tensor | None = None, snr_gamma: float 
 
 
 def draw_noise(latents: Tensor, offset: float, generator: Generator) -> Tensor:
-    """Unit noise, and offset times a value that all cells of a channel share; as the latents, drawn on the CPU."""
+    """Unit noise, plus offset times a normal value for each channel; like the latents, but drawn on the CPU."""
     noise = torch.randn(latents.shape, generator=generator)
     if offset:
         noise = noise + offset * torch.randn(*latents.shape[:2], 1, 1, generator=generator)
@@ -106,7 +106,7 @@ def draw_noise(latents: Tensor, offset: float, generator: Generator) -> Tensor:
 
 
 def draw_times(law: str, latents: Tensor, generator: Generator) -> Tensor:
-    """One noise level for each example, as the law says; float32 [N] on the latents' device."""
+    """A noise level for each example, by a distribution of TIMES; float32 [N] on the latents' device."""
     times = TIMES[law](len(latents), generator).to(latents)
     return shifted(times, latents.shape[-2] * latents.shape[-1] // 4) if law == "shift" else times
 
@@ -119,7 +119,7 @@ def shifted(times: Tensor, tokens: int) -> Tensor:
 
 
 def trainable_attention() -> AbstractContextManager[None]:
-    """Within it attention is not cuDNN's, which torch likes best on an H100 or H200: its backward reads memory that is
-    not its own at FLUX.1's 4,608 tokens (torch 2.11, seen on an H200), and is no number at other lengths with a mask
-    (pytorch/pytorch issue 196678). What runs forward alone keeps it."""
+    """In the block attention is not cuDNN's, which torch prefers on an H100 or H200: its backward pass reads beyond its
+    memory at FLUX.1's 4,608 tokens (torch 2.11, seen on an H200), and gives NaN at other lengths with a mask
+    (pytorch/pytorch issue 196678). What runs forward alone need not avoid it."""
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

@@ -1,4 +1,4 @@
-"""Lend LoRAs to a module so that they are trained: layers whose factors gradients reach. Knows no loss and no data."""
+"""Adds a LoRA's layers to a module so that gradients reach their factors. Knows no loss and no data."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,10 +29,10 @@ class TrainableLinear(LoRALinear):
 
 @contextmanager
 def trainable(denoiser: nn.Module, layers: Mapping[str, LowRank]) -> Iterator[Tensor]:
-    """Lend low-rank pairs to a module as they are, so that gradients reach their own A and B.
+    """Lend low-rank pairs to a module for the block, not copied, so that gradients reach their A and B.
 
     layers: {module name: pair}, A and B nn.Parameters on the module's device, in any float dtype. Yields the gate of
-    all, a one []; zero makes the module the base again. Raises LoRAError when a layer is not a linear of the module.
+    all layers, [], at 1; at 0 the module computes as the base. Raises LoRAError for a name that is no linear of it.
     """
     gate = torch.ones((), device=next((pair.A.device for pair in layers.values()), None))
     with lending() as loans:

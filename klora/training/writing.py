@@ -1,4 +1,4 @@
-"""Writing what comes of a training: files that appear whole, and one sentence where they cannot. Knows no torch."""
+"""Writing the results of a training: each file appears whole or not at all, and an error is one sentence. No torch."""
 
 import os
 import tarfile
@@ -11,12 +11,12 @@ from safetensors import SafetensorError
 
 from klora.errors import RequestError
 
-RESUME_STATE = "run.safetensors"  # all that it takes to go on
+RESUME_STATE = "run.safetensors"  # the file of Run.save(), from which a training is resumed
 
 
 @contextmanager
 def writing(what: str = "training") -> Iterator[None]:
-    """In which only files are written. Raises RequestError."""
+    """Have every error of writing in the block raised as a RequestError. what: "The {what} could not be written"."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -25,8 +25,8 @@ def writing(what: str = "training") -> Iterator[None]:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Another name, beside the path, to write a file under; it takes the path's place when all of it is there, and is
-    gone when it is not. Raises RequestError."""
+    """Yields another path, beside this one, to write a file to. After the block the file replaces the one at this path;
+    if the block raises, it is removed. Raises RequestError."""
     part = _part(path)
     try:
         with writing():
@@ -34,12 +34,12 @@ def whole(path: Path) -> Iterator[Path]:
             yield part
             part.replace(path)
     finally:
-        with suppress(OSError):  # of a disk that has failed, which has been told
+        with suppress(OSError):  # of a disk that has failed, which was reported
             part.unlink(missing_ok=True)
 
 
 def require_place(out: Path) -> None:
-    """Make the folder of a file that will be written after hours of work. Raises RequestError where none can be."""
+    """Make the folder of a file that will be written hours later. Raises RequestError where it could not be written."""
     try:
         if out.is_dir():
             raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
@@ -53,12 +53,12 @@ def require_place(out: Path) -> None:
 
 
 def tarred(folder: Path, out: Path) -> Path:
-    """The folder in a tar, which says nothing of whose it is. Raises RequestError, which says where the folder is then:
-    beside its own, and so not gone with that."""
+    """Write a folder into a tar, without names of owners. If that fails, the folder is moved out of its temporary
+    parent, and the RequestError says where to."""
     try:
         with whole(out) as part, tarfile.open(part, "w") as tar:
             for file in sorted(folder.rglob("*")):
-                tar.add(file, file.relative_to(folder).as_posix(), recursive=False, filter=_nobodys)
+                tar.add(file, file.relative_to(folder).as_posix(), recursive=False, filter=_without_owner)
     except RequestError as error:
         folder.chmod(0o700)
         kept = folder.rename(f"{folder.parent}-kept")  # which needs no room
@@ -66,7 +66,7 @@ def tarred(folder: Path, out: Path) -> Path:
     return out
 
 
-def _nobodys(member: tarfile.TarInfo) -> tarfile.TarInfo:
+def _without_owner(member: tarfile.TarInfo) -> tarfile.TarInfo:
     member.uid = member.gid = 0
     member.uname = member.gname = ""
     return member
