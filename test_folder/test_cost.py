@@ -133,7 +133,7 @@ def test_what_is_remembered_of_blocks_alike_is_what_torch_says_of_each(
     model = loaded(family, bases)
     tiny(step_memory, model)  # a first step also makes the base's table of noise levels
     remembered = tiny(step_memory, model, 2, checkpointing=True)
-    monkeypatch.setattr(cost, "_Remembered", nullcontext)
+    monkeypatch.setattr(cost, "_ShapeCache", nullcontext)
     assert tiny(step_memory, model, 2, checkpointing=True) == remembered
 
 

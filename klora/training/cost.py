@@ -1,6 +1,6 @@
-"""What a training step costs in arithmetic and in memory, found before any weight is loaded: on the meta device.
+"""What a training step costs in arithmetic and in memory, found before any weight is loaded.
 
-Knows no table of models: it runs the step that will be trained, on tensors without data.
+No table of models: the step that will be trained runs on the meta device, on tensors without data.
 """
 
 import weakref
@@ -26,29 +26,29 @@ from klora.training.trainable import trainable
 
 
 class Memory(NamedTuple):
-    """Of one forward and backward pass. saved_bytes: activations kept for the backward pass.   peak_bytes: the most
-    that is alive at a time, weights not counted."""
+    """The memory of one forward and backward pass, without the weights. saved_bytes: activations kept for the backward
+    pass.   peak_bytes: the most that is alive at a time."""
 
     saved_bytes: int
     peak_bytes: int
 
 
 def step_flops(model: Family, *step: Any, **options: Any) -> int:
-    """What a step computes, 2 for each multiplication and addition; its arguments are step_memory's."""
+    """Floating-point operations of a step, 2 for each multiply-add. step and options: as _bare_step's."""
     with _bare_step(model, *step, **options) as bare_step, _Flops() as flops:
         bare_step().backward()
     return flops.total
 
 
 def step_memory(model: Family, *step: Any, **options: Any) -> Memory:
-    """What a step keeps in memory. step and options: as _bare_step's.
+    """The memory of a step. step and options: as _bare_step's.
 
     Attention counts as a fused kernel computes it: without a matrix of scores in memory.
     """
     with _bare_step(model, *step, **options) as bare_step, _FusedAttention(), _LiveBytes(model.denoiser) as live:
         loss = bare_step()
         saved = live.now
-        # As loss.backward(), which is a call that _FusedAttention would handle and for so long not be in.
+        # As loss.backward(), which would itself be handled by _FusedAttention, and run with that switched off.
         engine: Any = Variable._execution_engine
         engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), accumulate_grad=True)
     return Memory(saved, live.peak)
@@ -65,8 +65,8 @@ def _bare_step(
     dtype: torch.dtype,
     checkpointing: bool,
 ) -> Iterator[Callable[[], Tensor]]:
-    """What computes a step's loss, on tensors without data. model: without the denoiser's weights (load_model's parts);
-    its dtype, and whether it checkpoints and asks for gradients, are not as they were afterwards.
+    """Yields a function that computes a step's loss, on tensors without data. model: loaded without the denoiser's
+    weights; keeps the dtype, the checkpointing and the requires_grad that it is given here.
 
     shapes: {layer to adapt: (outputs, inputs)}; latents: shape [N, C, H, W]; conditioning: one prompt's, in any dtype.
     """
@@ -76,7 +76,7 @@ def _bare_step(
         layers = {n: LowRank(_meta(rank, i), _meta(o, rank)) for n, (o, i) in shapes.items()}
         prompts = {name: part[:1].to("meta").expand(latents[0], *part.shape[1:]) for name, part in conditioning.items()}
         batch = Batch(torch.empty(latents), torch.empty(latents), torch.empty(latents[0]), prompts)
-    with trainable(denoiser.requires_grad_(False), layers) as gate, _Remembered():
+    with trainable(denoiser.requires_grad_(False), layers) as gate, _ShapeCache():
         yield lambda: Objective(model, gate)(batch)
 
 
@@ -85,90 +85,90 @@ def _meta(*shape: int) -> nn.Parameter:
 
 
 class _Flops(TorchDispatchMode):
-    """Counts by torch's table, as its FlopCounterMode does, which first takes every other operation apart: most of the
-    time that it takes, and below autograd there is nothing to be found."""
+    """Counts by torch's table, as torch's FlopCounterMode does; but that first decomposes every other operation, which
+    takes most of its time, and finds nothing below autograd."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         if count := flop_registry.get(func._overloadpacket):
-            self.total += count(*args, **(kwargs or {}), out_val=made)
-        return made
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that come into being, until they are gone; not those of the weights."""
+    """Counts the bytes of all tensors that exist at a time, now and at most, without the weights'."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
-        self._alive: Any = WeakIdKeyDictionary({weight.untyped_storage(): 0 for weight in denoiser.parameters()})
+        self._known: Any = WeakIdKeyDictionary({weight.untyped_storage(): 0 for weight in denoiser.parameters()})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for storage in _storages(made):
+        result = func(*args, **(kwargs or {}))
+        for storage in _storages(result):
             self._count(storage)
-        return made
+        return result
 
     def _count(self, storage: Any) -> None:
-        if storage in self._alive:
+        if storage in self._known:
             return
         size = storage.nbytes()
-        self._alive[storage] = size
+        self._known[storage] = size
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, size)
+        weakref.finalize(storage, self._free, size)
 
-    def _gone(self, size: int) -> None:
+    def _free(self, size: int) -> None:
         self.now -= size
 
 
-class _Remembered(TorchDispatchMode):
-    """Answers what has been computed before of tensors of these shapes, as most of a step has been in an earlier block,
-    with fresh tensors of what came of it then: torch's own shape functions are in Python, and slow."""
+class _ShapeCache(TorchDispatchMode):
+    """Runs an operation once for inputs of the same shapes, and then makes new tensors like its results: most of a step
+    repeats an earlier block, and torch's shape functions are in Python, and slow."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._made: dict[Any, Any] = {}
-        self._not_fresh: set[Any] = set()  # operations that give back what they are given, or a view of it
+        self._results: dict[Any, Any] = {}
+        self._aliasing: set[Any] = set()  # operations that return an input, or a view of one
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self._not_fresh:
+        if func in self._aliasing:
             return func(*args, **(kwargs or {}))
-        asked = (func, _facts(args), _facts(tuple((kwargs or {}).items())))
-        if asked in self._made:
-            return tree_map_only(partial, lambda fresh: fresh(), self._made[asked])
-        made = func(*args, **(kwargs or {}))
-        given, results = ({storage._cdata for storage in _storages(value)} for value in ((args, kwargs), made))
-        if given.isdisjoint(results):
-            self._made[asked] = tree_map_only(Tensor, _like, made)
+        call = (func, _signature(args), _signature(tuple((kwargs or {}).items())))
+        if call in self._results:
+            return tree_map_only(partial, lambda make: make(), self._results[call])
+        result = func(*args, **(kwargs or {}))
+        inputs, outputs = ({storage._cdata for storage in _storages(value)} for value in ((args, kwargs), result))
+        if inputs.isdisjoint(outputs):
+            self._results[call] = tree_map_only(Tensor, _like, result)
         else:
-            self._not_fresh.add(func)
-        return made
+            self._aliasing.add(func)
+        return result
 
 
 def _storages(value: Any) -> list[Any]:
-    """Of all tensors in what an operation takes or gives."""
+    """The storages of all tensors in an operation's arguments or result."""
     return [leaf.untyped_storage() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _like(tensor: Tensor) -> Callable[[], Tensor]:
-    """What makes tensors of this one's shape and dtype."""
+    """A function that makes empty tensors of this one's shape, strides and dtype."""
     return partial(torch.empty_strided, tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
-def _facts(value: Any) -> Any:
-    """What an operation's result depends on, on the meta device."""
+def _signature(value: Any) -> Any:
+    """All of an argument that an operation's result depends on, on the meta device; hashable."""
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype, value.device
-    return tuple(map(_facts, value)) if isinstance(value, (list, tuple)) else (type(value), value)
+    return tuple(map(_signature, value)) if isinstance(value, (list, tuple)) else (type(value), value)
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Takes the place of attention, which on the meta device would make its matrix of scores."""
+    """Replaces attention by _Fused, because on the meta device torch's own makes its matrix of scores."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -179,6 +179,8 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class _Fused(torch.autograd.Function):
+    """Attention that saves for the backward pass what a fused kernel does: inputs and output."""
+
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         mixed = torch.empty_like(query)

@@ -1,7 +1,7 @@
-"""One training loop for every family: texts encoded and their encoders let go, then images and the VAE, then the LoRA.
+"""One training for every family: encode the texts, drop their encoders, encode the images, drop the VAE, fit the LoRA.
 
-Every random draw comes from a generator keyed by the seed and the number of the draw, so that a resumed run is the same
-run and two processes are one with twice the accumulation. Knows no Cog, no upload and no hub.
+Every random draw comes from a generator keyed by the seed and the number of the draw, so that a resumed run equals one
+that was not stopped, and two processes equal one with twice the accumulation. Knows no Cog, no upload and no hub.
 """
 
 import math
@@ -36,14 +36,14 @@ from klora.training.writing import RESUME_STATE, whole
 Load = Callable[..., Family]
 """klora.models.load_model of one base: takes device, dtype, parts and quantized."""
 
-REPORTS = 100  # progress lines of a run at most, and
-MEASURES = 10  # losses at the fixed points, each of which costs as much as three steps
+REPORTS = 100  # progress lines of a run, at most
+MEASURES = 10  # fixed losses of a run, at most; each costs as much as three steps
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is. loss: the mean since the last report, None before the first step.   fixed_loss: at points that
-    stay the same over the run, when measured; the other says little, because its noise levels differ."""
+    """A report of a run. loss: the mean since the last report, None before the first step.   fixed_loss: the loss at
+    Draw.fixed(), None where it was not measured; comparable over a run, as loss, of random noise levels, is not."""
 
     step: int
     steps: int
@@ -54,19 +54,19 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the speed of the steps since the last report or, where samples or a checkpoint came later, since these."""
+        """The rest of the steps by steps_per_second, which is measured since the last report, samples or checkpoint."""
         return (self.steps - self.step) / self.steps_per_second if self.steps_per_second else None
 
     def __str__(self) -> str:
-        said = {"loss": self.loss, "fixed loss": self.fixed_loss, "it/s": self.steps_per_second}
-        parts = [f"{name} {value:.4g}" for name, value in said.items() if value is not None]
+        metrics = {"loss": self.loss, "fixed loss": self.fixed_loss, "it/s": self.steps_per_second}
+        parts = [f"{name} {value:.4g}" for name, value in metrics.items() if value is not None]
         left = [f"{self.seconds_left:.0f} s left"] if self.seconds_left else []
         return ", ".join(parts + left)
 
 
 OnProgress = Callable[[Progress], Any]
 OnSaved = Callable[[int, LoRA], Any]
-"""Takes the steps done, and the LoRA as it stands then."""
+"""Takes the steps done, and the LoRA after them."""
 
 
 def train_lora(
@@ -80,13 +80,12 @@ def train_lora(
     on_progress: OnProgress = lambda progress: None,
     on_saved: OnSaved = lambda step, lora: None,
 ) -> LoRA:
-    """Fit a LoRA to pictures. class_pictures: makes what the base should go on to draw, for prior preservation; called
-    once all that can be refused beforehand has been.
+    """Fit a LoRA to pictures. Raises RequestError.
 
-    folder: gets samples/ and checkpoints/ on the way, and run.safetensors, from which `resume` takes the run up again;
-    that file is written at checkpoints, before samples, at the end, and when an exception interrupts the loop, if there
-    is anything new then and all of it is numbers.   on_saved: hears after each such writing what it holds.
-    Raises RequestError.
+    folder: gets samples/ and checkpoints/ on the way, and run.safetensors, the state of the run: at checkpoints, before
+    samples, at the end, and, if it is new and finite, when an exception ends the loop.   resume: such a file to go on
+    from.   on_saved: called each time that file is written.   class_pictures: makes the pictures for prior
+    preservation, [] for none; called when nothing can be refused any more.
     """
     require_optimizer(config)
     if resume and (done := saved_step(resume)) >= config.steps:
@@ -125,19 +124,19 @@ def encode(
     config: TrainConfig,
     device: torch.device,
 ) -> Material:
-    """All that the text encoders and the VAE have to say; each is let go before the next is loaded.
+    """Captions and pictures as the text encoders and the VAE encode them; each is dropped before the next is loaded.
 
-    class_pictures is called when neither a caption nor a picture can be refused any more. Raises RequestError.
+    class_pictures: called when neither a caption nor a picture can be refused any more. Raises RequestError.
     """
     captions = [captioned(picture, config.trigger, config.prompt) for picture in pictures]
-    kept = [config.kept_caption(caption) for caption in captions if config.prior_preservation == "output"]
-    kept += [config.prior_prompt] if config.prior_preservation == "class_images" else []
-    texts = encode_texts(load(device=device, parts=("text",)), [*captions, *kept, *config.samples, ""])
+    kept_captions = [config.kept_caption(caption) for caption in captions if config.prior_preservation == "output"]
+    kept_captions += [config.prior_prompt] if config.prior_preservation == "class_images" else []
+    texts = encode_texts(load(device=device, parts=("text",)), [*captions, *kept_captions, *config.samples, ""])
     release(device)
     examples = _examples(load, pictures, captions, config, device)
-    made = class_pictures()
+    drawn = class_pictures()
     release(device)  # the base that drew them
-    class_examples = _examples(load, made, [config.prior_prompt] * len(made), config, device) if made else ()
+    class_examples = _examples(load, drawn, [config.prior_prompt] * len(drawn), config, device) if drawn else ()
     return Material(examples, class_examples, texts)
 
 
@@ -164,47 +163,47 @@ def new_layers(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int, devi
 class _Loop:
     model: Family
     run: Run
-    plain: Objective
-    objective: Any  # the same, as accelerate wraps it
+    objective: Objective
+    wrapped: Any  # the same, as accelerate wraps it
     draw: Draw
     config: TrainConfig
     accelerator: Accelerator
     folder: Path
     on_saved: OnSaved
-    saved: int  # the step that is to be had from a file
+    saved: int  # the step at which the run was last written, or began
     _losses: list[Tensor] = field(default_factory=list)
 
     def fit(self, on_progress: OnProgress) -> None:
-        """Train to the last step. What an interruption leaves can be taken up again."""
+        """Train to the last step; write the run at the end, and also when an exception ends it."""
         run, steps = self.run, self.config.steps
         if run.step == 0:
             on_progress(Progress(0, steps, fixed_loss=self._fixed_loss()))
-        begun, since = run.step, time.perf_counter()  # of the steps that are timed, without what is done between them
+        first, start = run.step, time.perf_counter()  # of the steps that are timed, without samples and the like
         try:
             while run.step < steps:
                 self._losses.append(self._step())
                 if due := _due(run.step, steps, REPORTS):
-                    on_progress(self._progress(begun, since))
-                if self._keep() or due:
-                    begun, since = run.step, time.perf_counter()
+                    on_progress(self._progress(first, start))
+                if self._write_due() or due:
+                    first, start = run.step, time.perf_counter()
         except BaseException:
-            interruptible(self._rescue)  # from whatever comes a second time, too
+            interruptible(self._rescue)  # also from a second interruption
             raise
         self._save()
 
     def _rescue(self) -> None:
-        if self.run.whole and self.run.finite:
+        if self.run.consistent and self.run.finite:
             self._save()
 
     def _step(self) -> Tensor:
-        """One optimiser step; the mean loss of its batches."""
-        parts, share = self.config.gradient_accumulation_steps, self.accelerator.num_processes
+        """Take one optimiser step; return the mean loss of this process's batches, []."""
+        parts, processes = self.config.gradient_accumulation_steps, self.accelerator.num_processes
         losses = []
         for part in range(parts):
-            number = (self.run.step * parts + part) * share + self.accelerator.process_index
+            number = (self.run.step * parts + part) * processes + self.accelerator.process_index
             batch, prior = self.draw.batch(number), self.draw.class_batch(number)
-            with nullcontext() if part == parts - 1 else self.accelerator.no_sync(self.objective):
-                loss = self.objective(batch, prior) / parts
+            with nullcontext() if part == parts - 1 else self.accelerator.no_sync(self.wrapped):
+                loss = self.wrapped(batch, prior) / parts
                 self.accelerator.backward(loss)
             losses.append(loss.detach())
         self.run.advance(self.config.max_grad_norm)
@@ -212,13 +211,14 @@ class _Loop:
 
     @torch.no_grad()
     def _fixed_loss(self) -> float:
-        """The loss at points that are the same at every step."""
-        return float(torch.stack([self.plain(batch) for batch in self.draw.fixed()]).mean())
+        """The mean loss over Draw.fixed(), the batches that are the same at every step."""
+        return float(torch.stack([self.objective(batch) for batch in self.draw.fixed()]).mean())
 
-    def _progress(self, begun: int, since: float) -> Progress:
+    def _progress(self, first: int, start: float) -> Progress:
+        """The report of this step. first, start: after which step, and when, the timed steps began."""
         steps = self.config.steps
         loss = self.accelerator.reduce(torch.stack(self._losses).mean(), "mean").item()  # waits for the device
-        speed = (self.run.step - begun) / (time.perf_counter() - since)
+        speed = (self.run.step - first) / (time.perf_counter() - start)
         self._losses.clear()
         if not math.isfinite(loss):
             raise RequestError(f"The loss is {loss} at step {self.run.step}. Expected a number: lower learning_rate.")
@@ -226,8 +226,8 @@ class _Loop:
         fixed_loss = self._fixed_loss() if _due(self.run.step, steps, measures) else None
         return Progress(self.run.step, steps, loss, fixed_loss, self.run.schedule.get_last_lr()[0], speed)
 
-    def _keep(self) -> bool:
-        """Leave samples and a checkpoint where they are due, the run before them; whether anything was."""
+    def _write_due(self) -> bool:
+        """Write samples and a checkpoint if they are due at this step, before them the run; return whether any were."""
         step, config = self.run.step, self.config
         last, main = step == config.steps, self.accelerator.is_main_process
         sampling = config.sample_steps and (last or (config.sample_interval and step % config.sample_interval == 0))
@@ -244,19 +244,19 @@ class _Loop:
 
     @torch.no_grad()
     def _sample(self) -> None:
-        """An image of each prompt, by what has been learnt so far."""
+        """Write an image of each sample prompt with the LoRA so far."""
         denoiser: Any = self.model.denoiser
-        place = denoiser.device, denoiser.dtype
+        device_and_dtype = denoiser.device, denoiser.dtype
         with self.run.averaged():
             for number, prompt in enumerate(self.config.samples):
                 request = Request(prompt, num_inference_steps=self.config.sample_steps, seed=self.config.seed)
-                text = {name: part.to(*place) for name, part in self.draw.texts[prompt].items()}
+                text = {name: part.to(*device_and_dtype) for name, part in self.draw.texts[prompt].items()}
                 [image] = self.model.sample(text, request, lambda step: None)
                 with whole(self.folder / "samples" / f"step_{self.run.step:06}_{number}.png") as part:
                     image.save(part, "PNG")
 
     def _save(self) -> None:
-        """Write the run, unless this step of it is written already. What is no number never replaces what is."""
+        """Write the run, unless it is written already. Raises RequestError, and writes nothing, if it is not finite."""
         step = self.run.step
         if step == self.saved:
             return
@@ -268,7 +268,7 @@ class _Loop:
         self.saved = step
 
     def _checkpoint(self) -> None:
-        """The LoRA so far; only the latest ones are kept."""
+        """Write the LoRA so far, and remove all but the latest keep_checkpoints."""
         folder = self.folder / "checkpoints"
         with whole(folder / f"lora_{self.run.step:06}.safetensors") as part:
             save_lora(part, self.run.lora(), self.model.component, torch.float16)
@@ -277,5 +277,5 @@ class _Loop:
 
 
 def _due(step: int, steps: int, times: int) -> bool:
-    """Whether something that happens so many times in a run happens at this step; always at the last."""
+    """Whether what is done so many times in a run, evenly and at the last step, is due at this one."""
     return step * times // steps > (step - 1) * times // steps

@@ -1,6 +1,6 @@
-"""A training run as it stands: what is trained, by which optimiser, how far. Written to one file, and taken up from it.
+"""The state of a training run: factors, optimiser, schedule, steps done. It is written to one file, and read from it.
 
-Draws are keyed by their number (training.cache), so the step says where all of them stand.
+It has no generators: draws are keyed by their number (training.cache), which follows from the step.
 """
 
 import importlib
@@ -32,15 +32,15 @@ OPTIMIZERS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
     # By itself it scales a step with its parameter's size, a thousandth at least, and B begins at 0.
     "adafactor": ("torch.optim", "Adafactor", {"eps": (None, 1.0)}),
 }
-"""(module, class, options) by the form's name; imported when asked for."""
-# What reading a file raises that is no saved run. RuntimeError is also RecursionError's.
+"""{the form's name: (module, class, options)}; a module is imported when its optimiser is chosen."""
+# What reading a file that is no saved run may raise. RuntimeError covers RecursionError.
 NO_RUN = (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError)
 
 
 @dataclass
 class Run:
-    """layers: float32 parameters.   scale: alpha / rank.   step: steps done.   whole: false while a step is taken, or
-    the mean is where the parameters belong, when what is here belongs to no step."""
+    """layers: {module name: pair of float32 parameters}.   scale: alpha / rank.   step: steps done.   consistent:
+    whether all is as after that step: not while the next is taken, nor in averaged()."""
 
     layers: Mapping[str, LowRank]
     scale: float
@@ -48,22 +48,22 @@ class Run:
     schedule: Any  # torch's LRScheduler, as diffusers makes it
     ema: Any  # diffusers' EMAModel, or None
     step: int = 0
-    whole: bool = True
+    consistent: bool = True
 
     @property
     def parameters(self) -> list[Tensor]:
-        """All that is trained."""
+        """A and B of each layer in turn."""
         return [factor for pair in self.layers.values() for factor in (pair.A, pair.B)]
 
     @property
     def finite(self) -> bool:
-        """Whether all of it is numbers."""
+        """Whether no parameter has a NaN or an infinity."""
         return bool(torch.stack([parameter.isfinite().all() for parameter in self.parameters]).all())
 
     def advance(self, max_grad_norm: float) -> None:
-        """Take one step by the gradients that have gathered. max_grad_norm: 0 leaves them as they are.
+        """Take one step by the accumulated gradients. max_grad_norm: they are clipped to it; 0 leaves them as they are.
 
-        An interruption is raised when the step is whole: optimisers wait in it for the GPU, so that most come there.
+        An interruption is raised after the step: most would come within it, where optimisers wait for the GPU.
         """
         if max_grad_norm:
             nn.utils.clip_grad_norm_(self.parameters, max_grad_norm)
@@ -71,34 +71,34 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _move(self) -> None:
-        """All of the step that may not be left half done."""
-        with torch.cuda.device_of(self.parameters[0]):  # which is each thread's own; without CUDA it does nothing
-            self.whole = False
+        """The part of the step that may not be left half done."""
+        with torch.cuda.device_of(self.parameters[0]):  # each thread has a current device; without CUDA a no-op
+            self.consistent = False
             self.optimizer.step()
             self.schedule.step()
             if self.ema:
                 self.ema.step(self.parameters)
             self.step += 1
-            self.whole = True
+            self.consistent = True
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """With the running mean, where there is one, in the parameters' place."""
+        """In the block the parameters have the values of their moving average (EMA), if there is one."""
         if self.ema is None:
             yield
             return
-        own = [parameter.detach().clone() for parameter in self.parameters]
-        self.whole = False
+        trained = [parameter.detach().clone() for parameter in self.parameters]
+        self.consistent = False
         try:
             self.ema.copy_to(self.parameters)
             yield
         finally:
-            for parameter, kept in zip(self.parameters, own, strict=True):
-                parameter.data.copy_(kept)
-            self.whole = True
+            for parameter, value in zip(self.parameters, trained, strict=True):
+                parameter.data.copy_(value)
+            self.consistent = True
 
     def lora(self) -> LoRA:
-        """What has been learnt, on the CPU, alpha folded into B."""
+        """The LoRA after this step, of averages where there are any; on the CPU, with scale folded into B."""
         with self.averaged():
             pairs = {name: (pair.A.detach().cpu().clone(), pair.B.detach().cpu()) for name, pair in self.layers.items()}
             return LoRA({name: LowRank(A, B * self.scale) for name, (A, B) in pairs.items()})
@@ -111,7 +111,7 @@ class Run:
             save_tensors(part, tensors, {"run": json.dumps(facts)})
 
     def load(self, path: Path) -> None:
-        """Take a run up where save() left it. Raises RequestError."""
+        """Set this run, of the same layers and settings, to the state that save() wrote. Raises RequestError."""
         with _saved(path) as (facts, file):
             state, step = _unflattened(facts["state"], file), int(facts["step"])
             with torch.no_grad():
@@ -126,10 +126,11 @@ class Run:
         self.step = step
 
     def _follow_schedule(self) -> None:
-        """The rates of this step by the law as it is now: the optimiser's are those of a law that may have ended."""
+        """Set the learning rates by this run's schedule: those that were loaded are of the saved run's, which may have
+        been for fewer steps."""
         groups = zip(self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
-        for group, rate, law in groups:
-            group["lr"] = rate * law(self.schedule.last_epoch)
+        for group, rate, factor in groups:
+            group["lr"] = rate * factor(self.schedule.last_epoch)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -148,7 +149,8 @@ def saved_step(path: Path) -> int:
 
 @contextmanager
 def _saved(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
-    """What the header of a saved run says, and its file. Raises RequestError, within it too, for what is no run."""
+    """(header, open file) of a saved run. Raises RequestError for what is no saved run, also where that shows only in
+    the block."""
     try:
         with safe_open(path, framework="pt") as file:
             yield json.loads(file.metadata()["run"]), file
@@ -157,19 +159,19 @@ def _saved(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
 
 
 def new_run(layers: Mapping[str, LowRank], config: TrainConfig, learning_rate: float, scale: float) -> Run:
-    """A run at step 0. Raises RequestError when the optimiser's library is not there."""
+    """A run at step 0. learning_rate: the base's; scale: alpha / rank. Raises RequestError as require_optimizer()."""
     parameters = [factor for pair in layers.values() for factor in (pair.A, pair.B)]
     options = OPTIMIZERS[config.optimizer][2]
     rate, decay = config.rate(learning_rate), config.weight_decay
     optimizer = require_optimizer(config)(parameters, lr=rate, weight_decay=decay, **options)
-    law = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
-    schedule = get_scheduler(law, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.steps)
+    kind = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
+    schedule = get_scheduler(kind, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.steps)
     ema = EMAModel(parameters, decay=config.ema_decay, foreach=True) if config.ema_decay else None
     return Run(layers, scale, optimizer, schedule, ema)
 
 
 def require_optimizer(config: TrainConfig) -> Any:  # Any: a torch optimiser class, whose options are its own
-    """The optimiser's class. Raises RequestError when its library is not there."""
+    """The class of the config's optimiser. Raises RequestError when its library is not installed."""
     module, name, _ = OPTIMIZERS[config.optimizer]
     try:
         return getattr(importlib.import_module(module), name)
@@ -181,7 +183,7 @@ def require_optimizer(config: TrainConfig) -> Any:  # Any: a torch optimiser cla
 
 
 def _flattened(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
-    """The value as JSON can hold it, its tensors put aside under the names of their places."""
+    """The value for JSON; its tensors go into `tensors`, each under its place, a path such as ".optimizer.state"."""
     if isinstance(value, Tensor):
         tensors[place] = value.detach().cpu().clone()
         return {"tensor": place}

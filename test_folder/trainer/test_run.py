@@ -129,11 +129,11 @@ def test_a_run_is_not_whole_while_the_mean_is_in_its_place_nor_where_it_was_left
         advanced(run)
     own = [parameter.clone() for parameter in run.parameters]
     with run.averaged():
-        assert not run.whole and not torch.equal(own[0], run.parameters[0])
-    assert run.whole and all(map(torch.equal, own, run.parameters))
+        assert not run.consistent and not torch.equal(own[0], run.parameters[0])
+    assert run.consistent and all(map(torch.equal, own, run.parameters))
     with pytest.raises(KeyboardInterrupt), run.averaged():
         run.layers = Interrupted(run.layers)
-    assert not run.whole
+    assert not run.consistent
 
 
 def as_cog_does() -> None:
@@ -168,7 +168,7 @@ def test_a_step_that_is_interrupted_is_taken_to_its_end(
     with pytest.raises(KeyboardInterrupt):
         advanced(run)
     advanced(undisturbed)
-    assert run.whole and run.step == 2
+    assert run.consistent and run.step == 2
     for each, name in ((run, "run"), (undisturbed, "undisturbed")):
         each.save(tmp_path / name)
     assert (tmp_path / "run").read_bytes() == (tmp_path / "undisturbed").read_bytes()
