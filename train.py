@@ -19,12 +19,12 @@ from klora.training.job import TrainingBase, run_training
 from klora.training.loop import Progress
 from klora.training.publishing import Publishing
 
-# What is imported stays, and the collector, which every training calls several times, need not look through it.
+# What is imported stays: the collector, which every training calls several times, need not go through it.
 gc.freeze()
 
 
 class TrainingOutput(BaseModel):
-    """weights: a tar with the LoRA, its settings, its log, sample images, a model card, and what it takes to go on."""
+    """weights: a tar with the LoRA, its settings, its log, sample images, a model card, and the state to resume from."""
 
     weights: Path
 
@@ -219,23 +219,23 @@ def train(
     ),
 ) -> TrainingOutput:
     """Train a LoRA."""
-    given = filled(locals())
+    inputs = filled(locals())
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     silence_progress_bars()
-    base = TrainingBase(**weights.training_base(given.pop("base_model")))
-    given.setdefault("input_images", "")  # a form's blank field, which is none of those that may be left so
-    uploads = {name: uploaded(name, given.pop(name)) for name in ("input_images", "resume_from") if name in given}
-    shown = {item.name: given.pop(item.name) for item in fields(Publishing) if item.name in given}
+    base = TrainingBase(**weights.training_base(inputs.pop("base_model")))
+    inputs.setdefault("input_images", "")  # a form's blank field, which is none of those that may be left so
+    uploads = {name: uploaded(name, inputs.pop(name)) for name in ("input_images", "resume_from") if name in inputs}
+    publishing = {item.name: inputs.pop(item.name) for item in fields(Publishing) if item.name in inputs}
     for name in ("hf_token", "wandb_api_key"):
-        if name in shown:
-            shown[name] = shown[name].get_secret_value()
+        if name in publishing:
+            publishing[name] = publishing[name].get_secret_value()
     tar = run_training(
         base,
         uploads["input_images"],
-        given,
+        inputs,
         LocalPath("trained_model.tar").resolve(),  # `cog train` on a laptop leaves it there
         resume_from=uploads.get("resume_from"),
-        publishing=Publishing(**shown),
+        publishing=Publishing(**publishing),
         on_progress=_report,
     )
     return TrainingOutput(weights=Path(tar))

@@ -1,4 +1,4 @@
-"""What a training run is told: the form's fields, their bounds, and what is left to the base or the LoRA's purpose."""
+"""The settings of a training: the form's fields, their bounds, and defaults that depend on lora_type or the base."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -25,27 +25,28 @@ TARGETS = {
     "attention_mlp": rf"{_ATTENTION}|(ff|ff_context)\.net\.\d|proj_mlp$|transformer_blocks\.\d+\.proj_out$",
     "all": r"transformer_blocks\.\d+\.",
 }
-"""Which linear layers to adapt, by a search in their names; on SDXL "attention" is 560 of them, on FLUX.1 190, where
-"all" is 494."""
+"""{lora_targets: what to search for in the names of linear layers}; "attention" finds 560 on SDXL and 190 on FLUX.1,
+where "all" finds 494."""
 
-STUCK_PRODIGY_RATE = 0.1  # with it Prodigy's own stayed at its first millionth for 1000 steps of a small regression
+# With this learning_rate the rate that Prodigy finds stayed at its initial 1e-6 for 1000 steps of a small regression.
+STUCK_PRODIGY_RATE = 0.1
 
-WORDED = ("trigger_word", "class_word", "class_prompt", "mask_prompt")
-WITHOUT = {
+STRIPPED = ("trigger_word", "class_word", "class_prompt", "mask_prompt")
+NO_EFFECT = {
     "autocaption_prefix": ("autocaption", (False,)), "autocaption_suffix": ("autocaption", (False,)),
     "mask_prompt": ("mask_mode", ("none", "provided")), "mask_min_weight": ("mask_mode", ("none",)),
     "class_prompt": ("prior_preservation", ("none",)), "prior_loss_weight": ("prior_preservation", ("none",)),
     "num_class_images": ("prior_preservation", ("none", "output")), "keep_checkpoints": ("checkpoint_interval", (0,)),
     "sample_prompts": ("sample_steps", (0,)), "sample_interval": ("sample_steps", (0,)),
 }  # fmt: skip
-"""Settings that change nothing where another one is one of these."""
+"""{setting: (another one, its values with which the first has no effect)}"""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run, checked on creation. None means what the published recipe, or the base, calls for.
+    """The settings of a training, by the form's names, checked on creation. None: the default in the description.
 
-    The names are the form's. Raises RequestError.
+    Raises RequestError.
     """
 
     lora_type: str = ask("subject", "What the pictures have in common.", choices=tuple(TRIGGERS))
@@ -130,7 +131,7 @@ class TrainConfig:
 
     @property
     def sides(self) -> tuple[int, ...] | None:
-        """The sides that resolution names, in pixels."""
+        """The sides that resolution names, in pixels; None where it is blank."""
         try:
             return tuple(int(side) for side in self.resolution.split(",")) if self.resolution else None
         except ValueError as error:
@@ -140,55 +141,55 @@ class TrainConfig:
 
     @property
     def trigger(self) -> str:
-        """The word that stands for what is learnt."""
+        """The trigger word: the given one, else the default for the lora_type."""
         return self.trigger_word or TRIGGERS[self.lora_type]
 
     @property
     def prompt(self) -> str:
-        """What a picture without a caption is called."""
+        """The prompt of a picture without a caption."""
         return self.instance_prompt.replace("[trigger]", self.trigger) or self._filled(TEMPLATES[self.lora_type])
 
     @property
     def prior_prompt(self) -> str:
-        """What the class is called, of which the base makes pictures."""
+        """The prompt with which the base draws pictures of the class."""
         return self.class_prompt or f"a {self.class_word}"
 
     def rate(self, usual: float) -> float:
-        """The learning rate; usual: the base's own. Prodigy finds its own, which it multiplies with this."""
+        """The learning rate; usual: the base's. Prodigy finds one itself and multiplies it with this, 1 by default."""
         return self.learning_rate or (1.0 if self.optimizer == "prodigy" else usual)
 
     def kept_caption(self, caption: str) -> str:
-        """The caption under which to stay as the base is: with the class word where the trigger was, and in no style
-        where it named one."""
+        """The caption under which the output is to stay the base's: class_prompt or, if blank, this caption with
+        class_word for the trigger word and without "in [trigger] style"."""
         trigger = whole_word(self.trigger)
-        styled, named = rf"\s+in {trigger} style(?!\w)", rf"{trigger}(\s+{re.escape(self.class_word)}(?!\w))?"
-        # By a function, because the word is no template: a backslash in it is one.
-        return self.class_prompt or re.sub(named, lambda found: self.class_word, re.sub(styled, "", caption))
+        style, subject = rf"\s+in {trigger} style(?!\w)", rf"{trigger}(\s+{re.escape(self.class_word)}(?!\w))?"
+        # By a function, because in a template a backslash would be an escape.
+        return self.class_prompt or re.sub(subject, lambda match: self.class_word, re.sub(style, "", caption))
 
     @property
     def samples(self) -> tuple[str, ...]:
-        """The prompts of the sample images."""
-        named = (line.strip().replace("[trigger]", self.trigger) for line in self.sample_prompts.splitlines())
-        return tuple(filter(None, named)) or tuple(self._filled(scene) for scene in SCENES[self.lora_type])
+        """The prompts of the sample images: the given ones, else those of SCENES for the lora_type."""
+        prompts = (line.strip().replace("[trigger]", self.trigger) for line in self.sample_prompts.splitlines())
+        return tuple(filter(None, prompts)) or tuple(self._filled(scene) for scene in SCENES[self.lora_type])
 
     @property
     def remarks(self) -> list[str]:
-        """What is asked for and does not come about as the other settings stand, a sentence each."""
-        said = idle(self, WITHOUT)
+        """A sentence for each setting that, with the others as they are, has no effect or not the one that is meant."""
+        remarks = ineffective(self, NO_EFFECT)
         if self.lr_warmup_steps >= self.steps:  # the first step's rate is 0, so that the last is a step short
-            asked = f"lr_warmup_steps is {self.lr_warmup_steps} and steps {self.steps}"
-            said.append(f"{asked}: the learning rate is still rising at the end, and never what was asked for")
+            seen = f"lr_warmup_steps is {self.lr_warmup_steps} and steps {self.steps}"
+            remarks.append(f"{seen}: the learning rate is still rising at the end, and never what was asked for")
         if self.optimizer == "prodigy" and self.rate(1.0) <= STUCK_PRODIGY_RATE:
-            asked = f"learning_rate is {self.learning_rate:g} and optimizer prodigy"
-            said.append(f"{asked}, whose own rate hardly grows then, so that little or nothing is learnt: 1 is usual")
-        return said
+            seen = f"learning_rate is {self.learning_rate:g} and optimizer prodigy"
+            remarks.append(f"{seen}, whose own rate hardly grows then, so that little or nothing is learnt: 1 is usual")
+        return remarks
 
     def targets(self, names: Collection[str], component: str = "transformer") -> list[str]:
-        """Those of a denoiser's linear layers that are to be adapted. component: what diffusers calls it, which an
-        expression may say first, as flux-fine-tuner's do. Raises RequestError when none is."""
+        """The layers to adapt. names: of a denoiser's linear layers; component: diffusers' name of the denoiser, with
+        which an expression may begin, as flux-fine-tuner's do. Raises RequestError when it matches none."""
         pattern = self.layers_to_optimize_regex or TARGETS[self.lora_targets]
-        for before in ("", f"{component}."):
-            if chosen := [name for name in names if re.search(pattern, before + name)]:
+        for prefix in ("", f"{component}."):
+            if chosen := [name for name in names if re.search(pattern, prefix + name)]:
                 return chosen
         raise RequestError(
             f"layers_to_optimize_regex {pattern!r} names no linear layer of the base. "
@@ -199,22 +200,23 @@ class TrainConfig:
         return template.format(trigger=self.trigger, word=self.class_word or WORDS[self.lora_type])
 
 
-def idle(settings: Any, without: Mapping[str, tuple[str, tuple[Any, ...]]]) -> list[str]:
-    """What is given in vain where another setting is one of these, a sentence each. settings: a dataclass instance."""
+def ineffective(settings: Any, no_effect: Mapping[str, tuple[str, tuple[Any, ...]]]) -> list[str]:
+    """A sentence for each setting that is not at its default and has no effect. settings: an instance of a dataclass;
+    no_effect: as NO_EFFECT."""
     default = {item.name: item.default for item in fields(settings)}
     return [
         f"{name} changes nothing: {other} is {getattr(settings, other)!r}"
-        for name, (other, off) in without.items()
+        for name, (other, off) in no_effect.items()
         if getattr(settings, name) != default[name] and getattr(settings, other) in off
     ]
 
 
-def stripped(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A TrainConfig's fields, without spaces around WORDED ones; one of spaces alone counts as not given."""
-    bare = {name: value.strip() for name, value in given.items() if name in WORDED and isinstance(value, str)}
-    return {**given, **bare}
+def stripped(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A TrainConfig's fields, the STRIPPED ones without spaces around them: spaces alone count as not given."""
+    bare = {name: value.strip() for name, value in settings.items() if name in STRIPPED and isinstance(value, str)}
+    return {**settings, **bare}
 
 
 def whole_word(word: str) -> str:
-    """A regular expression that finds it where it is no part of a longer word."""
+    """A regular expression that finds a word where it is no part of a longer one."""
     return rf"(?<!\w){re.escape(word)}(?!\w)"

@@ -1,4 +1,4 @@
-"""A training from an upload to the tar that it leaves: what train.py and the `klora` command share.
+"""A training from the upload to the tar of its results: what train.py and the `klora` command share.
 
 Knows no form, no Cog and no environment.
 """
@@ -35,14 +35,14 @@ from klora.training.config import TrainConfig
 from klora.training.dataset import UNDECODABLE, Picture, dataset_hash, read_upload
 from klora.training.kohya import save_kohya
 from klora.training.loop import Load, OnProgress, Progress, train_lora
-from klora.training.memory import held
+from klora.training.memory import dtype_and_quantization
 from klora.training.publishing import Publishing
 from klora.training.taken_up import FACTS, LOG, TakenUp, taken_up
 from klora.training.writing import RESUME_STATE, require_place, tarred, whole, writing
 
 logger = logging.getLogger(__name__)
 
-ROWS, COLUMNS = 16, 16  # of the sheet: at most 6,600 pixels a side, whatever a training has drawn
+ROWS, COLUMNS = 16, 16  # of the contact sheet at most, which so has at most 6,600 pixels a side
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class TrainingBase:
 def run_training(
     base: TrainingBase,
     upload: Path,
-    given: Mapping[str, Any],
+    settings: Mapping[str, Any],
     out: Path,
     *,
     resume_from: Path | None = None,
@@ -72,52 +72,52 @@ def run_training(
 ) -> Path:
     """Train a LoRA and write a tar of all that comes of it to out. Raises KLoRAError.
 
-    given: TrainConfig's fields.   resume_from: such a tar, whose training goes on; it may be out itself.   However a
-    training ends, a tar is left once it has saved anything of its own, with the LoRA as it stood then, from which it
-    can go on; before that, what was at out stays.
+    settings: TrainConfig's fields by name.   resume_from: such a tar, whose training goes on; it may be out itself.
+
+    A training that fails or is stopped after it has saved its run still writes the tar, with the LoRA as saved last,
+    and can be resumed from it. Before that, what is at out stays.
     """
-    # Several processes, which `accelerate launch` starts, train together; the first one writes and tells.
+    # Several processes, which `accelerate launch` starts, train together; the first one writes, logs and reports.
     state = PartialState(cpu=default_device().type == "cpu")
     publishing = publishing if publishing and state.is_main_process else Publishing()
     if state.is_main_process:
         require_place(out)
     with _scratch() as scratch:
-        # Apart, so that what is only taken up is never handed back as if it were a result.
-        folder, earlier = scratch / "results", scratch / "earlier"
+        folder = scratch / "results"  # not where resume_from is unpacked, which is never handed back as a result
         try:
-            before = taken_up(resume_from, earlier) if resume_from else None
-            config = before.config(given) if before else TrainConfig(**given)
+            resumed = taken_up(resume_from, scratch / "earlier") if resume_from else None
+            config = resumed.config(settings) if resumed else TrainConfig(**settings)
             folder.mkdir()
             with publishing.tracked(config) as track:
-                heard: list[OnProgress] = [partial(_log, folder / LOG), on_progress, track]
-                heard = heard if state.is_main_process else []
-                _train(base, upload, config, folder, state, heard, publishing, before)
+                listeners: list[OnProgress] = [partial(_log, folder / LOG), on_progress, track]
+                listeners = listeners if state.is_main_process else []
+                _train(base, upload, config, folder, state, listeners, publishing, resumed)
             publishing.push(folder)
             return tarred(folder, out) if state.is_main_process else out
         except BaseException as error:
             if not state.is_main_process or not (folder / RESUME_STATE).is_file():
                 raise
-            left = f"What was learnt is in {out}, which resume_from takes up."
-            interruptible(partial(_leave, folder, out, left))  # who cancels twice does not mean to lose it
+            notice = f"What was learnt is in {out}, which resume_from takes up."
+            interruptible(partial(_save_tar, folder, out, notice))  # who cancels twice does not mean to lose it
             if isinstance(error, KLoRAError):
-                raise type(error)(f"{error} {left}") from error
-            error.add_note(left)
+                raise type(error)(f"{error} {notice}") from error
+            error.add_note(notice)
             raise
 
 
 @contextmanager
 def _scratch() -> Iterator[Path]:
-    """A folder for as long as the training lasts, which no second interruption leaves behind."""
-    made = tempfile.TemporaryDirectory(prefix="klora-train-")
+    """A temporary folder, which is removed even where a second interruption comes meanwhile."""
+    folder = tempfile.TemporaryDirectory(prefix="klora-train-")
     try:
-        yield Path(made.name)
+        yield Path(folder.name)
     finally:
-        interruptible(made.cleanup)
+        interruptible(folder.cleanup)
 
 
-def _leave(folder: Path, out: Path, left: str) -> None:
+def _save_tar(folder: Path, out: Path, notice: str) -> None:
     tarred(folder, out)
-    logger.info("%s", left)
+    logger.info("%s", notice)
 
 
 def _train(
@@ -126,15 +126,15 @@ def _train(
     config: TrainConfig,
     folder: Path,
     state: PartialState,
-    heard: Sequence[OnProgress],
+    listeners: Sequence[OnProgress],
     publishing: Publishing,
-    before: TakenUp | None,
+    resumed: TakenUp | None,
 ) -> None:
-    """Fill the folder. before: the training's first part, which this one goes on from."""
+    """Train, and write into the folder all that the tar will hold. resumed: the training that this one continues."""
     if state.num_processes > 1:
         [config] = broadcast_object_list([config])  # a seed that was chosen at random
     family = FAMILIES[base.family]
-    pictures = _read(upload, config)
+    pictures = _read_pictures(upload, config)
     facts = {
         "hf_repo_id": publishing.hf_repo_id,
         **dataclasses.asdict(config),
@@ -153,9 +153,9 @@ def _train(
     logger.info("%d pictures, seed %d", len(pictures), config.seed)
     for remark in config.remarks + publishing.remarks:
         logger.info("%s", remark)
-    if before:
-        before.check_same(facts)
-        before.carry(config, folder)
+    if resumed:
+        resumed.check_same(facts)
+        resumed.carry(config, folder)
     with writing():
         (folder / FACTS).write_text(json.dumps(facts, indent=2))
     if config.layers_to_optimize_regex:
@@ -167,16 +167,17 @@ def _train(
         config,
         folder,
         class_pictures=lambda: _class_pictures(load, config, state.device),
-        resume=before.state if before else None,
-        on_progress=lambda progress: [listener(progress) for listener in heard],
+        resume=resumed.state if resumed else None,
+        on_progress=lambda progress: [listener(progress) for listener in listeners],
         on_saved=lambda step, lora: _write_lora(folder, lora, {**facts, "steps": step}, family.component),
     )
     if state.is_main_process:
         _write_card(folder, facts, base.licence, config)
 
 
-def _read(upload: Path, config: TrainConfig) -> list[Picture]:
-    """The pictures in an order that their content makes, because draws are by number: names are labels."""
+def _read_pictures(upload: Path, config: TrainConfig) -> list[Picture]:
+    """The upload's pictures, sorted by content: they are drawn by number, so that another order, as renamed files have,
+    would be another training. Raises RequestError."""
     pictures, skipped = read_upload(upload)
     for item in skipped:
         logger.info("skipped %s: %s", item.name, item.reason)
@@ -191,10 +192,10 @@ def _read(upload: Path, config: TrainConfig) -> list[Picture]:
 
 
 def _write_lora(folder: Path, lora: LoRA, facts: Mapping[str, Any], component: str) -> None:
-    """Both files of it. facts: steps are those done."""
-    kept = ("base", "family", "repository", "trigger", "prompt", "klora", *SETTINGS)
+    """Write the LoRA in diffusers' format and in kohya's. facts: config.json's, with the steps done as steps."""
+    names = ("base", "family", "repository", "trigger", "prompt", "klora", *SETTINGS)
     modules = hashlib.sha256("\n".join(sorted(lora)).encode()).hexdigest()
-    metadata = {name: str(facts[name]) for name in kept} | {"modules": str(len(lora)), "modules_sha256": modules}
+    metadata = {name: str(facts[name]) for name in names} | {"modules": str(len(lora)), "modules_sha256": modules}
     with whole(folder / "lora.safetensors") as part:
         save_lora(part, LoRA(lora.layers, metadata=metadata), component, torch.float16)
     with whole(folder / "lora_kohya.safetensors") as part:
@@ -211,24 +212,26 @@ def _write_card(folder: Path, facts: Mapping[str, Any], licence: str, config: Tr
 
 
 def _sheet(samples: Path, config: TrainConfig) -> Image.Image:
-    """A row for each step that made samples, for ROWS of them where there are more; their first COLUMNS prompts."""
+    """The contact sheet: a row for each step that made samples, ROWS of them at most, a column for each of the first
+    COLUMNS prompts."""
     steps, prompts = sorted({path.stem.split("_")[1] for path in samples.glob("step_*.png")}), config.samples[:COLUMNS]
     rows = [
-        (f"step {int(step)}", [_shown(samples / f"step_{step}_{number}.png") for number in range(len(prompts))])
+        (f"step {int(step)}", [_thumbnail(samples / f"step_{step}_{number}.png") for number in range(len(prompts))])
         for step in _spread(steps, ROWS)
     ]
     return contact_sheet(rows, prompts)
 
 
 def _spread(steps: Sequence[str], most: int) -> Sequence[str]:
-    """At most so many of them, two or more, as evenly as can be: the first, the last and some between."""
+    """At most so many (2 or more) of the steps, evenly spread, the first and the last among them."""
     if len(steps) <= most:
         return steps
     return [steps[round(number * (len(steps) - 1) / (most - 1))] for number in range(most)]
 
 
-def _shown(path: Path) -> Image.Image | None:
-    """A sample as a sheet shows it, its file closed. None: there is none, or resume_from has no picture there."""
+def _thumbnail(path: Path) -> Image.Image | None:
+    """A sample at its size on the sheet, its file closed; None where there is no such file, or, from resume_from, one
+    that is no picture."""
     try:
         with Image.open(path, formats=("PNG",)) as picture:
             return fitted(picture)
@@ -239,7 +242,7 @@ def _shown(path: Path) -> Image.Image | None:
 def _annotated(
     pictures: Sequence[Picture], config: TrainConfig, folder: Path, device: torch.device
 ) -> Sequence[Picture]:
-    """The pictures with the captions and masks that models make of them."""
+    """The pictures with the captions and masks that the config has models make, for those that have none."""
     if config.autocaption and not (folder / "captioner" / "config.json").is_file():
         logger.info("autocaption is skipped: %s holds no captioning model", folder / "captioner")
     elif config.autocaption:
@@ -248,26 +251,26 @@ def _annotated(
     if config.mask_mode == "clipseg":
         segmenter = Segmenter.load(folder / "segmenter", device)
         pictures = segmented(pictures, segmenter, config.mask_prompt or config.class_word)
-    said = sum(picture.caption is not None for picture in pictures)
-    logger.info("%d of %d pictures have a caption; one without is called %r", said, len(pictures), config.prompt)
+    captioned = sum(picture.caption is not None for picture in pictures)
+    logger.info("%d of %d pictures have a caption; one without is called %r", captioned, len(pictures), config.prompt)
     return pictures
 
 
 def _class_pictures(load: Load, config: TrainConfig, device: torch.device) -> list[Picture]:
-    """What the base draws of the class, to be kept."""
+    """The pictures of the class that the base draws, if prior_preservation is class_images; else []."""
     if config.prior_preservation != "class_images":
         return []
-    dtype, quantized = held(config.precision, device)
-    model, made = load(device=device, dtype=dtype, quantized=quantized), list[Picture]()
-    while len(made) < config.num_class_images:
-        count = min(4, config.num_class_images - len(made))
-        request = Request(config.prior_prompt, num_outputs=count, seed=(config.seed + len(made)) % (1 << 32))
+    dtype, quantized = dtype_and_quantization(config.precision, device)
+    model, drawn = load(device=device, dtype=dtype, quantized=quantized), list[Picture]()
+    while len(drawn) < config.num_class_images:
+        count = min(4, config.num_class_images - len(drawn))
+        request = Request(config.prior_prompt, num_outputs=count, seed=(config.seed + len(drawn)) % (1 << 32))
         for image in generate(model, request):
             buffer = io.BytesIO()
             image.save(buffer, "PNG")
-            made.append(Picture(f"class_{len(made)}.png", buffer.getvalue(), None, None))
-    logger.info("%d pictures of %r by the base", len(made), config.prior_prompt)
-    return made
+            drawn.append(Picture(f"class_{len(drawn)}.png", buffer.getvalue(), None, None))
+    logger.info("%d pictures of %r by the base", len(drawn), config.prior_prompt)
+    return drawn
 
 
 def _log(path: Path, progress: Progress) -> None:

@@ -1,4 +1,5 @@
-"""How the base is held while a LoRA is trained on it: what fits into memory, and is fastest, of what is allowed."""
+"""In which precision the base is held while a LoRA is trained, and whether activations are recomputed: the fastest way
+that is allowed and fits into memory."""
 
 import importlib.util
 import logging
@@ -25,7 +26,8 @@ TRAINED_BYTES = 4 * 4  # fp32: a value, its gradient, two moments
 
 
 class Mode(NamedTuple):
-    """How the denoiser's weights are held and run."""
+    """How the denoiser is held and run. dtype: that of its computation; quantized: how its weights are stored, None: in
+    that dtype; checkpointing: whether the backward pass recomputes activations."""
 
     dtype: torch.dtype
     quantized: Quantized | None
@@ -41,9 +43,9 @@ def mode_for(
     config: TrainConfig,
     device: torch.device,
 ) -> Mode:
-    """How to hold the base, by what a step at the largest size costs. bare: the base without weights.
+    """The mode by what a step at the largest size needs. bare: the base without weights.
 
-    shapes: (outputs, inputs) of the layers to train, by name.   Raises RequestError as choose() does.
+    shapes: {layer to train: (outputs, inputs)}.   Raises RequestError as choose() does.
     """
     largest = max((e.views[0].posterior.mean.shape for e in material.examples), key=math.prod)
     passes = 1 if config.prior_preservation == "none" else 2  # whose activations are alive at once
@@ -66,23 +68,22 @@ def choose(
     peak_bytes: Callable[[torch.dtype, bool], int],
     free_bytes: int,
 ) -> Mode:
-    """The first of the modes that the config allows, fastest first, of which at most 0.9 of the free bytes are needed;
-    the leanest when none is that small.
+    """The fastest mode that the config allows and that needs at most 0.9 of the free bytes; if none does, the leanest.
 
-    weights, trained: parameters of the denoiser and of the LoRA.   peak_bytes(dtype, checkpointing): the activations of
-    a step (training.cost).   Raises RequestError when the precision needs a library that is not there.
+    weights, trained: numbers of parameters of the denoiser and of the LoRA.   peak_bytes(dtype, checkpointing): of a
+    step's activations (training.cost).   Raises RequestError as check_precision() does.
     """
     compiled = config.compile == "on" or (
         config.compile == "auto" and device.type == "cuda" and config.steps >= MIN_COMPILED_STEPS
     )
-    modes, most = list(_allowed(config, device)), 0.9 * free_bytes
+    modes, limit = list(_allowed(config, device)), 0.9 * free_bytes
     activations = cache(peak_bytes)  # takes seconds, and is the same however the weights are stored
     for precision, recompute in modes:
-        dtype, quantized = held(precision, device)
+        dtype, quantized = dtype_and_quantization(precision, device)
         needed = weights * BYTES_PER_WEIGHT[precision] + trained * TRAINED_BYTES + WORKSPACE_BYTES
-        if len(modes) > 1 and (needed <= most or (precision, recompute) == modes[-1]):
+        if len(modes) > 1 and (needed <= limit or (precision, recompute) == modes[-1]):
             needed += activations(dtype, recompute)
-        if needed <= most:
+        if needed <= limit:
             break
     logger.info(
         "base in %s, activations %s%s, %.1f GB free, blocks %s",
@@ -93,14 +94,14 @@ def choose(
     return Mode(dtype, quantized, recompute, compiled)
 
 
-def held(precision: str, device: torch.device) -> tuple[torch.dtype, Quantized | None]:
-    """What the denoiser computes in, and how its weights are stored where that is not the same. "auto": the usual."""
+def dtype_and_quantization(precision: str, device: torch.device) -> tuple[torch.dtype, Quantized | None]:
+    """(dtype of computation, quantization of the weights or None) by a precision; "auto": the device's dtype, None."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision, default_dtype(device))
     return dtype, precision if precision in ("int8", "nf4") else None  # type: ignore[return-value]
 
 
 def check_precision(config: TrainConfig, device: torch.device) -> bool:
-    """Whether the base can be quantised here. Raises RequestError when it must be and cannot."""
+    """Whether the base can be quantised on the device. Raises RequestError if it cannot and the config asks for it."""
     installed = importlib.util.find_spec("bitsandbytes") is not None
     if config.precision in ("int8", "nf4") and not (installed and device.type == "cuda"):
         lack = "this machine has no CUDA GPU" if installed else "bitsandbytes is not installed"

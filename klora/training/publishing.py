@@ -15,23 +15,23 @@ from klora.errors import KLoRAError, RequestError
 from klora.form.fields import ask, check
 from klora.interruptible import interruptible
 from klora.training.card import check_repo_id, push
-from klora.training.config import TrainConfig, idle
+from klora.training.config import TrainConfig, ineffective
 
 if TYPE_CHECKING:  # a form needs no torch
     from klora.training.loop import OnProgress, Progress
 
 logger = logging.getLogger(__name__)
 
-WITHOUT = {
+NO_EFFECT = {
     "hf_token": ("hf_repo_id", ("",)), "hf_private": ("hf_repo_id", ("",)), "wandb_project": ("wandb_api_key", ("",)),
     "wandb_run": ("wandb_api_key", ("",)), "wandb_entity": ("wandb_api_key", ("",)),
 }  # fmt: skip
-"""As training.config's: settings that change nothing where another one is one of these."""
+"""{setting: (another one, its values with which the first has no effect)}"""
 
 
 @dataclass(frozen=True, repr=False)  # it holds secrets
 class Publishing:
-    """Where to show it, checked on creation. Raises RequestError."""
+    """The settings of where to show a training, checked on creation. Raises RequestError."""
 
     hf_repo_id: str = ask("", "Hugging Face repository, owner/name, to which the LoRA is uploaded.")
     hf_token: str = ask("", "Hugging Face token with the right to write there.")
@@ -53,24 +53,25 @@ class Publishing:
 
     @property
     def remarks(self) -> list[str]:
-        """What is asked for and does not come about, as TrainConfig's."""
-        return idle(self, WITHOUT)
+        """A sentence for each setting that has no effect, as TrainConfig's."""
+        return ineffective(self, NO_EFFECT)
 
     @contextmanager
     def tracked(self, config: TrainConfig) -> "Iterator[OnProgress]":
         """A listener that sends each report to Weights & Biases, if that was asked for.
 
-        The key goes into this run's settings, not into the machine's login. Raises RequestError, before training alone.
+        The key goes into this run's settings, not into the machine's login. Raises RequestError where reporting cannot
+        begin; errors that come later are logged.
         """
         if not (key := self.wandb_api_key):
             yield lambda progress: None
             return
         try:
-            # It stays half imported, and fails every later training, where its import is interrupted.
+            # Where its import is interrupted, it stays half imported, and every later training fails.
             wandb: Any = interruptible(partial(importlib.import_module, "wandb"))
         except ImportError as error:
-            said = "wandb_api_key is given and wandb is not installed"
-            raise RequestError(f"{said}. Install it, or leave it out.") from error
+            reason = "wandb_api_key is given and wandb is not installed"
+            raise RequestError(f"{reason}. Install it, or leave it out.") from error
         names = {"project": self.wandb_project, "name": self.wandb_run or None, "entity": self.wandb_entity or None}
         with _translated(key):
             settings = wandb.Settings(api_key=key, silent=True)
@@ -91,8 +92,8 @@ class Publishing:
                 run.finish(exit_code=exit_code)
 
     def push(self, folder: Path) -> None:
-        """Upload the folder, if that was asked for. What has been trained is not lost because a hub is out of reach:
-        the log says so, and the tar is there."""
+        """Upload the folder, if that was asked for. An error is logged and not raised, because the tar has all that was
+        trained."""
         if self.hf_repo_id:
             try:
                 logger.info("uploaded to %s", push(folder, self.hf_repo_id, self.hf_token, self.hf_private))
@@ -102,17 +103,17 @@ class Publishing:
 
 @contextmanager
 def _translated(key: str) -> "Iterator[None]":
-    """Raises RequestError for whatever wandb raises."""
+    """Have every error of wandb's in the block raised as a RequestError."""
     try:
         yield
     except Exception as error:  # its own, for a key, a name, a network; not chained, because they may quote the key
-        said = str(error).replace(key, "...")
-        raise RequestError(f"wandb_api_key cannot be used: {said}. Expected a key of wandb.ai, or none.") from None
+        reason = str(error).replace(key, "...")
+        raise RequestError(f"wandb_api_key cannot be used: {reason}. Expected a key of wandb.ai, or none.") from None
 
 
 @contextmanager
 def _survived(key: str) -> "Iterator[None]":
-    """A training goes on without its tracker: the log says what became of that."""
+    """Have every error of wandb's in the block logged, and not raised: the training goes on without it."""
     try:
         with _translated(key):
             yield

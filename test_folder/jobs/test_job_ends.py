@@ -144,7 +144,7 @@ def test_a_sheet_opens_no_sample_in_another_format_than_ours(tmp_path: Path) -> 
     """An EPS in a tar that is taken up would be run, by Ghostscript."""
     Image.new("RGB", (64, 64)).save(tmp_path / "ours.png")
     Image.new("RGB", (64, 64)).save(tmp_path / "other.png", "BMP")
-    assert job._shown(tmp_path / "ours.png").size == (192, 192) and job._shown(tmp_path / "other.png") is None
+    assert job._thumbnail(tmp_path / "ours.png").size == (192, 192) and job._thumbnail(tmp_path / "other.png") is None
 
 
 # Broken off

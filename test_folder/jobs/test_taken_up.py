@@ -149,7 +149,7 @@ def test_steps_at_their_default_are_meant_where_the_training_had_come_to_its_end
 @pytest.mark.parametrize("given", [{"lora_rank": 8}, {"lora_alpha": 8.0}, {"trigger_word": "sbu"}])
 def test_a_field_that_was_blank_may_be_said_as_it_came_out(given: dict[str, Any]) -> None:
     before = taken_up.TakenUp(Path(), TrainConfig(seed=3), {"rank": 8, "trigger": "sbu", "prompt": "a sbu subject"}, 2)
-    assert before.config(given) == replace(before.was, steps=1000)
+    assert before.config(given) == replace(before.settings, steps=1000)
 
 
 @pytest.mark.parametrize(
