@@ -27,7 +27,8 @@ from klora.training.job import TrainingBase, run_training
 from test_folder import tiny
 from test_folder.checkpoint import build_single_file
 from test_folder.fakes.base_hub import Server, contents, serving
-from test_folder.jobs.short import QUICK, held, weights_of
+from test_folder.jobs.short import held, weights_of
+from test_folder.trainer.material import SETTINGS
 
 CPU = torch.device("cpu")
 FILE = "Illustrious-XL-v1.0.safetensors"
@@ -168,7 +169,7 @@ def test_a_lora_is_trained_on_it_as_on_the_same_weights_in_a_folder(
     tars = []
     for number, folder in enumerate(folders):
         base = TrainingBase("illustrious-xl", "sdxl", folder, "owner/name", "Apache-2.0", tmp_path, FILE)
-        given = {**QUICK, "steps": 2, "sample_steps": 1}
+        given = {**SETTINGS, "steps": 2, "sample_steps": 1}
         tars.append(held(run_training(base, tmp_path / "pictures", given, tmp_path / f"{number}.tar")))
     trained = [weights_of(tar) for tar in tars]
     assert trained[0] == trained[1] and any(map(any, trained[0].values()))
