@@ -252,10 +252,10 @@ class Predictor(BasePredictor):
         _record("seed", request.seed)
         print(f"seed {request.seed}")
         bases = weights.runnable(request.model)
-        with self.loras.borrowed(request.loras, _tokens(given), bases) as (files, borrowed):
+        with self.loras.borrowed(request.loras, _tokens(given), bases) as files:
             _record("fetch_seconds", time.perf_counter() - started)
-            images = self.studio.make(request, files, _record, _show_progress, borrowed)
-            report = self.studio.report(request, files, borrowed) if request.report else None
+            images = self.studio.make(request, files, _record, _show_progress)
+            report = self.studio.report(request, files) if request.report else None
         paths = save_images(images, self.outputs, request) + (save_report(report, self.outputs) if report else [])
         return [Path(path) for path in paths]
 
@@ -268,8 +268,8 @@ class Predictor(BasePredictor):
 
         def draw(requests: Sequence[Request], check: Check) -> dict[int, Image]:
             loras, bases = requests[0].loras, weights.runnable(requests[0].model)  # as those of all these requests
-            with self.loras.borrowed(loras, tokens, bases, allowance) as (files, borrowed):
-                return self.studio.draw(requests, files, borrowed, check)
+            with self.loras.borrowed(loras, tokens, bases, allowance) as files:
+                return self.studio.draw(requests, files, check)
 
         prompts = read_prompts(lines, inputs, template=template, most=MAX_LINES, called="prompts")
         made = run(prompts, Bulk(on_error="skip"), folder, lambda: draw, partial(print, flush=True))

@@ -198,9 +198,8 @@ class LoRAFiles:
         tokens: Mapping[str, str],
         bases: Sequence[str] = (),
         allowance: Allowance | None = None,
-    ) -> Iterator[tuple[dict[str, Path], dict[str, Borrowed]]]:
-        """Of each reference, by its input, the file, there until the end of the block; and what more is known of those
-        that were fetched. Raises KLoRAError.
+    ) -> Iterator[dict[str, Borrowed]]:
+        """The file of each reference by its input, there until the end of the block. Raises KLoRAError.
 
         tokens: the user's, by authority, "hf", "civitai" and "replicate".  bases: that the request can run; what its
         authority says is for none of them is refused before it is fetched. Without any nothing is.  allowance: of a
@@ -209,16 +208,16 @@ class LoRAFiles:
         parse = own if self._anywhere else parsed
         kinds = {name: parse(name, text) for name, text in references.items()}
         local = {name: one for name, one in kinds.items() if isinstance(one, Local)}
-        files = {name: pinned(self._path(name, one), one, name) for name, one in local.items()}
+        files = {name: Borrowed(pinned(self._path(name, one), one, name)) for name, one in local.items()}
         remote = {name: one for name, one in kinds.items() if name not in local}
         if not remote:
-            yield files, {}
+            yield files
             return
         families = {name: family for name in bases if (family := BASES[name].family)}
         with ExitStack() as loans:
             with (allowance or Allowance(FETCH_SECONDS)).deadline() as deadline:
-                borrowed = loans.enter_context(self._library.borrowed(remote, tokens, deadline, families))
-            yield files | {name: facts.path for name, facts in borrowed.items()}, borrowed
+                files |= loans.enter_context(self._library.borrowed(remote, tokens, deadline, families))
+            yield files
 
     def _path(self, name: str, reference: Local) -> Path:
         return Path(reference.path) if self._anywhere else lora_path(reference.path, self._root, name)

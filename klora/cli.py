@@ -54,12 +54,12 @@ def fuse(
     started, facts = time.perf_counter(), dict[str, Any]()
     request = Request(**open_images(given))
     bases = weights.runnable(request.model)
-    with weights.LoRAFiles(anywhere=True).borrowed(request.loras, weights.own_tokens(), bases) as (files, borrowed):
+    with weights.LoRAFiles(anywhere=True).borrowed(request.loras, weights.own_tokens(), bases) as files:
         from klora.report.pair import save_report
 
         studio = _studio()
-        images = studio.make(request, files, facts.__setitem__, borrowed=borrowed)
-        numbers = studio.report(request, files, borrowed) if request.report else None
+        images = studio.make(request, files, facts.__setitem__)
+        numbers = studio.report(request, files) if request.report else None
     for path in [*_saved(images, out, request), *(kept(partial(save_report, numbers), out) if numbers else [])]:
         typer.echo(path)
     share = f", style acts in {facts['style_share']:.0%}" if "style_share" in facts else ""
@@ -87,11 +87,8 @@ def reproduce(
     base = weights.find_base(request.model)
     for change in made.changes(base.path):
         typer.echo(f"Warning: {change}, so that the image may come out otherwise.", err=True)
-    with weights.LoRAFiles(anywhere=True).borrowed(request.loras, weights.own_tokens(), [base.name]) as (
-        files,
-        borrowed,
-    ):
-        images = _studio().make(request, files, borrowed=borrowed, again=made)
+    with weights.LoRAFiles(anywhere=True).borrowed(request.loras, weights.own_tokens(), [base.name]) as files:
+        images = _studio().make(request, files, again=made)
     if made.place not in images:
         raise SafetyError(f"The safety checker withheld image {made.place}. Expected the checker that it had passed.")
     (path,) = _saved({made.place: images[made.place]}, out, request)
@@ -156,8 +153,8 @@ def open_studio() -> "Draw":
 
     def draw(requests: Sequence[Request], check: "Check") -> dict[int, Image.Image]:
         shared = requests[0]
-        with loras.borrowed(shared.loras, weights.own_tokens(), weights.runnable(shared.model)) as (files, borrowed):
-            return studio.draw(requests, files, borrowed, check)
+        with loras.borrowed(shared.loras, weights.own_tokens(), weights.runnable(shared.model)) as files:
+            return studio.draw(requests, files, check)
 
     return draw
 
@@ -166,10 +163,10 @@ def inspect(
     lora: Annotated[str, typer.Argument(help="A LoRA file, a tar that holds one, a PEFT repository, or a reference.")],
 ) -> None:
     """Say what a LoRA is, and which installed bases read it."""
-    with weights.LoRAFiles(anywhere=True).borrowed({"lora": lora}, weights.own_tokens()) as (files, _):
+    with weights.LoRAFiles(anywhere=True).borrowed({"lora": lora}, weights.own_tokens()) as files:
         from klora.report.inspection import inspect as inspected
 
-        found = inspected(files["lora"], _bases())
+        found = inspected(files["lora"].path, _bases())
     typer.echo(found)
     if not found.fits:
         raise typer.Exit(1)
@@ -183,10 +180,10 @@ def report(
 ) -> None:
     """Say which of two LoRAs acts in which layer and step, and what would change it. Makes no image."""
     question = Question(**given)
-    with weights.LoRAFiles(anywhere=True).borrowed(question.loras, weights.own_tokens()) as (files, borrowed):
+    with weights.LoRAFiles(anywhere=True).borrowed(question.loras, weights.own_tokens()) as files:
         from klora.report.pair import answer, save_report
 
-        numbers, pair = answer(question, files, _bases(), {name: facts.scores for name, facts in borrowed.items()})
+        numbers, pair = answer(question, files, _bases())
     typer.echo("\n".join([str(numbers), str(pair), *map(str, kept(partial(save_report, numbers), out))]))
 
 
@@ -197,10 +194,10 @@ def export(
     K-LoRA only if no layer flips in these steps; otherwise it is different, and the command says how far."""
     wanted = Export(**given)
     check_new(out)
-    with weights.LoRAFiles(anywhere=True).borrowed(wanted.loras, weights.own_tokens()) as (files, borrowed):
+    with weights.LoRAFiles(anywhere=True).borrowed(wanted.loras, weights.own_tokens()) as files:
         from klora.export import exported
 
-        told = exported(wanted, files, _bases(), out, borrowed)
+        told = exported(wanted, files, _bases(), out)
     typer.echo(f"{out}\n{told}")
 
 

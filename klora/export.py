@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -67,19 +66,14 @@ class Exported:
 
 
 def exported(
-    wanted: Export,
-    files: Mapping[str, Path],
-    bases: Mapping[str, tuple[str, Path]],
-    out: Path,
-    borrowed: Mapping[str, Borrowed] = MappingProxyType({}),
+    wanted: Export, files: Mapping[str, Borrowed], bases: Mapping[str, tuple[str, Path]], out: Path
 ) -> Exported:
     """Write the file. files: by input, "content_lora" and "style_lora".   bases: {name: (key of FAMILIES, folder)}.
-    borrowed: what the cache knows of fetched files, by input. Raises KLoRAError, and writes nothing then."""
+    Raises KLoRAError, and writes nothing then."""
     if out.suffix != ".safetensors":
         raise RequestError(f"out is {out.name!r}. Expected a name that ends in .safetensors.")
     schedule, steps = Schedule.from_pattern(wanted.pattern, wanted.alpha, wanted.beta), wanted.span
-    scores = {name: facts.scores for name, facts in borrowed.items()}
-    pair = read_pair(files, bases, scores)
+    pair = read_pair(files, bases)
     if pair.base is None:  # and the file's own names would be no tool's, nor its text encoders known
         raise LoRAError(f"The LoRAs can only be exported by a base that reads both, but they were {pair}.")
     texts = (pair.content.text_encoders and wanted.content_scale, pair.style.text_encoders and wanted.style_scale)
@@ -87,13 +81,13 @@ def exported(
         raise RequestError("format is kohya, whose files hold no text encoder here. Expected diffusers for these.")
     _refuse_words((pair.content, pair.style))
     _within(steps, count := wanted.num_inference_steps or pair.steps)
-    fusion = fused(pair, scores)
+    fusion = fused(pair, files)
     wins = fusion.content_wins(schedule, count, wanted.style_bias)
     exact = baked(fusion, wins, wanted.content_scale, wanted.style_scale, steps)
     lora = rounded(reduced(exact, wanted.rank) if wanted.rank else exact, DTYPES[wanted.dtype])
     told = _told(exact, lora, wins, steps)
     family = FAMILIES[bases[pair.base][0]]
-    facts = _facts(wanted, pair, files, borrowed) | _numbers(told)
+    facts = _facts(wanted, pair, files) | _numbers(told)
     facts |= {"pattern": schedule.pattern, "alpha": schedule.alpha, "beta": schedule.beta}
     _save(replace(lora, metadata=_metadata(facts, family.name)), family.component, wanted.format, out)
     return told
@@ -229,14 +223,14 @@ def _told(exact: LoRA, lora: LoRA, wins: Tensor, steps: tuple[int, int] | None) 
     return Exported(span, flipping, contradicted, *errors(exact, lora), (min(ranks), max(ranks)))
 
 
-def _facts(wanted: Export, pair: Pair, files: Mapping[str, Path], borrowed: Mapping[str, Borrowed]) -> dict[str, Any]:
+def _facts(wanted: Export, pair: Pair, files: Mapping[str, Borrowed]) -> dict[str, Any]:
     """What the pair and the wish say, without secrets."""
     facts = asdict(wanted) | {"base": pair.base, "versions": versions()}
     for role, lora in zip(_ROLES, (pair.content, pair.style), strict=True):
-        loan = borrowed.get(name := f"{role}_lora")
-        facts[name] = canonical(wanted.loras[name], fetched=loan is not None)
-        facts[f"{role}_sha256"] = Shelf().sha256(files[name], loan.scores if loan else None)
-        facts[f"{role}_trigger"] = lora.metadata.get("trigger") or next(iter(loan.triggers if loan else ()), "")
+        file = files[name := f"{role}_lora"]
+        facts[name] = canonical(wanted.loras[name], fetched=file.scores is not None)
+        facts[f"{role}_sha256"] = Shelf().sha256(file.path, file.scores)
+        facts[f"{role}_trigger"] = lora.metadata.get("trigger") or next(iter(file.triggers), "")
     return facts
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import weights
+from klora.cache import Borrowed
 from klora.errors import BaseModelError, KLoRAError, LoRAError, RequestError, SourceError
 from klora.files.container import files_of
 from klora.files.shelf import Shelf
@@ -59,8 +60,8 @@ def hub(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def read(files: weights.LoRAFiles, reference: str, **tokens: str) -> bytes:
-    with files.borrowed({"style_lora": reference}, tokens) as (paths, _):
-        return paths["style_lora"].read_bytes()
+    with files.borrowed({"style_lora": reference}, tokens) as lent:
+        return lent["style_lora"].path.read_bytes()
 
 
 def refusal(files: weights.LoRAFiles, reference: str, kind: type[KLoRAError] = SourceError) -> str:
@@ -78,8 +79,8 @@ def refusal(files: weights.LoRAFiles, reference: str, kind: type[KLoRAError] = S
 def test_a_file_below_the_root_is_taken_and_needs_no_cache(root: Path, tmp_path: Path, reference: str) -> None:
     files = weights.LoRAFiles(root)
     assert read(files, reference) == CONTENT
-    with files.borrowed({"style_lora": reference}, {}) as (paths, lent):
-        assert paths == {"style_lora": root / "dog.safetensors"} and not lent
+    with files.borrowed({"style_lora": reference}, {}) as lent:
+        assert lent == {"style_lora": Borrowed(root / "dog.safetensors")}
     assert not (tmp_path / "cache").exists()
 
 
@@ -269,13 +270,13 @@ def test_two_gigabytes_of_the_disk_are_left_to_others(hub: Hub, monkeypatch: pyt
 
 def test_of_two_files_the_local_one_and_the_fetched_one_come_together(hub: Hub, root: Path, tmp_path: Path) -> None:
     hub.publish("o/m", {"x.safetensors": STYLE}, card={"instance_prompt": "in zork style"})
-    references = {"content_lora": "dog.safetensors", "style_lora": "hf:o/m"}
-    with weights.LoRAFiles(root).borrowed(references, {}) as (paths, lent):
-        assert [paths[name].read_bytes() for name in references] == [CONTENT, STYLE]
-        assert list(lent) == ["style_lora"]
-        assert lent["style_lora"].triggers == ("in zork style",)
-        assert lent["style_lora"].scores.parent == tmp_path / "cache" / "scores"
-    assert not paths["style_lora"].exists() and paths["content_lora"].exists()
+    references = {"content_lora": "hf:o/m", "style_lora": "dog.safetensors"}
+    with weights.LoRAFiles(root).borrowed(references, {}) as lent:
+        assert [lent[name].path.read_bytes() for name in references] == [STYLE, CONTENT]
+        assert lent["style_lora"] == Borrowed(root / "dog.safetensors")
+        assert lent["content_lora"].triggers == ("in zork style",)
+        assert lent["content_lora"].scores.parent == tmp_path / "cache" / "scores"
+    assert not lent["content_lora"].path.exists() and lent["style_lora"].path.exists()
 
 
 def test_what_is_for_no_base_of_the_request_is_refused_before_it_is_fetched(
@@ -297,8 +298,8 @@ def test_what_is_for_no_base_of_the_request_is_refused_before_it_is_fetched(
         assert str(error.value).endswith("Expected a LoRA for sdxl, or the number of a version that is.")
         assert not storage.requests
         for bases in (("sdxl", "flux-schnell"), ()):
-            with files.borrowed({"a": "civitai:9"}, {}, bases) as (paths, _):
-                assert paths["a"].read_bytes() == STYLE
+            with files.borrowed({"a": "civitai:9"}, {}, bases) as lent:
+                assert lent["a"].path.read_bytes() == STYLE
 
 
 def test_a_request_may_come_to_the_base_that_it_names_or_to_any_installed_one(
@@ -323,10 +324,10 @@ def test_a_peft_repository_is_fetched_with_its_alphas(hub: Hub, bases: Path, tmp
     hub.publish("o/m", {path.name: path.read_bytes() for path in folder.iterdir()})
     files = weights.LoRAFiles()
     for _ in range(2):  # fetched, and from the cache
-        with files.borrowed({"lora": "hf:o/m"}, {}) as (paths, lent):
-            assert set(files_of(paths["lora"])) == {"lora", "adapter"}
+        with files.borrowed({"lora": "hf:o/m"}, {}) as lent:
+            assert set(files_of(lent["lora"].path)) == {"lora", "adapter"}
             assert hashlib.sha256((folder / "adapter_config.json").read_bytes()).hexdigest() in lent["lora"].scores.name
-            lora = model.read_lora(paths["lora"])
+            lora = model.read_lora(lent["lora"].path)
         assert lora.keys() == meant.keys()
         for name, pair in lora.items():
             torch.testing.assert_close(pair.B.double() @ pair.A.double(), meant[name], rtol=1e-5, atol=1e-6)
@@ -339,9 +340,9 @@ def test_the_words_beside_a_lora_are_fetched_with_it(hub: Hub, bases: Path, tmp_
     folder, _ = variant.write(model, tmp_path)
     hub.publish("o/m", {path.name: path.read_bytes() for path in folder.iterdir()})
     for _ in range(2):  # fetched, and from the cache
-        with weights.LoRAFiles().borrowed({"lora": "hf:o/m"}, {}) as (paths, lent):
-            taught = model.read_lora(paths["lora"]).words
-            assert Shelf().sha256(paths["lora"]) == Shelf().sha256(paths["lora"], lent["lora"].scores)
+        with weights.LoRAFiles().borrowed({"lora": "hf:o/m"}, {}) as lent:
+            taught = model.read_lora(lent["lora"].path).words
+            assert Shelf().sha256(lent["lora"].path) == Shelf().sha256(lent["lora"].path, lent["lora"].scores)
         assert taught.keys() == model.read_lora(folder).words.keys() == {"<s0><s1>", "<s0>", "<s1>"}
 
 
@@ -349,11 +350,11 @@ def test_a_peft_repository_that_lost_its_config_is_no_longer_lent(hub: Hub, base
     config = {"adapter_model.safetensors": CONTENT, "adapter_config.json": b'{"lora_alpha": 8, "r": 4}'}
     hub.publish("o/m", config)
     files = weights.LoRAFiles()
-    with files.borrowed({"lora": "hf:o/m"}, {}) as (paths, _):
-        assert paths["lora"].with_name("adapter_config.json").read_bytes() == config["adapter_config.json"]
+    with files.borrowed({"lora": "hf:o/m"}, {}) as lent:
+        assert lent["lora"].path.with_name("adapter_config.json").read_bytes() == config["adapter_config.json"]
     (weights.cache_folder() / "blobs" / sha256(config["adapter_config.json"])).unlink()
-    with files.borrowed({"lora": "hf:o/m"}, {}) as (paths, _):
-        assert paths["lora"].with_name("adapter_config.json").read_bytes() == config["adapter_config.json"]
+    with files.borrowed({"lora": "hf:o/m"}, {}) as lent:
+        assert lent["lora"].path.with_name("adapter_config.json").read_bytes() == config["adapter_config.json"]
 
 
 @pytest.mark.parametrize("config", [b"<html>", b"", b"PK"])

@@ -38,8 +38,8 @@ def drawn(
     """The image, and which words were added."""
     facts: dict[str, Any] = {}
     request = Request(prompt, num_inference_steps=2, seed=1, disable_safety_checker=True, **given)
-    borrowed = {"style_lora": Borrowed(lora, lora.with_suffix(".json"), said)}
-    images = studio.make(request, {"style_lora": lora}, facts.__setitem__, borrowed=borrowed)
+    files = {"style_lora": Borrowed(lora, lora.with_suffix(".json"), said)}
+    images = studio.make(request, files, facts.__setitem__)
     return np.asarray(images[0]), facts.get("triggers_added")
 
 

@@ -203,11 +203,11 @@ class Library:
 
 
 class Borrowed(NamedTuple):
-    """A fetched LoRA file, under its own name.  scores: the path at which its scores are stored for the next time.
-    triggers: words that call it, as its authority says."""
+    """A LoRA file, under its own name.  scores: of a fetched one, the path at which its scores are stored for the next
+    time.  triggers: words that call it, as its authority says."""
 
     path: Path
-    scores: Path
+    scores: Path | None = None
     triggers: tuple[str, ...] = ()
 
 

@@ -5,8 +5,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
+from klora.cache import Borrowed
 from klora.errors import LoRAError
 from klora.files.adapter import with_alphas
 from klora.files.container import opened
@@ -50,27 +50,25 @@ class Pair:
 
 
 def answer(
-    question: Question,
-    files: Mapping[str, Path],
-    bases: Mapping[str, tuple[str, Path]],
-    scores: Mapping[str, Path] = MappingProxyType({}),
+    question: Question, files: Mapping[str, Borrowed], bases: Mapping[str, tuple[str, Path]]
 ) -> tuple[Report, Pair]:
     """The report that a question asks for, and its pair. files: by input, "content_lora" and "style_lora".   bases:
-    {name: (key of FAMILIES, folder)}.   scores: by input, the path at which a file's are stored. Raises KLoRAError."""
+    {name: (key of FAMILIES, folder)}. Raises KLoRAError."""
     schedule = Schedule.from_pattern(question.pattern, question.alpha, question.beta)
-    pair = read_pair(files, bases, scores)
-    fusion = fused(pair, scores)
-    alphas = {name.removesuffix("_lora"): stated_alphas(path) for name, path in files.items()}
+    pair = read_pair(files, bases)
+    fusion = fused(pair, files)
+    alphas = {name.removesuffix("_lora"): stated_alphas(file.path) for name, file in files.items()}
     steps = question.num_inference_steps or pair.steps
     return report_on(fusion, schedule, steps, question.style_bias, order=pair.order, alphas=alphas), pair
 
 
-def fused(pair: Pair, scores: Mapping[str, Path]) -> Fusion:
+def fused(pair: Pair, files: Mapping[str, Borrowed]) -> Fusion:
     """Both LoRAs scored against each other. Scores are stored only where a base has read the pair: else layers are
     called as in the files."""
     fusion = fuse(pair.content, pair.style)
-    for name, path in scores.items() if pair.base else ():
-        keep_scores(path, pair.content if name == "content_lora" else pair.style)
+    for name, file in files.items() if pair.base else ():
+        if file.scores:
+            keep_scores(file.scores, pair.content if name == "content_lora" else pair.style)
     return fusion
 
 
@@ -86,13 +84,11 @@ def save_report(report: Report, folder: Path) -> list[Path]:
     return [picture, numbers]
 
 
-def read_pair(
-    files: Mapping[str, Path], bases: Mapping[str, tuple[str, Path]], scores: Mapping[str, Path] = MappingProxyType({})
-) -> Pair:
+def read_pair(files: Mapping[str, Borrowed], bases: Mapping[str, tuple[str, Path]]) -> Pair:
     """Both files as the first base reads them that can read both. Where none can, as the files spell their layers,
     which they must do alike: then two LoRAs for any one model will do. Arguments as answer() has them. Raises
     LoRAError."""
-    origins = {name: origin_of(path) for name, path in files.items()}
+    origins = {name: origin_of(file.path) for name, file in files.items()}
     content, style = origins["content_lora"], origins["style_lora"]
     if content and style and content.model != style.model:
         raise LoRAError(f"content_lora was made for {content} and style_lora for {style}. Expected two for one model.")
@@ -104,13 +100,13 @@ def read_pair(
             continue
         model = load_shapes(kind, folder)
         try:
-            read = {name: shelf.take(base, path, model.read_lora, scores.get(name)) for name, path in files.items()}
+            read = {n: shelf.take(base, file.path, model.read_lora, file.scores) for n, file in files.items()}
         except LoRAError as error:
             refusals[base] = str(error)
         else:
             return Pair(read["content_lora"], read["style_lora"], base, model.steps, refusals)
     denoiser = FAMILIES[family].component if family else "unet"
-    found = [_as_spelled(files[name], denoiser) for name in ("content_lora", "style_lora")]
+    found = [_as_spelled(files[name].path, denoiser) for name in ("content_lora", "style_lora")]
     return Pair(*_alike(*found), None, STEPS, refusals)
 
 

@@ -81,22 +81,19 @@ class Studio:
     def make(
         self,
         request: Request,
-        files: Mapping[str, Path],
+        files: Mapping[str, Borrowed],
         record: Record = lambda name, value: None,
         on_step: OnStep = lambda step, steps: None,
-        borrowed: Mapping[str, Borrowed] = MappingProxyType({}),
         again: Provenance | None = None,
     ) -> dict[Place, Image.Image]:
         """{place in the batch: image}, without the images that the safety checker withholds, or {name: contact sheet}
         of the sheets that are asked for. Raises KLoRAError.
 
         Each has its Provenance in info["provenance"].
-        files: the LoRAs by input, "content_lora" and "style_lora". Without request.model they choose the base.
-        borrowed: by input, what the cache knows of a fetched file: where K-LoRA's scores of it are kept, which are
-        computed anew for other files, and its triggers.  again: the record of an image to be made again, which states
-        the sha256 and the triggers of its LoRAs.
+        files: the LoRAs by input, "content_lora" and "style_lora". Without request.model they choose the base.  again:
+        the record of an image to be made again, which states the sha256 and the triggers of its LoRAs.
         """
-        ready = self._ready(request, files, borrowed, again)
+        ready = self._ready(request, files, again)
         measured = dict[str, Any]()
 
         def measure(name: str, value: Any) -> None:
@@ -119,31 +116,27 @@ class Studio:
             shown = _sheets(request, ready, lambda way, on_step: draw(way, on_step)[0], on_step)
         else:
             shown = _shown(draw(request, on_step), ready.checker)
-        for name, facts in borrowed.items():
-            self._shelf.keep(facts.scores, ready.loras[name.removesuffix("_lora")])
+        self._keep_scores(files, ready)
         provenance = Provenance.of(ready.settled(request), ready.path, ready.used, measured)
         for place, image in shown.items():
             image.info["provenance"] = replace(provenance, place=place)
         return shown
 
-    def draw(
-        self, requests: Sequence[Request], files: Mapping[str, Path], borrowed: Mapping[str, Borrowed], check: Check
-    ) -> dict[int, Image.Image]:
+    def draw(self, requests: Sequence[Request], files: Mapping[str, Borrowed], check: Check) -> dict[int, Image.Image]:
         """{place: image} of requests for one image each, which agree in all but prompt and seed and are drawn together;
         without the images that the safety checker withholds. Arguments and errors as make(), and what check raises.
 
         Each has its Provenance in info["provenance"], as if it were drawn alone, and its prompt with the trigger words
         in info["caption"].
         """
-        first = self._ready(requests[0], files, borrowed, None)
+        first = self._ready(requests[0], files)
         check(first.used)
-        by_prompt = any(facts.triggers for facts in borrowed.values())  # which of several triggers a LoRA is called by
-        ready = [first, *(self._ready(each, files, borrowed, None) if by_prompt else first for each in requests[1:])]
+        by_prompt = any(file.triggers for file in files.values())  # which of several triggers a LoRA is called by
+        ready = [first, *(self._ready(each, files) if by_prompt else first for each in requests[1:])]
         draws = [each.draws(request)[0] for request, each in zip(requests, ready, strict=True)]
         measured = dict[str, Any]()
         images = self._drawn(requests[0], first, draws, measured.__setitem__, lambda step, steps: None)
-        for name, facts in borrowed.items():
-            self._shelf.keep(facts.scores, first.loras[name.removesuffix("_lora")])
+        self._keep_scores(files, first)
         shared = Provenance.of(first.settled(requests[0]), first.path, first.used, measured)
         for request, each, draw, image in zip(requests, ready, draws, images, strict=True):
             inputs = {**shared.inputs, "prompt": request.prompt, "seed": request.seed}
@@ -156,39 +149,38 @@ class Studio:
         encode = self._bases.encoder(ready.base)
         return generate(ready.model, request, **ready.loras, encode=encode, record=record, on_step=on_step, draws=draws)
 
-    def report(
-        self, request: Request, files: Mapping[str, Path], borrowed: Mapping[str, Borrowed] = MappingProxyType({})
-    ) -> Report:
+    def report(self, request: Request, files: Mapping[str, Borrowed]) -> Report:
         """What K-LoRA does with a request's pair, whose images it does not make. Arguments and errors as make()."""
-        alphas = {name.removesuffix("_lora"): stated_alphas(path) for name, path in files.items()}
-        return self._ready(request, files, borrowed, None).report(request, alphas)
+        alphas = {name.removesuffix("_lora"): stated_alphas(file.path) for name, file in files.items()}
+        return self._ready(request, files).report(request, alphas)
 
-    def _ready(
-        self, request: Request, files: Mapping[str, Path], borrowed: Mapping[str, Borrowed], again: Provenance | None
-    ) -> "_Ready":
+    def _ready(self, request: Request, files: Mapping[str, Borrowed], again: Provenance | None = None) -> "_Ready":
         """The base, loaded, and the LoRAs, read for it. Arguments and errors as make()."""
         base, family, path = self._base_for(request, files)
         refuse_unsupported(FAMILIES[family], request)  # before a base is loaded for it
-        scores = {name: facts.scores for name, facts in borrowed.items()}
-        sha256 = {name: _for_input(name, self._shelf.sha256, file, scores.get(name)) for name, file in files.items()}
+        sha256 = {name: _for_input(name, self._shelf.sha256, file.path, file.scores) for name, file in files.items()}
         if again:
             again.check(sha256)
         checker = None if request.disable_safety_checker else self._safety()
         model = self.load(base, family, path)
         loras, used = {}, {}
         for name, file in files.items():
-            facts = borrowed.get(name)
             read_lora = partial(_for_input, name, lambda path: model.read_lora(path).to(self.device))
-            lora = self._shelf.take(base, file, read_lora, scores.get(name))
-            trigger = again.loras[name].trigger if again else _trigger(lora, facts, request.prompt)
+            lora = self._shelf.take(base, file.path, read_lora, file.scores)
+            trigger = again.loras[name].trigger if again else _trigger(lora, file.triggers, request.prompt)
             loras[name.removesuffix("_lora")] = replace(lora, metadata={**lora.metadata, "trigger": trigger})
-            reference = canonical(request.loras.get(name, file.name), fetched=facts is not None)
+            reference = canonical(request.loras.get(name, file.path.name), fetched=file.scores is not None)
             used[name] = UsedLoRA(reference, sha256[name], trigger)
         return _Ready(base, path, model, loras, used, checker)
 
-    def _base_for(self, request: Request, files: Mapping[str, Path]) -> tuple[str, str, Path]:
+    def _keep_scores(self, files: Mapping[str, Borrowed], ready: "_Ready") -> None:
+        for name, file in files.items():
+            if file.scores:
+                self._shelf.keep(file.scores, ready.loras[name.removesuffix("_lora")])
+
+    def _base_for(self, request: Request, files: Mapping[str, Borrowed]) -> tuple[str, str, Path]:
         """What FindBase gives. Raises LoRAError where a LoRA was made for another family."""
-        origins = {name: _for_input(name, self._shelf.origin, file, origin_of) for name, file in files.items()}
+        origins = {name: _for_input(name, self._shelf.origin, file.path, origin_of) for name, file in files.items()}
         made_for = {name: origin for name, origin in origins.items() if origin}
         needed = next((origin.family for origin in made_for.values() if origin.family), None)
         named = next((origin.base for origin in made_for.values() if origin.base), "")
@@ -254,10 +246,9 @@ def save_images(images: Mapping[Place, Image.Image], folder: Path, request: Requ
     return list(paths.values())
 
 
-def _trigger(lora: LoRA, facts: Borrowed | None, prompt: str) -> str:
-    """The word that calls a LoRA: what its file states, else of the triggers on its page the first that the prompt has,
-    else the first; "" for none."""
-    listed = facts.triggers if facts else ()
+def _trigger(lora: LoRA, listed: Sequence[str], prompt: str) -> str:
+    """The word that calls a LoRA: what its file states, else of the triggers listed on its page the first that the
+    prompt has, else the first; "" for none."""
     in_prompt = [word for word in listed if has_word(prompt, word, lora)]
     return next(filter(None, (lora.metadata.get("trigger"), *in_prompt, *listed)), "")
 

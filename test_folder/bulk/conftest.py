@@ -10,16 +10,18 @@ from klora.bulk.batch import Draw
 from klora.bulk.batches import Bulk
 from klora.bulk.lines import PromptFile
 from klora.bulk.run import run
+from klora.cache import Borrowed
 from klora.studio import Studio
 from test_folder.bulk.prompting import CPU, PROMPTS, Runs, read, written
+from test_folder.pairs import pair_of
 
 
 @pytest.fixture(scope="session")
-def pair(loras: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def pair(loras: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Borrowed]:
     """SDXL's, the style one with a trigger word in its file."""
     styled = tmp_path_factory.mktemp("styled") / "style.safetensors"
     save_file(load_file(loras / "sdxl_style.safetensors"), styled, {"trigger": "inky", "lora_type": "style"})
-    return {"content_lora": loras / "sdxl_content.safetensors", "style_lora": styled}
+    return pair_of(loras) | {"style_lora": Borrowed(styled)}
 
 
 @pytest.fixture(scope="session")
@@ -28,9 +30,9 @@ def studio(bases: Path) -> Studio:
 
 
 @pytest.fixture
-def draw(studio: Studio, pair: dict[str, Path]) -> Draw:
+def draw(studio: Studio, pair: dict[str, Borrowed]) -> Draw:
     """Requests with both LoRAs."""
-    return lambda asked, check: studio.draw(asked, pair, {}, check)
+    return lambda asked, check: studio.draw(asked, pair, check)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import weights
 from klora.bulk.batch import Draw
 from klora.bulk.lines import PromptFile
 from klora.bulk.run import progress
+from klora.cache import Borrowed
 from klora.errors import KLoRAError, LoRAError, RequestError
 from klora.form.request import Request
 from klora.studio import Check, Studio
@@ -130,7 +131,7 @@ def test_a_picture_that_klora_has_not_made_stays_and_is_refused_before_any_is_ma
 
 
 def test_withheld_images_are_named_and_not_made_again(
-    bases: Path, pair: dict[str, Path], runs: Runs, tmp_path: Path
+    bases: Path, pair: dict[str, Borrowed], runs: Runs, tmp_path: Path
 ) -> None:
     checker = tiny.build_safety_checker(tmp_path / "checker", flags=True)
     flagging = Studio(lambda *_: ("sdxl", "sdxl", bases / "sdxl"), checker, CPU)
@@ -138,7 +139,7 @@ def test_withheld_images_are_named_and_not_made_again(
 
     def drawing(requests: Sequence[Request], check: Check) -> Mapping[int, Image.Image]:
         asked.append(len(requests))
-        return flagging.draw(requests, pair, {}, check)
+        return flagging.draw(requests, pair, check)
 
     lines = ({"prompt": prompt, "disable_safety_checker": prompt == "a dog"} for prompt in ("a dog", "a cat", "x"))
     prompts = read(written(tmp_path / "p.jsonl", *lines))

@@ -32,6 +32,7 @@ from test_folder.bulk.prompting import (
     unchecked,
     written,
 )
+from test_folder.pairs import pair_of
 
 
 def test_an_image_its_caption_and_how_it_was_made(runs: Runs, prompts: PromptFile, draw: Draw, tmp_path: Path) -> None:
@@ -73,12 +74,10 @@ def test_the_folder_is_a_training_set(runs: Runs, prompts: PromptFile, tmp_path:
 
 
 def test_the_word_that_a_page_names_is_chosen_for_each_prompt(studio: Studio, loras: Path, tmp_path: Path) -> None:
-    file = loras / "sdxl_style.safetensors"
-    lent = {"style_lora": Borrowed(file, tmp_path / "scores.json", ("zork", "sks"))}
+    lent = Borrowed(loras / "sdxl_style.safetensors", tmp_path / "scores.json", ("zork", "sks"))
     asked = [Request(prompt, seed=1, **QUICK) for prompt in ("a dog", "a sks cat")]
-    files = {"content_lora": loras / "sdxl_content.safetensors", "style_lora": file}
-    images = studio.draw(asked, files, lent, unchecked)
-    assert lent["style_lora"].scores.exists()  # for the next time
+    images = studio.draw(asked, pair_of(loras) | {"style_lora": lent}, unchecked)
+    assert lent.scores.exists()  # for the next time
     assert [images[place].info["caption"] for place in (0, 1)] == ["zork, a dog", "a sks cat"]
     assert [images[place].info["provenance"].loras["style_lora"].trigger for place in (0, 1)] == ["zork", "sks"]
 

@@ -12,6 +12,7 @@ from typer.testing import Result
 from klora.bulk.batches import Bulk
 from klora.bulk.folder import Folder
 from klora.bulk.run import Digests, run
+from klora.cache import Borrowed
 from klora.errors import RequestError
 from klora.form.request import Request
 from klora.studio import Check, Studio
@@ -88,7 +89,7 @@ def test_images_of_a_lora_that_changes_on_the_way_are_refused(shell: Path, studi
     file, said = shell / "style.safetensors", list[str]()
 
     def draw(asked: Sequence[Request], check: Check) -> Mapping[int, Image.Image]:
-        images = studio.draw(asked, {"style_lora": file}, {}, check)
+        images = studio.draw(asked, {"style_lora": Borrowed(file)}, check)
         if file.read_bytes() != (shell / "content.safetensors").read_bytes():
             swapped(file)
         return images
@@ -102,8 +103,8 @@ def test_images_of_a_lora_that_changes_on_the_way_are_refused(shell: Path, studi
 def test_a_folder_in_which_files_of_one_reference_are_mixed_is_refused(shell: Path, studio: Studio) -> None:
     [first, second] = read(written(shell / "p.txt", "a dog", "a cat"), style_lora="hf:o/oil").jobs()
     for job, name in ((first, "style"), (second, "content")):
-        file = {"style_lora": shell / f"{name}.safetensors"}
-        Folder(shell).keep(job, studio.draw([job.request], file, {}, unchecked)[0])
+        file = {"style_lora": Borrowed(shell / f"{name}.safetensors")}
+        Folder(shell).keep(job, studio.draw([job.request], file, unchecked)[0])
     folder = Folder(shell)
     assert folder.done(first)
     with pytest.raises(RequestError, match=r"00001\.json was made with a file of another sha256: its style_lora is"):

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from klora import LoRA, LowRank, save_lora
+from klora.cache import Borrowed
 from klora.form.pair import Export
 from klora.models.family import Family
 from test_folder import tiny
@@ -48,12 +49,12 @@ def header(path: Path) -> dict[str, Any]:
     return {**metadata, "klora_export": json.loads(metadata["klora_export"])}
 
 
-def with_text_encoder(model: Family, given: Mapping[str, Path], folder: Path) -> dict[str, Path]:
+def with_text_encoder(model: Family, given: Mapping[str, Borrowed], folder: Path) -> dict[str, Borrowed]:
     """The same LoRAs, each with a text encoder's layers, and the trigger word of a training."""
     texts = tiny.linear_shapes(model.text_encoders["text_encoder"])
     found = {}
-    for seed, (name, path) in enumerate(given.items()):
-        read = model.read_lora(path)
+    for seed, (name, file) in enumerate(given.items()):
+        read = model.read_lora(file.path)
         both = LoRA(read.layers, {"text_encoder": pairs(texts, 2, seed)}, {"ss_trigger": ("sbu", "szn")[seed]})
-        found[name] = save_lora(folder / path.name, both, model.component)
+        found[name] = Borrowed(save_lora(folder / file.path.name, both, model.component))
     return found

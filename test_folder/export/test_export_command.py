@@ -23,12 +23,12 @@ def test_the_command_writes_the_file_and_says_how_far_it_is(
         "--style-scale": "1.1", "--steps": "1:4", "--num-inference-steps": "6", "--rank": "5", "--dtype": "bf16",
     }  # fmt: skip
     given = pair_of(loras, "flux")
-    command = ["export", *map(str, given.values()), "--out", "fused.safetensors"]
+    command = ["export", *(str(file.path) for file in given.values()), "--out", "fused.safetensors"]
     result = CliRunner().invoke(cli.app, [*command, *(text for option in options.items() for text in option)])
     assert (result.exit_code, result.stderr) == (0, "")
     asked = wanted(
         pattern="s", alpha=1.2, beta=0.6, style_bias=0.9, content_scale=0.8, style_scale=1.1, steps="1:4",
-        num_inference_steps=6, rank=5, dtype="bf16", **{name: str(path) for name, path in given.items()},
+        num_inference_steps=6, rank=5, dtype="bf16", **{name: str(file.path) for name, file in given.items()},
     )  # fmt: skip
     told = exported(asked, given, installed(bases), Path("again.safetensors"))
     assert result.stdout == f"fused.safetensors\n{told}\n"
@@ -46,7 +46,7 @@ def test_the_command_refuses_in_one_line_and_its_help_says_what_an_average_is_no
     monkeypatch.setenv("KLORA_MODELS", str(bases))
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
-    command = ["export", *map(str, pair_of(loras, "sdxl").values())]
+    command = ["export", *(str(file.path) for file in pair_of(loras, "sdxl").values())]
     refused = CliRunner().invoke(cli.app, [*command, "--out", "x.safetensors", "--steps", "2:2"])
     assert (refused.exit_code, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
     assert refused.stderr.startswith("Error: steps is 2:2.")
@@ -61,8 +61,8 @@ def test_the_command_overwrites_no_file_least_of_all_one_that_it_reads(
 ) -> None:
     monkeypatch.setenv("KLORA_MODELS", str(bases))
     monkeypatch.chdir(tmp_path)
-    for role, path in pair_of(loras, "sdxl").items():
-        Path(f"{role}.safetensors").write_bytes(path.read_bytes())
+    for role, file in pair_of(loras, "sdxl").items():
+        Path(f"{role}.safetensors").write_bytes(file.path.read_bytes())
     content = Path("content_lora.safetensors")
     before = content.read_bytes()
     refused = CliRunner().invoke(cli.app, ["export", str(content), "style_lora.safetensors", "--out", str(content)])

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from klora import Fusion, LoRA, LowRank, export
+from klora.cache import Borrowed
 from klora.errors import KLoRAError, LoRAError, RequestError
 from klora.export import baked, exported, reduced, rounded
 from klora.models.family import Family
@@ -97,9 +98,9 @@ def test_steps_that_a_run_does_not_have_and_words_are_refused_before_layers_are_
         exported(wanted(num_inference_steps=None, steps="0:31"), pair, installed(bases), out)
     taught = tmp_path / "taught.safetensors"
     width = families["sdxl"].text_encoders["text_encoder"].config.hidden_size
-    save_file({**load_file(pair["style_lora"]), "bundle_emb.szn.clip_l": torch.zeros(1, width)}, taught)
+    save_file({**load_file(pair["style_lora"].path), "bundle_emb.szn.clip_l": torch.zeros(1, width)}, taught)
     with pytest.raises(LoRAError, match=r"^style_lora teaches the word 'szn'\."):
-        exported(wanted(), {**pair, "style_lora": taught}, installed(bases), out)
+        exported(wanted(), {**pair, "style_lora": Borrowed(taught)}, installed(bases), out)
 
 
 def test_what_no_file_can_hold_is_refused() -> None:

@@ -37,7 +37,7 @@ def test_stock_diffusers_draws_what_the_constant_plan_draws(
     told = exported(wanted(**options, steps="2:7", dtype="fp32"), given, installed(bases), out)
     assert told.ranks == (4, 12), "layers of several ranks, each of which a loader has to find"
 
-    content, style = (model.read_lora(path) for path in given.values())
+    content, style = (model.read_lora(file.path) for file in given.values())
     fusion = fuse(content, style)
     gates = fusion.plan(
         Schedule.from_pattern("s", 1.2, 0.6), steps=STEPS, content_scale=0.9, style_scale=0.6, style_bias=0.8
@@ -70,7 +70,7 @@ def test_klora_reads_what_it_exports(
     model, given = families[family], pair_of(loras, family)
     told = exported(wanted(format=form, dtype="fp32", rank=3), given, installed(bases), out)
     seen = model.read_lora(out)
-    fusion = fuse(*(model.read_lora(path) for path in given.values()))
+    fusion = fuse(*(model.read_lora(file.path) for file in given.values()))
     meant = reduced(baked(fusion, fusion.content_wins(Schedule.from_pattern("auto"), STEPS)), 3)
     assert seen.keys() == meant.keys() and len(told.errors) == len(meant)
     with safe_open(out, "pt") as file:
@@ -84,7 +84,7 @@ def test_what_is_told_is_what_a_count_of_the_decisions_finds(
 ) -> None:
     given = pair_of(loras, "sdxl")
     told = exported(wanted(pattern="s", steps="1:6"), given, installed(bases), out)
-    fusion = fuse(*(families["sdxl"].read_lora(path) for path in given.values()))
+    fusion = fuse(*(families["sdxl"].read_lora(file.path) for file in given.values()))
     wins = fusion.content_wins(Schedule.from_pattern("s"), STEPS)[1:6].T.tolist()
     flipping = [layer for layer in wins if len(set(layer)) == 2]
     fewer = [layer.count(sum(layer) < len(layer) / 2) for layer in flipping]
@@ -111,19 +111,19 @@ def test_the_header_says_what_it_is_and_nothing_that_is_secret(
 ) -> None:
     given = with_text_encoder(families["sdxl"], pair_of(loras, "sdxl"), tmp_path)
     bare = save_lora(
-        tmp_path / "bare.safetensors", LoRA(families["sdxl"].read_lora(given["style_lora"]).layers), "unet"
+        tmp_path / "bare.safetensors", LoRA(families["sdxl"].read_lora(given["style_lora"].path).layers), "unet"
     )
     reference = "https://example.com/oil.safetensors?X-Amz-Signature=hidden&id=7"
-    asked = wanted(content_lora=str(given["content_lora"]), style_lora=reference, pattern="s", steps="0:3", rank=2)
+    asked = wanted(content_lora=str(given["content_lora"].path), style_lora=reference, pattern="s", steps="0:3", rank=2)
     scores = tmp_path / f"{'0' * 64}.json"
-    lent = {"style_lora": Borrowed(bare, scores, ("zork style", "zork"))}
-    told = exported(asked, {**given, "style_lora": bare}, installed(bases), out, lent)
+    given["style_lora"] = Borrowed(bare, scores, ("zork style", "zork"))
+    told = exported(asked, given, installed(bases), out)
     said = header(out)
     facts = said["klora_export"]
     assert (said["trigger"], said["modelspec.trigger_phrase"]) == ("sbu", "sbu, zork style")
     assert (said["lora_type"], said["family"]) == ("fusion", "SDXL")
     assert (facts["content_lora"], facts["content_trigger"]) == ("sdxl_content.safetensors", "sbu")
-    assert facts["content_sha256"] == [sha256(given["content_lora"].read_bytes()).hexdigest()]
+    assert facts["content_sha256"] == [sha256(given["content_lora"].path.read_bytes()).hexdigest()]
     assert facts["style_sha256"] == ["0" * 64], "as the cache names the file's scores"
     assert facts["style_lora"].startswith("https://example.com/oil.safetensors")
     assert (facts["pattern"], facts["alpha"], facts["beta"], facts["style_bias"]) == ("s", 1.5, 0.5, 1.0)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from klora.cache import Borrowed
 from klora.errors import LoRAError
 from klora.form.request import Request
 from klora.models import origin_of
@@ -135,9 +136,10 @@ def test_flux1s_own_rows_are_no_flux2(tmp_path: Path) -> None:
 def test_a_request_says_what_the_file_is_and_what_it_runs(bases: Path, tmp_path: Path) -> None:
     tensors, metadata, _, _ = STRANGERS["SD 1.5 of kohya"]
     save_file(tensors, tmp_path / "lora.safetensors", metadata)
+    files = {"style_lora": Borrowed(tmp_path / "lora.safetensors")}
     studio = Studio(lambda *_: ("sdxl", "sdxl", bases / "sdxl"), tmp_path / "no-checker", torch.device("cpu"))
     with pytest.raises(LoRAError) as refusal:
-        studio.make(Request("a dog", disable_safety_checker=True), {"style_lora": tmp_path / "lora.safetensors"})
+        studio.make(Request("a dog", disable_safety_checker=True), files)
     said = (
         "style_lora was made for SD 1.5 "
         f"(a layer '{TO_K}' of 320 x 768), but this request runs sdxl. Expected one for SDXL."

@@ -31,10 +31,7 @@ def settled_in(folder: Path, bases: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 @pytest.fixture(scope="module")
 def studio(bases: Path) -> Studio:
-    def find(name: str | None, family: str | None, made_for: str) -> tuple[str, str, Path]:
-        return "sdxl", "sdxl", bases / "sdxl"
-
-    return Studio(find, Path("no-checker"), torch.device("cpu"))
+    return Studio(lambda *_: ("sdxl", "sdxl", bases / "sdxl"), Path("no-checker"), torch.device("cpu"))
 
 
 @pytest.fixture

@@ -99,9 +99,9 @@ def test_a_lora_elsewhere_serves_under_the_words_that_its_page_had(shop: Path, s
     file = shop / "sdxl_style.safetensors"
     asked = Request("a dog", style_lora="civitai:9", num_inference_steps=2, seed=7, disable_safety_checker=True)
     asked = replace(asked, output_format="png")
-    borrowed = {"style_lora": Borrowed(file, shop / f"{digest(file.read_bytes())}.json", ("zork style", "sks"))}
-    images = studio.make(asked, {"style_lora": file}, borrowed=borrowed)
-    bare = studio.make(asked, {"style_lora": file})
+    fetched = {"style_lora": Borrowed(file, shop / f"{digest(file.read_bytes())}.json", ("zork style", "sks"))}
+    images = studio.make(asked, fetched)
+    bare = studio.make(asked, {"style_lora": Borrowed(file)})
     assert not np.array_equal(images[0], bare[0])
     (told,) = save_images(images, shop / "out", asked)
     assert read_provenance(told).loras["style_lora"].trigger == "zork style"

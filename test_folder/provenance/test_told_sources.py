@@ -39,8 +39,8 @@ def drawn(
 ) -> list[Path]:
     """As predict.py and the command do it."""
     asked = Request("a dog", num_inference_steps=2, seed=7, disable_safety_checker=True, **given)
-    with files.borrowed(asked.loras, tokens or {}) as (paths, borrowed):
-        images = studio.make(asked, paths, borrowed=borrowed)
+    with files.borrowed(asked.loras, tokens or {}) as paths:
+        images = studio.make(asked, paths)
     return save_images(images, folder, asked)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from klora.cache import Borrowed
 from klora.errors import LoRAError
 from klora.files.report import stated_alphas
 from klora.form.pair import Question
@@ -47,7 +48,7 @@ def test_with_a_base_its_order_and_its_steps_hold(bases, loras, family, name, st
 def test_without_a_base_the_ratios_are_the_same_and_the_order_is_by_name(bases, loras, tmp_path):
     given = pair_of(loras)
     report, _ = answer(QUESTION, given, base(bases))
-    given["content_lora"] = kohya(given["content_lora"], tmp_path / "kohya.safetensors", alpha=2)
+    given["content_lora"] = Borrowed(kohya(given["content_lora"].path, tmp_path / "kohya.safetensors", alpha=2))
     bare, pair = answer(QUESTION, given, {})
     assert (bare.order, pair.base, bare.alphas) == ("file", None, {"content": {2.0: len(bare.layers)}, "style": {}})
     flat = {name.replace(".", "_"): R for name, R in zip(report.layers, report.ratio.tolist(), strict=True)}
@@ -75,7 +76,7 @@ def test_a_base_that_cannot_read_them_is_named(bases, tmp_path):
 
 
 def test_pairs_that_cannot_be_told_apart_or_matched_are_refused(loras, tmp_path):
-    mixed = {"content_lora": loras / "sdxl_content.safetensors", "style_lora": loras / "flux_style.safetensors"}
+    mixed = pair_of(loras) | {"style_lora": pair_of(loras, "flux")["style_lora"]}
     with pytest.raises(LoRAError, match=r"content_lora was made for SDXL and style_lora for FLUX\.1\. Expected two"):
         read_pair(mixed, {})
     names = {"content": "down_blocks.1.attentions.0.to_q", "style": "input_blocks.4.1.to_q"}
@@ -111,7 +112,7 @@ def test_dots_and_underscores_spell_one_layer_which_has_content_s_name(tmp_path,
 def test_a_file_that_tells_of_no_model_goes_with_any(loras, tmp_path, silent):
     stem = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
     save_file({f"{stem}.lora_{f}.weight": torch.randn(4, 4) for f in "AB"}, tmp_path / "silent.safetensors")
-    pair = read_pair(pair_of(loras) | {f"{silent}_lora": tmp_path / "silent.safetensors"}, {})
+    pair = read_pair(pair_of(loras) | {f"{silent}_lora": Borrowed(tmp_path / "silent.safetensors")}, {})
     assert [len(getattr(pair, role)) > 0 for role in ("content", "style")] == [silent == "style", silent == "content"]
 
 
@@ -124,11 +125,11 @@ def test_without_a_base_the_denoiser_s_layers_alone_count_and_each_once(tmp_path
     layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     stems = [f"unet.{layer}", "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"]
     keys = {f"{stem}.lora_{factor}.weight": torch.randn(4, 4) for stem in stems for factor in "AB"}
-    scores = {name: tmp_path / f"{name}.json" for name in ("content_lora", "style_lora")}
     for role in ("content", "style"):
         save_file(keys, tmp_path / f"sdxl_{role}.safetensors")
-    report, _ = answer(QUESTION, pair_of(tmp_path), {}, scores)
-    assert report.layers == (layer,) and not any(place.exists() for place in scores.values())
+    files = pair_of(tmp_path, scores=tmp_path)
+    report, _ = answer(QUESTION, files, {})
+    assert report.layers == (layer,) and not any(file.scores.exists() for file in files.values())
     twice = keys | {f"{layer}.lora_{factor}.weight": torch.randn(4, 4) for factor in "AB"}
     save_file(twice, tmp_path / "sdxl_style.safetensors")
     with pytest.raises(LoRAError, match=f"adapts '{layer}' twice"):
@@ -144,19 +145,19 @@ def test_alphas_are_told_of_the_denoiser_alone(tmp_path):
 def test_alphas_that_metadata_states_are_applied_without_a_base(loras, tmp_path):
     given = pair_of(loras)
     said = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 8})}
-    save_file(load_file(given["content_lora"]), tmp_path / "stated.safetensors", said)
-    plain, stated = (read_pair(given | {"content_lora": path}, {}).content for path in (
-        given["content_lora"], tmp_path / "stated.safetensors"))  # fmt: skip
+    save_file(load_file(given["content_lora"].path), tmp_path / "stated.safetensors", said)
+    plain, stated = (read_pair(given | {"content_lora": Borrowed(path)}, {}).content for path in (
+        given["content_lora"].path, tmp_path / "stated.safetensors"))  # fmt: skip
     assert all(torch.allclose(stated[name].B, 2 * plain[name].B) for name in plain)  # rank 4
 
 
 def test_scores_that_are_kept_are_not_computed_again(bases, loras, tmp_path, monkeypatch):
-    scores = {name: tmp_path / f"{name}.json" for name in ("content_lora", "style_lora")}
-    first, _ = answer(QUESTION, pair_of(loras), base(bases), scores)
+    files = pair_of(loras, scores=tmp_path)
+    first, _ = answer(QUESTION, files, base(bases))
 
     def refused(*_):
         raise AssertionError("a product was computed")
 
     monkeypatch.setattr("klora.fusion.importance", refused)
-    again, _ = answer(QUESTION, pair_of(loras), base(bases), scores)
+    again, _ = answer(QUESTION, files, base(bases))
     assert again.to_json() == first.to_json()

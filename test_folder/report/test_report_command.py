@@ -17,7 +17,7 @@ def shell(bases, loras, tmp_path, monkeypatch):
     monkeypatch.setenv("KLORA_MODELS", str(bases))
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
-    return [str(path) for path in pair_of(loras).values()]
+    return [str(file.path) for file in pair_of(loras).values()]
 
 
 def test_its_errors_are_one_line_and_its_bounds_a_requests(shell, loras):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 import weights
+from klora.cache import Borrowed
 from klora.form.request import Request
 from klora.studio import Studio
 
@@ -27,7 +28,7 @@ def request(**given: Any) -> Request:
     return Request(**{**quick, **given})
 
 
-def made(studio: Studio, asked: Request, files: Mapping[str, Path], **options: Any) -> Images:
+def made(studio: Studio, asked: Request, files: Mapping[str, Borrowed], **options: Any) -> Images:
     return {index: np.asarray(image) for index, image in studio.make(asked, files, **options).items()}
 
 

@@ -6,6 +6,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import weights
+from klora.cache import Borrowed
 from klora.errors import BaseModelError, LoRAError
 from klora.studio import Studio
 from test_folder import tiny
@@ -41,8 +42,8 @@ def test_a_lora_that_names_the_base_of_its_training_chooses_that(
 ) -> None:
     files = {}
     for (role, file), base in zip(pair_of(loras).items(), named, strict=True):
-        files[role] = tmp_path / file.name
-        save_file(load_file(file), files[role], {"base": base} if base else None)
+        files[role] = Borrowed(tmp_path / file.path.name)
+        save_file(load_file(file.path), files[role].path, {"base": base} if base else None)
     fresh.make(request(model=model), files)
     assert fresh.resident == [taken]
 
@@ -95,10 +96,10 @@ def test_a_lora_that_does_not_fit_the_base_is_refused_naming_the_input(
     name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
     wide = tiny.save_lora(tmp_path / "wide.safetensors", tiny.random_lora({name: (48, 48)}, seed=0))
     with pytest.raises(LoRAError, match=r"^style_lora: wide\.safetensors was made for another base: "):
-        studio.make(request(), {"content_lora": loras / "sdxl_content.safetensors", "style_lora": wide})
+        studio.make(request(), pair_of(loras) | {"style_lora": Borrowed(wide)})
 
 
 def test_a_file_that_is_no_lora_is_refused_naming_the_input(studio: Studio, tmp_path: Path) -> None:
     (tmp_path / "notes.safetensors").write_text("no tensors here")
     with pytest.raises(LoRAError, match=r"style_lora.*notes\.safetensors"):
-        studio.make(request(), {"style_lora": tmp_path / "notes.safetensors"})
+        studio.make(request(), {"style_lora": Borrowed(tmp_path / "notes.safetensors")})

@@ -24,7 +24,7 @@ from test_folder.tiny import BASES
 def test_every_base_makes_the_images_that_generate_makes(studio: Studio, loras: Path, base: str) -> None:
     files, asked = pair_of(loras, weights.BASES[base].family), request(model=base, num_outputs=2)
     model = studio.load(*weights.find_base(base))
-    content, style = (model.read_lora(path) for path in files.values())
+    content, style = (model.read_lora(file.path) for file in files.values())
     expected = generate(model, asked, content=content, style=style)
     assert same(made(studio, asked, files), {index: np.asarray(image) for index, image in enumerate(expected)})
     assert not same(made(studio, asked, {}), made(studio, asked, files))
@@ -34,14 +34,14 @@ def test_the_log_names_each_lora_and_what_changes_nothing(
     studio: Studio, loras: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "klora.studio.studio")
-    made(studio, request(style_scale=2), {"content_lora": loras / "sdxl_content.safetensors"})
+    made(studio, request(style_scale=2), {"content_lora": Borrowed(loras / "sdxl_content.safetensors")})
     lora, idle = caplog.messages
     assert lora.startswith("content_lora: diffusers: ") and idle == "style_scale changes nothing: no style LoRA acts"
 
 
 def test_layers_of_a_text_encoder_act_at_their_loras_scale(studio: Studio, loras: Path) -> None:
     def draw(**given: Any) -> Images:
-        files = {"style_lora": loras / "encoder.safetensors"} if given else {}
+        files = {"style_lora": Borrowed(loras / "encoder.safetensors")} if given else {}
         return made(studio, request(model="sdxl", **given), files)
 
     assert not same(draw(style_scale=1.0), draw())
@@ -50,7 +50,7 @@ def test_layers_of_a_text_encoder_act_at_their_loras_scale(studio: Studio, loras
 
 
 def test_a_pair_without_layers_of_the_denoiser_has_no_style_share(studio: Studio, loras: Path) -> None:
-    files = dict.fromkeys(("content_lora", "style_lora"), loras / "encoder.safetensors")
+    files = dict.fromkeys(("content_lora", "style_lora"), Borrowed(loras / "encoder.safetensors"))
     asked, facts = request(model="sdxl"), dict[str, Any]()
     (image,) = studio.make(asked, files, facts.__setitem__).values()
     record = image.info["provenance"].record()
@@ -63,19 +63,19 @@ def test_a_prompt_is_read_once_unless_a_lora_has_a_say_in_it(fresh: Studio, lora
     encoder, passes = fresh.load(*weights.find_base("sdxl")).text_encoders["text_encoder"], [0]
     encoder.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
 
-    def passes_of(files: Mapping[str, Path], **given: Any) -> int:
+    def passes_of(files: Mapping[str, Borrowed], **given: Any) -> int:
         passes[0] = 0
         made(fresh, request(model="sdxl", **given), files)
         return passes[0]
 
-    plain = {"content_lora": loras / "sdxl_content.safetensors"}
+    plain = {"content_lora": Borrowed(loras / "sdxl_content.safetensors")}
     assert passes_of(plain, negative_prompt="rain") == 2
     assert passes_of({}, negative_prompt="rain", seed=8) == passes_of(plain, negative_prompt="rain") == 0
     assert passes_of(plain, negative_prompt="snow") == 2
     assert passes_of(plain, negative_prompt="rain") == 0
     assert passes_of(plain, prompt="a photo of a cat", negative_prompt="rain") == 2
     assert passes_of(plain) == 1
-    assert passes_of(plain | {"style_lora": loras / "encoder.safetensors"}, negative_prompt="rain") == 2
+    assert passes_of(plain | {"style_lora": Borrowed(loras / "encoder.safetensors")}, negative_prompt="rain") == 2
 
 
 @pytest.mark.parametrize("family", BASES)
@@ -87,15 +87,14 @@ def test_loras_of_a_loaded_base_wait_for_nothing_that_is_known(
     linears._execution_order.cache_clear()
     fresh.prepare([weights.find_base(BASES[family])])
     monkeypatch.setattr(linears, "linear_shapes", None)  # nobody needs it from now on
-    files = pair_of(loras, family)
-    borrowed = {name: Borrowed(path, tmp_path / f"{name}.json") for name, path in files.items()}
-    before = made(fresh, request(), files, borrowed=borrowed)
-    assert all(facts.scores.exists() for facts in borrowed.values())
+    files = pair_of(loras, family, scores=tmp_path)
+    before = made(fresh, request(), files)
+    assert all(file.scores.exists() for file in files.values())
     for name in ("files.container.safe_open", "files.container.tarfile", "files.shelf.json", "fusion.importance"):
         monkeypatch.setattr(f"klora.{name}", None)
     monkeypatch.setattr("klora.studio.provenance.version", None)
-    assert not same(before, made(fresh, request(content_scale=0.5), files, borrowed=borrowed))
-    assert same(before, made(fresh, request(), files, borrowed=borrowed))
+    assert not same(before, made(fresh, request(content_scale=0.5), files))
+    assert same(before, made(fresh, request(), files))
 
 
 @pytest.mark.parametrize("fusion", ["klora", "sum", "content", "style"])

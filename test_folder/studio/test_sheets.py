@@ -189,7 +189,7 @@ def test_a_pair_is_summed_up_in_the_log_and_the_metrics(
 def test_the_log_says_what_a_pair_is_warned_of_and_not_only_how_often(
     studio: Studio, loras: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    twice = dict.fromkeys(pair_of(loras), loras / "sdxl_content.safetensors")
+    twice = dict.fromkeys(pair_of(loras), pair_of(loras)["content_lora"])
     with caplog.at_level(logging.INFO):
         studio.make(asked(num_inference_steps=4), twice)
     warnings = studio.report(asked(num_inference_steps=4), twice).warnings
@@ -233,8 +233,8 @@ def test_a_report_of_a_request_is_about_its_own_choice(studio: Studio, loras: Pa
 def test_the_command_makes_a_sheet_and_makes_it_again(models: Path, loras: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        for path in pair_of(loras).values():
-            Path(path.name).symlink_to(path)
+        for file in pair_of(loras).values():
+            Path(file.path.name).symlink_to(file.path)
         given = [*named_pair("sdxl"), "--num-inference-steps", "2", "--seed", "7", "--output-format", "png"]
         given += ["--disable-safety-checker"]
         made = CliRunner().invoke(cli.app, ["fuse", "a dog", *given, "--compare", "--report"])

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import weights
+from klora.cache import Borrowed
 from klora.errors import KLoRAError, LoRAError, RequestError
 from klora.studio import Studio
 from test_folder import tiny
@@ -40,7 +41,7 @@ def test_after_a_refused_request_the_next_draws_as_at_first(
     with pytest.raises(error):
         studio.make(
             request(model=BASES[family], **given),
-            {role: folder / file.format(family=family, other=OTHER[family]) for role, file in files.items()},
+            {role: Borrowed(folder / name.format(family=family, other=OTHER[family])) for role, name in files.items()},
         )
     assert same(made(studio, request(), pair_of(loras, family)), first[family])
 
