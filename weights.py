@@ -217,7 +217,7 @@ class LoRAFiles:
         with ExitStack() as loans:
             with (allowance or Allowance(FETCH_SECONDS)).deadline() as deadline:
                 files |= loans.enter_context(self._library.borrowed(remote, tokens, deadline, families))
-            yield files
+            yield {name: files[name] for name in references}
 
     def _path(self, name: str, reference: Local) -> Path:
         return Path(reference.path) if self._anywhere else lora_path(reference.path, self._root, name)

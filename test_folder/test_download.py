@@ -2,9 +2,10 @@
 
 import pytest
 
+from klora.bases.table import BASES
 from klora.models import FAMILIES
 from klora.sources.authority import MAX_WORD, MAX_WORDS, plain_words
-from klora.sources.download import family_of
+from klora.sources.download import base_of, family_of
 
 NAMED = {
     "sdxl": ("SDXL 1.0", "SDXL 0.9", "SDXL Turbo", "SDXL Lightning", "SDXL 1.0 LCM", "Pony", "Illustrious", "NoobAI"),
@@ -27,6 +28,23 @@ def test_a_family_is_known_by_civitais_words_and_by_models_own_repositories(
 ) -> None:
     assert family_of(said) == family
     assert family in (None, "", *FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        *(("sdxl", said) for said in ("SDXL 1.0", "SDXL Lightning", BASES["sdxl"].repository)),
+        *(("illustrious-xl", said) for said in ("Illustrious", BASES["illustrious-xl"].repository)),
+        ("illustrious-xl", "OnomaAIResearch/Illustrious-xl-early-release-v0"),
+        *(("flux-dev", said) for said in ("Flux.1 D", BASES["flux-dev"].repository)),
+        *(("flux-schnell", said) for said in ("Flux.1 S", BASES["flux-schnell"].repository)),
+        *(("", said) for said in (None, "", "Other", "Pony", "NoobAI", "Flux.1 Kontext", "SD 1.5", "me/Illustrious")),
+        *(("", said) for said in ("OnomaAIResearch/Illustrious-Lumina-v0.03", "black-forest-labs/FLUX.1-Krea-dev")),
+    ],
+)
+def test_a_base_of_ours_is_known_by_civitais_word_and_by_its_own_repository(base: str, said: str | None) -> None:
+    assert base_of(said) == base
+    assert not base or BASES[base].family == (family_of(said) or BASES[base].family)
 
 
 def test_words_are_those_that_can_stand_in_a_prompt() -> None:

@@ -84,7 +84,7 @@ def test_what_the_authority_tells_is_kept_lent_and_logged(shop: Shop, caplog: py
     caplog.set_level(logging.INFO, "klora.cache")
     for _ in range(2):  # fetched, and from the cache of another process
         with Deadline(20) as deadline, shop.library.borrowed({"lora": hub("told")}, {}, deadline) as lent:
-            assert lent["lora"].triggers == TOLD["triggers"]
+            assert (lent["lora"].triggers, lent["lora"].base) == (TOLD["triggers"], "flux-dev")
         assert caplog.messages[-1] == (
             "hf:someone/told: made for 'Flux.1 D', called by 'TOK', 'in a style', as its page says"
         )

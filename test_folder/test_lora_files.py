@@ -272,7 +272,7 @@ def test_of_two_files_the_local_one_and_the_fetched_one_come_together(hub: Hub, 
     hub.publish("o/m", {"x.safetensors": STYLE}, card={"instance_prompt": "in zork style"})
     references = {"content_lora": "hf:o/m", "style_lora": "dog.safetensors"}
     with weights.LoRAFiles(root).borrowed(references, {}) as lent:
-        assert [lent[name].path.read_bytes() for name in references] == [STYLE, CONTENT]
+        assert [file.path.read_bytes() for file in lent.values()] == [STYLE, CONTENT] and [*lent] == [*references]
         assert lent["style_lora"] == Borrowed(root / "dog.safetensors")
         assert lent["content_lora"].triggers == ("in zork style",)
         assert lent["content_lora"].scores.parent == tmp_path / "cache" / "scores"

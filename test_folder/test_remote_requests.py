@@ -85,6 +85,9 @@ def publish(world: World) -> None:
     world.civitai.publish(3, 22, File(3, "oil.safetensors", style + b" "), baseModel="SD 1.5")
     world.civitai.publish(4, 23, File(4, "oil.safetensors", style), trainedWords=["zork style", "sks"])
     world.civitai.publish(5, 24, File(5, "flux.safetensors", world.files["flux_style"]), baseModel="Flux.1 D")
+    world.civitai.publish(6, 25, File(6, "oil.safetensors", style), baseModel="Illustrious")
+    card = {"base_model": "OnomaAIResearch/Illustrious-xl-early-release-v0"}
+    world.hub.publish("o/illustrious", {"oil.safetensors": style}, card=card)
     flux = tarred({"output/flux_train_replicate/lora.safetensors": world.files["flux_content"]})
     world.replicate.weights["o/flux"] = world.storage.signed("/flux/trained_model.tar", flux)
     world.replicate.weights["o/oil"] = world.storage.signed(
@@ -173,6 +176,17 @@ def test_the_tar_of_flux_fine_tuner_chooses_flux(service: Service) -> None:
     """R2."""
     remote = service.client.images(**QUICK, content_lora="replicate:o/flux")[0]
     assert np.array_equal(remote, service.client.images(**QUICK, content_lora="flux_content.safetensors")[0])
+
+
+@pytest.mark.parametrize("reference", ["civitai:25", "hf:o/illustrious"])
+def test_the_base_that_a_page_names_is_run_unless_the_request_names_one(service: Service, reference: str) -> None:
+    local = SDXL["style_lora"]
+    meant = service.client.images(**QUICK, style_lora=local, model="illustrious-xl")[0]
+    other = service.client.images(**QUICK, style_lora=local, model="sdxl")[0]
+    assert not np.array_equal(meant, other)
+    for _ in range(2):  # fetched, and from the cache
+        assert np.array_equal(service.client.images(**QUICK, style_lora=reference)[0], meant)
+    assert np.array_equal(service.client.images(**QUICK, style_lora=reference, model="sdxl")[0], other)
 
 
 def test_a_word_that_only_its_page_names_calls_a_lora_unless_the_prompt_has_one(service: Service, world: World) -> None:

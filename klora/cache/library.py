@@ -23,7 +23,7 @@ from klora.cache.store import Loan, Store
 from klora.errors import KLoRAError, SourceError
 from klora.interruptible import interruptible
 from klora.sources.deadline import Deadline
-from klora.sources.download import Denied, Download, NotFound, Unreachable, family_of
+from klora.sources.download import Denied, Download, NotFound, Unreachable, base_of, family_of
 from klora.sources.kinds import CivitaiFile, Data, Reference
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Library:
         logger.info("%s: %s, %d bytes, %.3f s", reference, found.how, ref.size, time.monotonic() - start)
         if ref.base_model or ref.triggers:
             logger.info("%s", _description(ref))
-        return Borrowed(found.loan.paths[0], self._store.scores(ref.files), ref.triggers)
+        return Borrowed(found.loan.paths[0], self._store.scores(ref.files), ref.triggers, base_of(ref.base_model))
 
     def _found(self, asked: "_Asked") -> "_Found":
         if found := self._at_hand(asked):
@@ -204,11 +204,13 @@ class Library:
 
 class Borrowed(NamedTuple):
     """A LoRA file, under its own name.  scores: of a fetched one, the path at which its scores are stored for the next
-    time.  triggers: words that call it, as its authority says."""
+    time.  triggers, base: words that call it, and the base that it was made for, "" for none of ours, as its
+    authority says."""
 
     path: Path
     scores: Path | None = None
     triggers: tuple[str, ...] = ()
+    base: str = ""
 
 
 class _Found(NamedTuple):

@@ -20,6 +20,14 @@ _FAMILIES = {
     ),
 }
 
+# By the base's name in klora.bases.table: the words for it of both. A finetune is none of them.
+_BASES = {
+    "sdxl": re.compile(r"SDXL .*|stabilityai/stable-diffusion-xl-base-1\.0"),
+    "illustrious-xl": re.compile(r"Illustrious|OnomaAIResearch/Illustrious-(XL|xl)-.*"),
+    "flux-dev": re.compile(r"Flux\.1 D|black-forest-labs/FLUX\.1-dev"),
+    "flux-schnell": re.compile(r"Flux\.1 S|black-forest-labs/FLUX\.1-schnell"),
+}
+
 
 @dataclass(frozen=True)
 class Download:
@@ -53,6 +61,11 @@ def family_of(base_model: str | None) -> str | None:
     """The family, a key of FAMILIES, of a base model that an authority names; "" for a model that surely is of none;
     None where the name does not tell, as on most pages of Hugging Face."""
     return next((family for family, names in _FAMILIES.items() if names.fullmatch(base_model or "")), None)
+
+
+def base_of(base_model: str | None) -> str:
+    """The name, in klora.bases.table, of a base model that an authority names; "" for one that is not there."""
+    return next((base for base, names in _BASES.items() if names.fullmatch(base_model or "")), "")
 
 
 class NotFound(SourceError):

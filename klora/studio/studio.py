@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FindBase = Callable[[str | None, str | None, str], tuple[str, str, Path]]
-"""(a base's name or None, the family that the LoRAs need or None, the base that one of them names or "") -> (the base's
-name, key of FAMILIES, folder)."""
+"""(a base's name or None, the family that the LoRAs need or None, the base that one of them or its page names or "") ->
+(the base's name, key of FAMILIES, folder)."""
 
 
 class Studio:
@@ -183,8 +183,8 @@ class Studio:
         origins = {name: _for_input(name, self._shelf.origin, file.path, origin_of) for name, file in files.items()}
         made_for = {name: origin for name, origin in origins.items() if origin}
         needed = next((origin.family for origin in made_for.values() if origin.family), None)
-        named = next((origin.base for origin in made_for.values() if origin.base), "")
-        base, family, path = self._find_base(request.model, needed, named)
+        named = [(origin and origin.base) or files[name].base for name, origin in origins.items()]
+        base, family, path = self._find_base(request.model, needed, next(filter(None, named), ""))
         for name, origin in made_for.items():
             if origin.family != family:
                 seen = f"{name} was made for {origin}, but this request runs {base}"

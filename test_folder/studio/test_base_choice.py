@@ -48,6 +48,28 @@ def test_a_lora_that_names_the_base_of_its_training_chooses_that(
     assert fresh.resident == [taken]
 
 
+@pytest.mark.parametrize(
+    ("family", "header", "pages", "taken"),
+    [
+        ("sdxl", None, ("illustrious-xl", ""), "illustrious-xl"),
+        ("sdxl", None, ("", "illustrious-xl"), "illustrious-xl"),
+        ("sdxl", None, ("sdxl", "illustrious-xl"), "sdxl"),
+        ("sdxl", "illustrious-xl", ("sdxl", "sdxl"), "illustrious-xl"),
+        ("flux", None, ("flux-schnell", ""), "flux-schnell"),
+        ("sdxl", None, ("flux-schnell", ""), "sdxl"),  # a page that errs
+    ],
+)
+def test_a_page_that_names_the_base_chooses_that_where_the_header_names_none(
+    fresh: Studio, loras: Path, tmp_path: Path, family: str, header: str | None, pages: tuple[str, str], taken: str
+) -> None:
+    files = {}
+    for (role, file), page in zip(pair_of(loras, family, scores=tmp_path).items(), pages, strict=True):
+        files[role] = file._replace(path=tmp_path / file.path.name, base=page)
+        save_file(load_file(file.path), files[role].path, {"base": header} if header else None)
+    fresh.make(request(), files)
+    assert fresh.resident == [taken]
+
+
 def test_without_model_and_loras_the_first_installed_base_is_taken(fresh: Studio) -> None:
     fresh.make(request(), {})
     assert fresh.resident == ["sdxl"]
