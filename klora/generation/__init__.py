@@ -11,7 +11,7 @@ from klora.device import forget_peak, peak_bytes, synchronize
 from klora.errors import RequestError
 from klora.form.request import Request
 from klora.fusion import style_share
-from klora.generation.acting import Record, acting, combine
+from klora.generation.acting import Record, acting_loras, combine
 from klora.generation.prompts import Draw, Encode, draws_of, encoded, has_word, plain_encoder
 from klora.layers import attached
 from klora.lora import LoRA, Plan
@@ -66,7 +66,8 @@ def generate(
         plan = combine(request, steps, content, style, record, device)
         lap("fuse_seconds")
         draws = draws or draws_of(request, content, style, record)
-        batches = encoded(model, request, draws, acting(request, content, style), encode or plain_encoder(model))
+        acting = acting_loras(request, content, style)
+        batches = encoded(model, request, draws, acting, encode or plain_encoder(model))
         lap("encode_seconds")
         for places, conditioning in batches:
             seeds = [draws[place].seed for place in places]
@@ -93,8 +94,10 @@ def _drawn(
     begun: tuple[int, int] | None = None  # the first step that runs, for an image a later one, and the flips until then
     fast = compiled_for(model, request)
     pixels = request.pixels(model.native_size, model.size_multiple)
-    lent = attached(model.denoiser, plan, alike=fast.alike, float8=fast.float8, pixels=pixels)
-    with lent as gate, paced(model, request, gate.engine) as (in_full, means):
+    with (
+        attached(model.denoiser, plan, alike=fast.alike, float8=fast.float8, pixels=pixels) as gate,
+        paced(model, request, gate.engine) as (in_full, means),
+    ):
 
         def reached(step: int) -> None:
             nonlocal begun

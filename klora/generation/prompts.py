@@ -11,8 +11,8 @@ from torch import Tensor
 
 from klora.errors import RequestError
 from klora.form.request import Request
-from klora.generation.acting import Able, Record, acting, constant
-from klora.generation.words import spoken, taught
+from klora.generation.acting import ActingLoRA, Record, acting_loras, encoder_plan
+from klora.generation.words import teaching, word_pattern
 from klora.layers import attached
 from klora.lora import LoRA, Words
 from klora.models.family import Conditioning, Family
@@ -35,7 +35,7 @@ def draws_of(request: Request, content: LoRA | None, style: LoRA | None, record:
     """As many seeds as there are outputs, and the prompt with the trigger words that the LoRAs' files name where it
     lacks them, and whatever word they teach: the subject's in front, the style's behind."""
     prompt, added = request.prompt, []
-    for _, lora, _ in acting(request, content, style) if request.add_triggers else ():
+    for _, lora, _ in acting_loras(request, content, style) if request.add_triggers else ():
         trigger = lora.metadata.get("trigger", "")
         if trigger and not any(has_word(prompt, word, lora) for word in (trigger, *lora.words)):
             added.append(trigger)
@@ -53,28 +53,28 @@ def has_word(prompt: str, word: str, lora: LoRA) -> bool:
 
 
 def plain_encoder(model: Family) -> Encode:
-    """How a prompt is encoded that no LoRA's word or part of a text encoder has to do with."""
+    """How a prompt is encoded without a LoRA's words and text-encoder layers."""
     return lambda prompt, negative: model.encode_prompt([prompt], [negative] if negative else None)
 
 
 def encoded(
-    model: Family, request: Request, draws: Sequence[Draw], able: Sequence[Able], encode: Encode
+    model: Family, request: Request, draws: Sequence[Draw], acting: Sequence[ActingLoRA], encode: Encode
 ) -> list[Batch]:
-    """Batches of draws whose prompts are as long, as a rule one. able: the LoRAs that act; encode: for what none of
-    them has a say in. Raises RequestError."""
-    if not any(lora.text_encoders or lora.words for _, lora, _ in able):
+    """Batches of draws with prompts of one length; mostly there is one batch. encode: used where no LoRA that acts has
+    words or text-encoder layers. Raises RequestError."""
+    if not any(lora.text_encoders or lora.words for _, lora, _ in acting):
         return _read(encode, draws, request.negative_prompt)
     with ExitStack() as loans:
         for component, encoder in model.text_encoders.items():
-            loans.enter_context(attached(encoder, constant(able, component)))
-        written = loans.enter_context(taught(model.pipe, _words(request, draws, able)))
-        said = [Draw(written(draw.prompt), draw.seed) for draw in draws]
-        return _read(plain_encoder(model), said, written(request.negative_prompt))
+            loans.enter_context(attached(encoder, encoder_plan(acting, component)))
+        with_tokens = loans.enter_context(teaching(model.pipe, _words(request, draws, acting)))
+        draws = [Draw(with_tokens(draw.prompt), draw.seed) for draw in draws]
+        return _read(plain_encoder(model), draws, with_tokens(request.negative_prompt))
 
 
 def _read(encode: Encode, draws: Sequence[Draw], negative: str) -> list[Batch]:
-    """With a row for each draw of a batch, or one for all where they share a prompt. Each prompt is read once, and by
-    itself, so that it is read as it would be alone."""
+    """Each batch has a row for each of its draws, or one for all where they share a prompt. Each prompt is read once,
+    and by itself, so that it is read as it would be alone."""
     read = {prompt: encode(prompt, negative) for prompt in dict.fromkeys(draw.prompt for draw in draws)}
     alike: dict[int, list[int]] = {}
     for place, draw in enumerate(draws):
@@ -89,18 +89,19 @@ def _rows(parts: Sequence[Conditioning]) -> Conditioning:
     return {name: torch.cat([part[name] for part in parts]) for name in first}
 
 
-def _words(request: Request, draws: Sequence[Draw], able: Sequence[Able]) -> Words:
+def _words(request: Request, draws: Sequence[Draw], acting: Sequence[ActingLoRA]) -> Words:
     """The words that these LoRAs teach the text encoders, also as content:WORD and style:WORD. Raises RequestError
     where a prompt has a word that both teach."""
-    each = [(role, word, own) for role, lora, _ in able for word, own in lora.words.items()]
-    qualified = {f"{role}:{word}": own for role, word, own in each}
+    each = [(role, word, vectors) for role, lora, _ in acting for word, vectors in lora.words.items()]
+    qualified = {f"{role}:{word}": vectors for role, word, vectors in each}
     prompts = (request.negative_prompt, *(draw.prompt for draw in draws))
-    rest = [spoken(qualified).sub("", prompt) for prompt in prompts if qualified]  # "content:<s0><s1>" says no "<s1>"
+    # "content:<s0><s1>" does not name "<s1>".
+    rest = [word_pattern(qualified).sub("", prompt) for prompt in prompts if qualified]
     bare: dict[str, Mapping[str, Tensor]] = {}
-    for _, word, own in each:
-        if word in bare and any(map(spoken([word]).search, rest)):
+    for _, word, vectors in each:
+        if word in bare and any(map(word_pattern([word]).search, rest)):
             raise RequestError(
                 f"Both LoRAs teach the word {word!r}. Write content:{word} or style:{word} in the prompt."
             )
-        bare[word] = own
+        bare[word] = vectors
     return bare | qualified

@@ -20,7 +20,7 @@ _TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # 
 
 
 @contextmanager
-def taught(pipe: Any, words: Words) -> Iterator[Callable[[str], str]]:
+def teaching(pipe: Any, words: Words) -> Iterator[Callable[[str], str]]:
     """Teach a diffusers pipeline words. Yields what puts the new tokens where a prompt has them: as many for each word
     as it has vectors."""
     tokens = {word: _tokens(number, parts) for number, (word, parts) in enumerate(words.items())}
@@ -28,14 +28,14 @@ def taught(pipe: Any, words: Words) -> Iterator[Callable[[str], str]]:
         for component, tokenizer in _TOKENIZERS.items() if words else ():
             more = copy.deepcopy(getattr(pipe, tokenizer))
             lend(loans, pipe.__dict__, tokenizer, more)
-            own = {word: parts[component] for word, parts in words.items() if component in parts}
-            _read_as_text(more, {" ".join(tokens[word]): word for word in words.keys() - own.keys()})
-            if not own:
+            vectors_of = {word: parts[component] for word, parts in words.items() if component in parts}
+            _read_as_text(more, {" ".join(tokens[word]): word for word in words.keys() - vectors_of.keys()})
+            if not vectors_of:
                 continue
-            more.add_tokens([token for word in own for token in tokens[word]])
+            more.add_tokens([token for word in vectors_of for token in tokens[word]])
             rows = {
                 more.convert_tokens_to_ids(token): vector
-                for word, vectors in own.items()
+                for word, vectors in vectors_of.items()
                 for token, vector in zip(tokens[word], vectors, strict=False)
             }
             encoder = getattr(pipe, component)
@@ -51,7 +51,7 @@ def _tokens(number: int, parts: Mapping[str, Tensor]) -> list[str]:
 
 
 def _read_as_text(tokenizer: Any, words: Mapping[str, str]) -> None:
-    """Have a tokenizer read {what stands for a word in a prompt: the word}, whosever it is."""
+    """Have a tokenizer read words as text, "content:WORD" as "WORD". words: {the tokens of a word: the word}."""
     texts = [Replace(tokens, re.sub("^(content|style):", "", word)) for tokens, word in words.items()]
     backend = tokenizer.backend_tokenizer
     backend.normalizer = Sequence([*texts, *filter(None, [backend.normalizer])])
@@ -74,13 +74,13 @@ def _extended(table: nn.Embedding, rows: Mapping[int, Tensor], size: int) -> nn.
     return nn.Embedding.from_pretrained(weight, freeze=True)
 
 
-def spoken(words: Iterable[str]) -> re.Pattern[str]:
-    """Where a prompt has one of some words, one at least: whole, and not as a LoRA's own, "style:WORD", unless that is
-    one of them. The longest first: one may begin another."""
+def word_pattern(words: Iterable[str]) -> re.Pattern[str]:
+    """Finds these words, at least one, in a prompt: whole, and not after "content:" or "style:" unless the word itself
+    has that. The longest first: one may begin another."""
     longest = sorted(words, key=len, reverse=True)
     return re.compile(rf"(?<!\w)(?<!content:)(?<!style:)(?:{'|'.join(map(re.escape, longest))})(?!\w)")
 
 
 def _replaced(prompt: str, tokens: Mapping[str, list[str]]) -> str:
-    """All at once: what stands for one word is no place to look for another."""
-    return spoken(tokens).sub(lambda found: " ".join(tokens[found[0]]), prompt) if tokens else prompt
+    """A prompt with each word's tokens in its place. All at once: no word is looked for in another one's tokens."""
+    return word_pattern(tokens).sub(lambda match: " ".join(tokens[match[0]]), prompt) if tokens else prompt

@@ -12,7 +12,7 @@ from torch import Tensor
 from klora.errors import LoRAError, RequestError
 from klora.form.request import Request
 from klora.generation import generate
-from klora.generation.words import _replaced, taught
+from klora.generation.words import _replaced, teaching
 from klora.lora import LoRA
 from klora.models import load_model
 from klora.models.family import Family
@@ -26,8 +26,8 @@ def of(model: Family) -> Mapping[str, Tensor]:
 
 def test_a_prompt_reads_as_with_diffusers_textual_inversion(model: Family) -> None:
     vectors = of(model)
-    with torch.no_grad(), taught(model.pipe, {"zork": vectors}) as spoken:
-        seen = model.encode_prompt([spoken("a photo of zork, red")])
+    with torch.no_grad(), teaching(model.pipe, {"zork": vectors}) as with_tokens:
+        seen = model.encode_prompt([with_tokens("a photo of zork, red")])
     pipe = type(model.pipe).from_pretrained(model.pipe.config._name_or_path)
     pipe.load_textual_inversion(vectors["text_encoder"], "zork", pipe.tokenizer, pipe.text_encoder)
     if model.component == "unet":
@@ -47,8 +47,8 @@ def test_every_encoder_is_taught_and_forgets(model: Family) -> None:
         before = model.encode_prompt(prompt)
         tables = {name: encoder.get_input_embeddings() for name, encoder in model.text_encoders.items()}
         tokenizers = (model.pipe.tokenizer, len(model.pipe.tokenizer), model.pipe.tokenizer_2)
-        with pytest.raises(KeyboardInterrupt), taught(model.pipe, {"zork": of(model)}) as spoken:
-            during = model.encode_prompt([spoken(prompt[0])])
+        with pytest.raises(KeyboardInterrupt), teaching(model.pipe, {"zork": of(model)}) as with_tokens:
+            during = model.encode_prompt([with_tokens(prompt[0])])
             raise KeyboardInterrupt
         after = model.encode_prompt(prompt)
     for name in ("prompt_embeds", "pooled_prompt_embeds"):
@@ -60,8 +60,8 @@ def test_every_encoder_is_taught_and_forgets(model: Family) -> None:
 
 def test_a_word_is_as_many_tokens_as_the_encoder_has_vectors_that_has_most(model: Family) -> None:
     first, second = of(model).values()
-    with taught(model.pipe, {"zork": {"text_encoder": first[:1], "text_encoder_2": second}}) as spoken:
-        assert spoken("zork") == "<klora0-0> <klora0-1>"
+    with teaching(model.pipe, {"zork": {"text_encoder": first[:1], "text_encoder_2": second}}) as with_tokens:
+        assert with_tokens("zork") == "<klora0-0> <klora0-1>"
         assert torch.equal(model.text_encoders["text_encoder_2"].get_input_embeddings().weight[-2:], second)
 
 
@@ -81,8 +81,8 @@ def test_an_encoder_without_vectors_for_a_word_reads_it_as_text(model: Family, l
     table = model.text_encoders[lacking].get_input_embeddings()
     with torch.no_grad():
         plain = made_of(model, "a photo of <s0>, red")
-        with taught(model.pipe, {"<s0>": vectors, "content:<s0>": vectors}) as spoken:
-            read = [made_of(model, spoken(f"a photo of {word}, red")) for word in ("<s0>", "content:<s0>")]
+        with teaching(model.pipe, {"<s0>": vectors, "content:<s0>": vectors}) as with_tokens:
+            read = [made_of(model, with_tokens(f"a photo of {word}, red")) for word in ("<s0>", "content:<s0>")]
             assert model.text_encoders[lacking].get_input_embeddings() is table
         after = made_of(model, "a photo of <s0>, red")
     for part, meant in plain.items():
@@ -92,19 +92,19 @@ def test_an_encoder_without_vectors_for_a_word_reads_it_as_text(model: Family, l
 
 def test_without_words_nothing_is_copied(model: Family) -> None:
     before = model.pipe.tokenizer, model.pipe.tokenizer_2
-    with taught(model.pipe, {}) as spoken:
+    with teaching(model.pipe, {}) as with_tokens:
         assert (model.pipe.tokenizer, model.pipe.tokenizer_2) == before
-        assert spoken("a dog") == "a dog"
+        assert with_tokens("a dog") == "a dog"
 
 
 def test_an_encoder_may_have_more_rows_than_words(bases: Path) -> None:
     """As the published T5 has."""
     flux = load_model("flux", bases / "flux-dev", torch.device("cpu"))
     table = flux.pipe.text_encoder_2.resize_token_embeddings(len(flux.pipe.tokenizer_2) + 28)
-    with torch.no_grad(), taught(flux.pipe, {"zork": of(flux)}) as spoken:
-        assert spoken("zork") == "<klora0-0> <klora0-1>"
+    with torch.no_grad(), teaching(flux.pipe, {"zork": of(flux)}) as with_tokens:
+        assert with_tokens("zork") == "<klora0-0> <klora0-1>"
         assert flux.pipe.text_encoder_2.get_input_embeddings().weight.shape == table.weight.shape
-        flux.encode_prompt([spoken("a photo of zork")])
+        flux.encode_prompt([with_tokens("a photo of zork")])
 
 
 @pytest.mark.parametrize("where", ["prompt", "negative_prompt"])
