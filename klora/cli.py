@@ -32,7 +32,7 @@ from klora.training.config import TrainConfig
 from klora.training.publishing import Publishing
 
 if TYPE_CHECKING:
-    from klora.bulk.batch import Draw
+    from klora.bulk.batch import DrawBatch
     from klora.studio import Check, Studio
     from klora.training.loop import Progress
 
@@ -146,7 +146,7 @@ def generate(
         raise typer.Exit(1)
 
 
-def open_studio() -> "Draw":
+def open_studio() -> "DrawBatch":
     """What makes the images of `klora generate`: here, or in a worker of a cluster."""
     weights.use_toys_if_no_bases()
     studio, loras = _studio(), weights.LoRAFiles(anywhere=True)

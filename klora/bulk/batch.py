@@ -14,10 +14,10 @@ from klora.form.request import Request
 from klora.interruptible import in_threads
 from klora.studio.provenance import Check
 
-Draw = Callable[[Sequence[Request], Check], Mapping[int, Image.Image]]
+DrawBatch = Callable[[Sequence[Request], Check], Mapping[int, Image.Image]]
 """Requests for one image each that agree in all but prompt and seed -> {place: image}, without the images that the
-safety checker withholds. Each has its provenance and its caption in its info. Raises KLoRAError, also what Check raises
-of the LoRAs, to which it shows them before anything is drawn."""
+safety checker withholds. Each has its provenance and its caption in its info. Calls Check with the LoRAs before
+anything is drawn. Raises KLoRAError, also what Check raises."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Outcome:
 Outcomes = Generator[Outcome, None, None]
 
 
-def make(batch: Batch, draw: Draw, folder: Folder) -> Outcome:
+def make(batch: Batch, draw: DrawBatch, folder: Folder) -> Outcome:
     """Make a batch, and write what of it is not there yet. What the user can put right is a fault of its lines."""
     lacking = {place: job for place, job in enumerate(batch) if not folder.done(job)}
     outcome = Outcome()

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from klora.bulk.batch import Draw, Outcome, Outcomes, make
+from klora.bulk.batch import DrawBatch, Outcome, Outcomes, make
 from klora.bulk.batches import Batch
 from klora.bulk.folder import Folder
 from klora.bulk.lines import Fault
@@ -21,7 +21,7 @@ from klora.errors import KLoRAError, RequestError
 TRIES = 3  # of a batch whose workers die, and of starting a worker
 
 
-def spread(batches: Sequence[Batch], opened: Callable[[], Draw], folder: Folder, workers: int | None) -> Outcomes:
+def spread(batches: Sequence[Batch], opened: Callable[[], DrawBatch], folder: Folder, workers: int | None) -> Outcomes:
     """The outcome of each batch, as they end. workers: None is one for each GPU, else for each node of the cluster.
 
     The cluster is the one that this process, or RAY_ADDRESS, is connected to, else one of this machine alone, for the
@@ -29,8 +29,8 @@ def spread(batches: Sequence[Batch], opened: Callable[[], Draw], folder: Folder,
     does.
     """
     ray = _imported()
-    own = not ray.is_initialized()
-    if own:
+    started_here = not ray.is_initialized()
+    if started_here:
         handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="WARNING")
@@ -43,7 +43,7 @@ def spread(batches: Sequence[Batch], opened: Callable[[], Draw], folder: Folder,
         yield from crew.work(batches, workers)
     finally:
         crew.leave()
-        if own:
+        if started_here:
             ray.shutdown()
 
 
@@ -58,9 +58,9 @@ def _imported() -> Any:  # Any: an optional library
 class _Worker:
     """What runs on a node, in a process of its own."""
 
-    def __init__(self, opened: Callable[[], Draw], folder: Folder, here: Path) -> None:
+    def __init__(self, opened: Callable[[], DrawBatch], folder: Folder, here: Path) -> None:
         self._opened, self._folder, self._here = opened, folder, here
-        self._draw: Draw | None = None
+        self._draw: DrawBatch | None = None
 
     def start(self) -> None:
         """Raises RequestError where this node does not share the folders, and KLoRAError."""
@@ -79,7 +79,7 @@ class _Worker:
 class _Crew:
     """The workers, what each of them does, and what is still to be done."""
 
-    def __init__(self, ray: Any, opened: Callable[[], Draw], folder: Folder) -> None:
+    def __init__(self, ray: Any, opened: Callable[[], DrawBatch], folder: Folder) -> None:
         self._ray, self._arguments = ray, (opened, folder, Path.cwd())
         self._busy: dict[Any, tuple[Any, Batch | None]] = {}  # by Ray's reference: a worker, None while it starts
         self._idle: list[Any] = []

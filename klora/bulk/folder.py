@@ -40,10 +40,10 @@ class Folder:
 
     def done(self, job: Job) -> bool:
         """Whether its image is there, or was withheld. Raises RequestError where it is another request's."""
-        record = self._place(job, "json")
+        file = self._place(job, "json")
         try:
-            told = json.loads(record.read_bytes())
-            asked, withheld, loras = told["asked"], told.get("withheld", False), told.get("loras", {})
+            record = json.loads(file.read_bytes())
+            asked, withheld, loras = record["asked"], record.get("withheld", False), record.get("loras", {})
             used = {name: list(loras[name]["sha256"]) for name in job.request.loras if name in loras}
         except FileNotFoundError:
             captioned = (caption := self._place(job, "txt")).exists()  # asked first, as it is written after the image
@@ -53,11 +53,11 @@ class Folder:
                 raise RequestError(f"{caption} is no caption of klora generate's. Expected an empty folder.") from None
             return False
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise RequestError(f"{record} is no record of klora generate. Expected an empty folder.") from error
+            raise RequestError(f"{file} is no record of klora generate. Expected an empty folder.") from error
         if asked != (wanted := asked_of(job.request)):
-            raise RequestError(f"{record} is another request's: {_difference(asked, wanted, job.line)}")
+            raise RequestError(f"{file} is another request's: {_difference(asked, wanted, job.line)}")
         if used != (now := self._first(job, used)):
-            raise RequestError(f"{record} was made with a file of another sha256: {_difference(used, now, job.line)}")
+            raise RequestError(f"{file} was made with a file of another sha256: {_difference(used, now, job.line)}")
         return withheld or self.shows(job)
 
     def shows(self, job: Job) -> bool:
@@ -89,9 +89,9 @@ class Folder:
         named = {name: job.request.loras[name] for name in used}
         return {name: list(self.sha256.get(by) or self.seen.setdefault(by, used[name])) for name, by in named.items()}
 
-    def _mark(self, job: Job, told: dict[str, Any]) -> None:
-        record = {**told, "line": job.line, "asked": asked_of(job.request)}
-        self._write(job, "json", json.dumps(record, indent=1).encode())
+    def _mark(self, job: Job, record: dict[str, Any]) -> None:
+        whole = {**record, "line": job.line, "asked": asked_of(job.request)}
+        self._write(job, "json", json.dumps(whole, indent=1).encode())
 
     def _write(self, job: Job, suffix: str, content: bytes) -> None:
         """As a whole, or not at all."""
@@ -125,16 +125,16 @@ def packed(folder: Path, faults: Sequence[Fault], tar: Path) -> Path:
 def asked_of(request: Request) -> dict[str, Any]:
     """A request as JSON has it, without secrets: its inputs that differ from their defaults, LoRAs by their canonical
     references, pictures by the sha256 of their pixels."""
-    told = request.changed | {name: _canonical(reference) for name, reference in request.loras.items()}
-    return {name: picture_sha256(value) if isinstance(value, Image.Image) else value for name, value in told.items()}
+    inputs = request.changed | {name: _canonical(reference) for name, reference in request.loras.items()}
+    return {name: picture_sha256(value) if isinstance(value, Image.Image) else value for name, value in inputs.items()}
 
 
 def _canonical(reference: str) -> str:
     """Of a path the name alone, however it is spelled from here: of which file, its sha256 tells."""
     try:
         local = reference.startswith(("/", "../")) or isinstance(parse(reference), Local)
-        told = canonical(reference, fetched=not local)
-        return PurePath(told).name if local else told
+        name = canonical(reference, fetched=not local)
+        return PurePath(name).name if local else name
     except SourceError:  # an odd name of a file that is there; or anything, be it a token in the wrong place
         return f"sha256 {sha256(reference.encode()).hexdigest()}"
 
@@ -144,5 +144,5 @@ def _difference(asked: Any, wanted: dict[str, Any], line: int) -> str:
     then = asked if isinstance(asked, dict) else {}
     name = next(name for name in (*wanted, *then) if then.get(name) != wanted.get(name))
     default = {item.name: item.default for item in fields(Request)}.get(name)
-    seen, now = (f"{told.get(name, default)!r:.{_LONGEST}}" for told in (then, wanted))
+    seen, now = (f"{inputs.get(name, default)!r:.{_LONGEST}}" for inputs in (then, wanted))
     return f"its {name} is {seen}, and that of line {line} is {now}. Expected the same, or another folder."

@@ -95,9 +95,9 @@ def by_line(faults: Iterable[Fault]) -> list[Fault]:
 
 def named(faults: Sequence[Fault]) -> str:
     """The first of them, a sentence each."""
-    told = [str(fault) for fault in by_line(faults)[:SHOWN]]
-    more = len(faults) - len(told)
-    return " ".join([*told, *([f"{more} more."] if more else [])])
+    sentences = [str(fault) for fault in by_line(faults)[:SHOWN]]
+    more = len(faults) - len(sentences)
+    return " ".join([*sentences, *([f"{more} more."] if more else [])])
 
 
 def read_prompts(
@@ -129,12 +129,12 @@ def read_prompts(
     for index, (number, line) in enumerate(filled):
         seed = (common.get("seed", 0) + index) % (MAX_SEED + 1)
         try:
-            given = {**common, "seed": seed, **(told := read(line))}
+            given = {**common, "seed": seed, **(inputs := read(line))}
             if isinstance(given["prompt"], str):
                 given["prompt"] = template.replace("{}", given["prompt"])
             request = Request(**given)
             request.check_roles(request.roles)  # as making it would, but now
-            jobs.append(Job(index, number, request, "seed" in told))
+            jobs.append(Job(index, number, request, "seed" in inputs))
         except RequestError as error:
             faults.append(Fault(number, str(error)))
         except OverflowError:  # a whole number that no float can hold
@@ -166,10 +166,10 @@ def _reader(suffix: str, first: bytes, called: str) -> Callable[[bytes], dict[st
 def _is_object(line: bytes) -> bool:
     """Whether it is JSON that names a prompt: an upload may come without the name of its file."""
     try:
-        told = json.loads(line)
+        inputs = json.loads(line)
     except (ValueError, RecursionError):
         return False
-    return isinstance(told, dict) and "prompt" in told
+    return isinstance(inputs, dict) and "prompt" in inputs
 
 
 def _read_text(line: bytes) -> dict[str, Any]:
@@ -193,17 +193,17 @@ def _read_object(line: bytes) -> dict[str, Any]:
     """What a line of JSON names. Raises RequestError."""
     text = _read_text(line)["prompt"]
     try:
-        told = json.loads(text)
+        inputs = json.loads(text)
     except RecursionError as error:
         raise RequestError("It is JSON in too many levels. Expected an object of inputs.") from error
     except json.JSONDecodeError as error:
         raise RequestError(f"It is no JSON: {error.msg} at character {error.pos + 1}. Expected an object.") from error
     except ValueError as error:  # a number of thousands of digits
         raise RequestError("It has a number that is too large. Expected an object of inputs.") from error
-    if not isinstance(told, dict):
+    if not isinstance(inputs, dict):
         raise RequestError("It is JSON, but no object. Expected an object of inputs, by name.")
-    if unknown := [name for name in told if name not in LINE_INPUTS]:
+    if unknown := [name for name in inputs if name not in LINE_INPUTS]:
         raise RequestError(f"{unknown[0]!r} is no input of a line. Expected {', '.join(LINE_INPUTS)}.")
-    if "prompt" not in told:
+    if "prompt" not in inputs:
         raise RequestError("It has no prompt. Expected one.")
-    return told
+    return inputs

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from klora.bulk.batch import Draw, Outcome, Outcomes, make
+from klora.bulk.batch import DrawBatch, Outcome, Outcomes, make
 from klora.bulk.batches import Batch, Bulk
 from klora.bulk.cluster import spread
 from klora.bulk.folder import Folder
@@ -20,7 +20,7 @@ def run(
     prompts: PromptFile,
     bulk: Bulk,
     out: Path,
-    opened: Callable[[], Draw],
+    opened: Callable[[], DrawBatch],
     tell: Callable[[str], None],
     digests: Digests = lambda references: {},
 ) -> Outcome:
@@ -51,7 +51,7 @@ def run(
     return total
 
 
-def _outcomes(bulk: Bulk, batches: Sequence[Batch], folder: Folder, opened: Callable[[], Draw]) -> Outcomes:
+def _outcomes(bulk: Bulk, batches: Sequence[Batch], folder: Folder, opened: Callable[[], DrawBatch]) -> Outcomes:
     if batches and (bulk.ray or bulk.ray_workers):
         yield from spread(batches, opened, folder, bulk.ray_workers)
     elif batches:
@@ -84,8 +84,8 @@ def progress(done: int, jobs: int, fresh: int, seconds: float) -> str:
     return f"{done} of {jobs}, {float(f'{rate:.2g}'):g} images/s, {long} left"
 
 
-def _sum_up(total: Outcome, there: int, made: int, out: Path, tell: Callable[[str], None]) -> None:
-    tell(f"{made} images made in {out}" + (f", {there} were there before." if there else "."))
+def _sum_up(total: Outcome, there: int, new: int, out: Path, tell: Callable[[str], None]) -> None:
+    tell(f"{new} images made in {out}" + (f", {there} were there before." if there else "."))
     if total.withheld:
         tell(f"The safety checker withheld those of lines {', '.join(map(str, sorted(total.withheld)))}.")
     for fault in by_line(total.faults):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from klora.bulk.batch import Draw
+from klora.bulk.batch import DrawBatch
 from klora.bulk.batches import Bulk
 from klora.bulk.lines import PromptFile
 from klora.bulk.run import run
@@ -30,16 +30,18 @@ def studio(bases: Path) -> Studio:
 
 
 @pytest.fixture
-def draw(studio: Studio, pair: dict[str, Borrowed]) -> Draw:
+def draw(studio: Studio, pair: dict[str, Borrowed]) -> DrawBatch:
     """Requests with both LoRAs."""
     return lambda asked, check: studio.draw(asked, pair, check)
 
 
 @pytest.fixture
-def runs(draw: Draw, tmp_path: Path) -> Runs:
+def runs(draw: DrawBatch, tmp_path: Path) -> Runs:
     """Run a prompt file into a folder; what it said."""
 
-    def run_(prompts: PromptFile, out: Path = tmp_path / "out", drawing: Draw | None = draw, **given: Any) -> list[str]:
+    def run_(
+        prompts: PromptFile, out: Path = tmp_path / "out", drawing: DrawBatch | None = draw, **given: Any
+    ) -> list[str]:
         said: list[str] = []
         assert drawing is not None
         run(prompts, Bulk(**{"batch_size": 2, **given}), out, lambda: drawing, said.append)

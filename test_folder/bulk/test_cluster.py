@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from klora import cli
-from klora.bulk.batch import Draw, make
+from klora.bulk.batch import DrawBatch, make
 from klora.bulk.batches import Bulk
 from klora.bulk.cluster import TRIES, spread
 from klora.bulk.folder import Folder
@@ -59,7 +59,7 @@ def at_work(folder: Path) -> list[int]:
     return [int(worker.name) for worker in folder.iterdir() if worker.read_text()]
 
 
-def opened_with_another(folder: Path) -> Draw:
+def opened_with_another(folder: Path) -> DrawBatch:
     """The command's, in a worker that says who it is and when it is at work, and begins when there are two."""
     own = folder / str(os.getpid())
     own.touch()
@@ -183,7 +183,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     return cluster
 
 
-def deadly(draw: Draw, prompt: str, times: int) -> Draw:
+def deadly(draw: DrawBatch, prompt: str, times: int) -> DrawBatch:
     """Kills its worker at a prompt, so many times."""
     left = [times]
 
@@ -197,7 +197,7 @@ def deadly(draw: Draw, prompt: str, times: int) -> Draw:
 
 
 def test_a_batch_whose_workers_die_is_given_up_after_some_tries_and_the_rest_is_made(
-    cluster: Cluster, runs: Runs, draw: Draw, prompts: PromptFile, tmp_path: Path
+    cluster: Cluster, runs: Runs, draw: DrawBatch, prompts: PromptFile, tmp_path: Path
 ) -> None:
     said = runs(prompts, drawing=deadly(draw, PROMPTS[2], TRIES), ray=True, on_error="skip")
     sentence = f"Its worker died, {TRIES} times. Expected more memory, or a smaller batch_size."
@@ -254,7 +254,7 @@ def test_workers_that_die_as_they_start_now_and_then_stop_nothing(
     """As where machines are taken back: only so many in a row say that none can start."""
     starts = iter([*[DiedError] * (TRIES - 1), None] * 2)
 
-    def opened() -> Draw:
+    def opened() -> DrawBatch:
         if died := next(starts):
             raise died
         return deadly(lambda asked, check: {}, PROMPTS[0], 1 if len(cluster.hired) == TRIES else 0)
@@ -267,7 +267,7 @@ def test_workers_that_die_as_they_start_now_and_then_stop_nothing(
 def test_nobody_waits_for_a_worker_once_all_is_made(cluster: Cluster, prompts: PromptFile, tmp_path: Path) -> None:
     starts = iter([None, *[DiedError] * TRIES])
 
-    def opened() -> Draw:
+    def opened() -> DrawBatch:
         if died := next(starts):
             raise died
         return lambda asked, check: {}
@@ -278,10 +278,10 @@ def test_nobody_waits_for_a_worker_once_all_is_made(cluster: Cluster, prompts: P
 
 
 def test_workers_that_cannot_start_stop_all_and_say_why(cluster: Cluster, prompts: PromptFile, tmp_path: Path) -> None:
-    def dying() -> Draw:
+    def dying() -> DrawBatch:
         raise DiedError
 
-    def refusing() -> Draw:
+    def refusing() -> DrawBatch:
         raise LoRAError("style_lora is no LoRA.")
 
     batches = Bulk().batches(prompts.jobs())

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import weights
-from klora.bulk.batch import Draw
+from klora.bulk.batch import DrawBatch
 from klora.bulk.lines import PromptFile
 from klora.bulk.run import progress
 from klora.cache import Borrowed
@@ -84,7 +84,7 @@ def test_inputs_that_change_nothing_are_named_with_how_many_images_they_are_of(r
     ]
 
 
-def failing(draw: Draw, error: KLoRAError, *prompts: str) -> Draw:
+def failing(draw: DrawBatch, error: KLoRAError, *prompts: str) -> DrawBatch:
     """Fails where a batch has one of these."""
 
     def draw_(asked: Sequence[Request], check: Check) -> Mapping[int, Image.Image]:
@@ -96,7 +96,7 @@ def failing(draw: Draw, error: KLoRAError, *prompts: str) -> Draw:
 
 
 def test_one_prompt_that_cannot_be_read_spoils_no_other(
-    runs: Runs, draw: Draw, prompts: PromptFile, tmp_path: Path
+    runs: Runs, draw: DrawBatch, prompts: PromptFile, tmp_path: Path
 ) -> None:
     error = RequestError("Both LoRAs teach the word 'red'. Write content:red or style:red in the prompt.")
     said = runs(prompts, drawing=failing(draw, error, PROMPTS[1]), on_error="skip")
@@ -105,7 +105,7 @@ def test_one_prompt_that_cannot_be_read_spoils_no_other(
 
 
 def test_a_lora_that_fails_stops_unless_the_rest_is_to_be_done(
-    runs: Runs, draw: Draw, prompts: PromptFile, tmp_path: Path
+    runs: Runs, draw: DrawBatch, prompts: PromptFile, tmp_path: Path
 ) -> None:
     drawing = failing(draw, LoRAError("style_lora is no LoRA."), PROMPTS[1])
     said = runs(prompts, drawing=drawing)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from klora.bulk.batch import Draw
+from klora.bulk.batch import DrawBatch
 from klora.bulk.batches import Bulk
 from klora.bulk.folder import Folder
 from klora.bulk.lines import Job, PromptFile
@@ -35,7 +35,9 @@ from test_folder.bulk.prompting import (
 from test_folder.pairs import pair_of
 
 
-def test_an_image_its_caption_and_how_it_was_made(runs: Runs, prompts: PromptFile, draw: Draw, tmp_path: Path) -> None:
+def test_an_image_its_caption_and_how_it_was_made(
+    runs: Runs, prompts: PromptFile, draw: DrawBatch, tmp_path: Path
+) -> None:
     said = runs(prompts)
     out = tmp_path / "out"
     assert sorted(path.name for path in out.iterdir()) == [
@@ -112,7 +114,7 @@ def test_what_is_lost_is_made_again_to_the_bit_and_no_more(runs: Runs, prompts: 
 def test_when_all_is_there_nothing_is_opened(runs: Runs, prompts: PromptFile, tmp_path: Path) -> None:
     runs(prompts)
 
-    def opened() -> Draw:
+    def opened() -> DrawBatch:
         raise AssertionError("the studio was opened")
 
     said: list[str] = []
@@ -122,7 +124,7 @@ def test_when_all_is_there_nothing_is_opened(runs: Runs, prompts: PromptFile, tm
 
 @pytest.mark.parametrize("interruption", [SystemExit, RuntimeError])
 def test_an_interruption_loses_nothing(
-    draw: Draw, prompts: PromptFile, tmp_path: Path, runs: Runs, interruption: type[BaseException]
+    draw: DrawBatch, prompts: PromptFile, tmp_path: Path, runs: Runs, interruption: type[BaseException]
 ) -> None:
     def interrupted(asked: Sequence[Request], check: Check) -> Mapping[int, Image.Image]:
         if asked[0].prompt == PROMPTS[2]:
@@ -169,7 +171,7 @@ SECRET = "0123456789abcdef0123456789abcdef"
 
 
 @pytest.mark.parametrize("reference", [f"https://civitai.com/api/download/models/7?token={SECRET}", f"hf_{SECRET}"])
-def test_a_secret_is_in_no_file_and_no_message(draw: Draw, tmp_path: Path, reference: str) -> None:
+def test_a_secret_is_in_no_file_and_no_message(draw: DrawBatch, tmp_path: Path, reference: str) -> None:
     folder, job = Folder(tmp_path), Job(0, 1, Request("a dog", content_lora=reference, seed=1, **QUICK))
     folder.keep(job, draw([replace(job.request, content_lora=None)], unchecked)[0])
     assert folder.done(job)
