@@ -24,7 +24,7 @@ def uploaded(name: str, path: Any) -> Path:  # Any: Cog's path class, which is n
     return local
 
 
-def progress_line(step: int, steps: int, said: str = "") -> str:
+def progress_line(step: int, steps: int, postfix: str = "") -> str:
     """A line that Replicate's clients parse; they need a newline after each and no description before it."""
     layout = "{percentage:3.0f}%|{bar:20}| {n}/{total}{postfix}"
-    return tqdm.format_meter(step, steps, elapsed=0, bar_format=layout, postfix=said)
+    return tqdm.format_meter(step, steps, elapsed=0, bar_format=layout, postfix=postfix)

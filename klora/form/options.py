@@ -16,13 +16,13 @@ FILE: dict[str, Any] = {"exists": True, "dir_okay": False}
 def options_of(verb: Callable[..., None], *forms: type, without: Collection[str]) -> Signature:
     """What typer reads: a verb's own parameters, and one for each field of dataclasses that it takes by **. without:
     fields that it has no use for; a parameter of its own stands for the field of its name."""
-    own = [part for part in signature(verb).parameters.values() if part.kind is not part.VAR_KEYWORD]
+    parameters = [part for part in signature(verb).parameters.values() if part.kind is not part.VAR_KEYWORD]
     kind = Parameter.KEYWORD_ONLY
     hints = {name: hint for form in forms for name, hint in get_type_hints(form).items()}
-    left_out = {*without, *(part.name for part in own)}
+    left_out = {*without, *(part.name for part in parameters)}
     items = [item for form in forms for item in fields(form) if item.name not in left_out]
     options = [Parameter(item.name, kind, **_option(item, hints[item.name])) for item in items]
-    return Signature([part.replace(kind=kind) for part in (*options, *own)])
+    return Signature([part.replace(kind=kind) for part in (*options, *parameters)])
 
 
 def _option(item: "Field[Any]", hint: Any) -> dict[str, Any]:

@@ -27,18 +27,19 @@ def kept(write: Callable[[Path], Iterable[Path]], out: Path) -> list[Path]:
     so on; those of one stem have one number."""
     out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out) as folder:
-        made = list(write(Path(folder)))
-        taken = {stem: _number([path for path in made if path.stem == stem], out) for stem in {p.stem for p in made}}
-        return [path.replace(_place(path, out, taken[path.stem])) for path in made]
+        paths = list(write(Path(folder)))
+        stems = {path.stem for path in paths}
+        numbers = {stem: _number([path for path in paths if path.stem == stem], out) for stem in stems}
+        return [path.replace(_place(path, out, numbers[path.stem])) for path in paths]
 
 
-def _number(made: list[Path], out: Path) -> int:
+def _number(paths: list[Path], out: Path) -> int:
     """The first with which none of these files would take another one's place."""
-    return next(n for n in count(1) if all(_is_free(_place(path, out, n), path.read_bytes()) for path in made))
+    return next(n for n in count(1) if all(_is_free(_place(path, out, n), path.read_bytes()) for path in paths))
 
 
-def _place(made: Path, out: Path, number: int) -> Path:
-    return out / (made.name if number == 1 else f"{made.stem}-{number}{made.suffix}")
+def _place(path: Path, out: Path, number: int) -> Path:
+    return out / (path.name if number == 1 else f"{path.stem}-{number}{path.suffix}")
 
 
 def _is_free(place: Path, content: bytes) -> bool:

@@ -11,8 +11,8 @@ from klora.form.request import Request
 
 def _as_requested(name: str, **more: Any) -> Any:  # Any, as dataclasses.field itself is typed
     """A field of a request, with its bounds."""
-    asked = Request.__dataclass_fields__[name]
-    return field(default=asked.default, metadata={**asked.metadata, **more})
+    request_field = Request.__dataclass_fields__[name]
+    return field(default=request_field.default, metadata={**request_field.metadata, **more})
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Export(Question):
     @property
     def span(self) -> tuple[int, int] | None:
         """The steps, [first, last); None for all."""
-        found = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", self.steps or "")
-        if self.steps is not None and not found:
+        match = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", self.steps or "")
+        if self.steps is not None and not match:
             raise RequestError(f"steps is {self.steps!r}. Expected A:B, as in 0:10.")
-        return (int(found[1]), int(found[2])) if found else None
+        return (int(match[1]), int(match[2])) if match else None

@@ -133,9 +133,9 @@ class Request:
                 raise RequestError(f"{name} is {seen} and {why}. Expected {'none' if default is None else default}.")
 
     def _check_views(self) -> None:
-        asked = [name for name in ("report", "compare", "sweep") if getattr(self, name)]
-        if asked and (len(self.loras) < 2 or self.fusion != "klora"):
-            raise RequestError(f"{asked[0]} shows K-LoRA's choice. Expected content_lora, style_lora and fusion klora.")
+        views = [name for name in ("report", "compare", "sweep") if getattr(self, name)]
+        if views and (len(self.loras) < 2 or self.fusion != "klora"):
+            raise RequestError(f"{views[0]} shows K-LoRA's choice. Expected content_lora, style_lora and fusion klora.")
         set_here = {"compare": "pattern", "sweep": "style_bias"}
         for sheet in self.sheets:
             self._require_defaults((set_here[sheet], "num_outputs"), f"{sheet} is asked for")
