@@ -117,13 +117,13 @@ def _moved(layers: Mapping[str, LowRank], device: torch.device, dtype: torch.dty
 
 
 class Step(int):
-    """The index of a denoising step, from 0. of: how many steps there are."""
+    """The index of a denoising step, from 0. steps: how many there are."""
 
-    of: int
+    steps: int
 
-    def __new__(cls, at: int, of: int) -> "Step":
-        step = super().__new__(cls, at)
-        step.of = of
+    def __new__(cls, index: int, steps: int) -> "Step":
+        step = super().__new__(cls, index)
+        step.steps = steps
         return step
 
 

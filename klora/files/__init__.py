@@ -19,7 +19,7 @@ from klora.files.container import opened
 from klora.files.embeddings import taught_words
 from klora.files.factors import converted_sides, effective, modules, pairs, weightless
 from klora.files.names import Inventory, Rename, located
-from klora.files.origin import stranger
+from klora.files.origin import foreign_origin
 from klora.files.report import file_report, stated_triggers
 from klora.lora import LoRA
 
@@ -29,8 +29,8 @@ def read_lora(path: Path | str, inventory: Inventory, rename: Rename, widths: Ma
     whatever key the file has for it. widths: {text encoder's component: width of its embeddings} of the base.
     Raises LoRAError: not a LoRA, damaged, of a kind that cannot be applied exactly, or for another base."""
     with opened(path) as contents:
-        if made_for := stranger(contents):
-            raise LoRAError(f"is a LoRA for {made_for}. Expected one for the base of this request.")
+        if foreign := foreign_origin(contents):
+            raise LoRAError(f"is a LoRA for {foreign}. Expected one for the base of this request.")
         file_modules = modules(effective(contents))
         if sides := converted_sides(contents.specs, file_modules):  # small files may claim layers that no memory holds
             located({stem: weightless(*shape) for stem, shape in sides.items()}, inventory, rename)

@@ -47,7 +47,7 @@ class Origin(NamedTuple):
         return f"{self.model} ({self.evidence})" if self.evidence else self.model
 
 
-def stranger(contents: Contents) -> Origin | None:
+def foreign_origin(contents: Contents) -> Origin | None:
     """The origin of a file that was made for a model which this project does not run; None where nothing says so."""
     layers = (found for name, shape in outline(contents.specs).items() for found in _by_layer(name, *shape))
     return next((Origin(model, None, why) for model, why in chain(layers, _by_metadata(contents.metadata))), None)

@@ -59,7 +59,7 @@ class Gate:
 
         Raises RequestError for a step outside the plan, and for a Step of another number of steps than are planned: the
         schedule would be another. A plan of one step serves any number."""
-        planned, steps = len(self._gates), getattr(step, "of", len(self._gates))
+        planned, steps = len(self._gates), getattr(step, "steps", len(self._gates))
         if planned > 1 and not (0 <= step <= planned == steps):
             raise RequestError(f"Step {step} of {steps}, but {planned} are planned. Expected attached() for as many.")
         step = min(step, planned - 1)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from klora.device import default_device, default_dtype
 from klora.errors import BaseModelError
 from klora.files.container import opened
-from klora.files.origin import Origin, stranger
+from klora.files.origin import Origin, foreign_origin
 from klora.interruptible import interruptible
 from klora.models.family import EVERY_PART, Family, Part, Quantized, checkpoint_in, weightless_encoders
 from klora.models.flux import Flux
@@ -36,7 +36,7 @@ def load_model(
         raise BaseModelError(f"There is no family {family!r}. Expected one of {', '.join(FAMILIES)}.")
     here = torch.device(device or default_device())
     _refuse_incomplete(path := Path(path))
-    own = torch.get_default_dtype()
+    before = torch.get_default_dtype()
 
     def load() -> Family:
         with torch.cuda.device(here if here.type == "cuda" else -1):  # a thread's own; quantisers ask for it
@@ -49,7 +49,7 @@ def load_model(
     except Exception as error:  # for a damaged folder the libraries raise whatever they stumble on
         raise BaseModelError(f"The base in {path} cannot be loaded as {family}: {error}") from error
     finally:
-        torch.set_default_dtype(own)  # diffusers makes models in another, in which an exception would leave torch
+        torch.set_default_dtype(before)  # diffusers makes models in another, in which an exception would leave torch
     for part, module in model.text_encoders.items():
         stored = sum(not key.endswith("position_ids") for file in weight_files(path / part) for key in _keys(file))
         # transformers fills what is missing with random numbers; of a checkpoint for all parts that is refused above
@@ -96,11 +96,11 @@ def _refuse_incomplete(path: Path) -> None:
 def origin_of(path: Path) -> Origin | None:
     """By the header of a LoRA file; None when it tells nothing. Raises LoRAError."""
     with opened(path) as contents:
-        if unknown := stranger(contents):
-            return unknown
-        found = next((name for name, family in FAMILIES.items() if family.recognises(list(contents.specs))), None)
+        if foreign := foreign_origin(contents):
+            return foreign
+        family = next((name for name, kind in FAMILIES.items() if kind.recognises(list(contents.specs))), None)
         base = contents.metadata.get("base", "")
-    return Origin(FAMILIES[found].name, found, "", base) if found else None
+    return Origin(FAMILIES[family].name, family, "", base) if family else None
 
 
 def _keys(file: Path) -> list[str]:

@@ -33,7 +33,7 @@ def compile_blocks(
     denoiser.compile_repeated_blocks(dynamic=True, backend=backend)
     alike = tuple(_compiled_linears(denoiser))
     rounded = _for_float8(denoiser, alike) if float8 else ()
-    plan, lent = Plan.constant((_idle(denoiser, alike),), (1.0,)), set[Engine]()
+    plan, used_engines = Plan.constant((_idle(denoiser, alike),), (1.0,)), set[Engine]()
     # As many as there are kinds of inputs and of blocks, which torch's own limit hardly allows.
     limits = torch._dynamo.config.patch(recompile_limit=64)
     with torch.no_grad(), limits:
@@ -41,9 +41,9 @@ def compile_blocks(
         _drawn_by_one_and_by_two(model, conditioning)
         for engine in engines:
             with attached(denoiser, plan, engine=engine, alike=alike, float8=rounded) as gate:
-                lent.add(gate.engine)
+                used_engines.add(gate.engine)
                 _drawn_by_one_and_by_two(model, conditioning)
-    model.compiled = Compiled(alike if "gated" in lent else (), rounded if "merged" in lent else ())
+    model.compiled = Compiled(alike if "gated" in used_engines else (), rounded if "merged" in used_engines else ())
 
 
 def _drawn_by_one_and_by_two(model: Family, conditioning: Conditioning) -> None:
@@ -65,8 +65,8 @@ def warm_up(model: Family) -> None:
         conditioning = model.encode_prompt(["a picture"])
         for go_fast in (False, True) if float8 else (False,):
             request = Request("a picture", num_inference_steps=3, megapixels="0.25", seed=0, go_fast=go_fast)
-            lent = attached(model.denoiser, plan, float8=compiled_for(model, request).float8)
-            with paced(model, request), lent as gate:
+            float8_layers = compiled_for(model, request).float8
+            with paced(model, request), attached(model.denoiser, plan, float8=float8_layers) as gate:
                 model.sample(conditioning, request, gate.set_step)
 
 

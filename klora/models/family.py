@@ -167,12 +167,12 @@ def _read_checkpoint(
     index = pipeline.load_config(checkpoint.parent, local_files_only=True)
     lack = f"{checkpoint.name} lacks tensors of its parts. Fetch the base again."
     try:
-        own = {  # for the pipeline takes one dtype for all
+        parts = {  # for the pipeline takes one dtype for all
             name: getattr(diffusers, index[name][1]).from_single_file(checkpoint, subfolder=name, dtype=kind, **local)
             for name, kind in dtype.items()
             if name not in ("default", *given)
         }
-        pipe = pipeline.from_single_file(checkpoint, dtype=dtype["default"], **given, **own, **options, **local)
+        pipe = pipeline.from_single_file(checkpoint, dtype=dtype["default"], **given, **parts, **options, **local)
     except (KeyError, NotImplementedError, SingleFileComponentError) as error:
         raise BaseModelError(lack) from error
     # What is lacking stays on the meta device, from where a diffusers model cannot be moved, but a text encoder can.
@@ -190,12 +190,12 @@ def _weightless(kind: str, folder: Path) -> Any:
 
 def weightless_encoders(pipeline: Any, path: Path) -> dict[str, nn.Module]:
     """A folder's text encoders with their shapes alone, on the meta device."""
-    index, found = pipeline.load_config(path, local_files_only=True), dict[str, nn.Module]()
+    index, models = pipeline.load_config(path, local_files_only=True), dict[str, nn.Module]()
     for name in ("text_encoder", "text_encoder_2"):
         config = transformers.AutoConfig.from_pretrained(path / name, local_files_only=True)
         with torch.device("meta"):
-            found[name] = getattr(transformers, index[name][1])(config)
-    return found
+            models[name] = getattr(transformers, index[name][1])(config)
+    return models
 
 
 def encoders(pipe: Any) -> dict[str, nn.Module]:

@@ -69,8 +69,8 @@ class Flux:
 
     @staticmethod
     def recognises(keys: list[str]) -> bool:
-        own = r"(single|double)_blocks|single_transformer_blocks|transformer_blocks[._]\d+[._](attn[._]|norm1_|ff_con)"
-        return any(re.search(own, key) for key in keys)
+        name = r"(single|double)_blocks|single_transformer_blocks|transformer_blocks[._]\d+[._](attn[._]|norm1_|ff_con)"
+        return any(re.search(name, key) for key in keys)
 
     def read_lora(self, path: Path | str) -> LoRA:
         return read_lora(path, self.inventory, FluxPipeline.lora_state_dict, word_widths(self))
@@ -124,10 +124,10 @@ class Flux:
         pipeline, options = FluxPipeline, dict[str, Any](width=width, height=height)
         given = framed(request, width, height)
         if "image" in given:
-            latents, asked = self.encode_images(processor.preprocess(given["image"])).mean, request.prompt_strength
+            latents, strength = self.encode_images(processor.preprocess(given["image"])).mean, request.prompt_strength
             # The pipeline rounds steps up: 0.8 of schnell's four to all of them, which start from noise alone.
-            most = 1 - (asked < 1) / (request.num_inference_steps or self.steps)
-            pipeline, options = FluxImg2ImgPipeline, options | {"image": latents, "strength": min(asked, most)}
+            most = 1 - (strength < 1) / (request.num_inference_steps or self.steps)
+            pipeline, options = FluxImg2ImgPipeline, options | {"image": latents, "strength": min(strength, most)}
         if "mask" in given:
             pipeline = FluxInpaintPipeline
             options |= {"mask_image": given["mask"], "masked_image_latents": options["image"]}

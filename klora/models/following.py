@@ -48,4 +48,4 @@ def _place(time: Any, times: Any) -> int | None:
     address: a value may be there twice, and to compare it would wait for the GPU."""
     if not (isinstance(time, Tensor) and isinstance(times, Tensor)):
         return None
-    return next((at for at, own in enumerate(times) if own.data_ptr() == time.data_ptr()), None)
+    return next((at for at, other in enumerate(times) if other.data_ptr() == time.data_ptr()), None)

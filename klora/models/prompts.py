@@ -16,12 +16,12 @@ def pieces(tokenizer: Any, prompt: str) -> list[str]:
     """
     room = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
     check_length(tokenizer, prompt, MOST_PIECES * room)
-    found, rest = list[str](), prompt
+    parts, rest = list[str](), prompt
     while len(spans := _spans(tokenizer, rest)) > room:
         cut = _cut(tokenizer, rest, spans[: room + 1])
-        found.append(rest[:cut])
+        parts.append(rest[:cut])
         rest = rest[cut:]
-    return [*found, rest]
+    return [*parts, rest]
 
 
 def check_length(tokenizer: Any, prompt: str, most: int) -> None:
