@@ -1,8 +1,9 @@
-"""What asking any authority has in common: the token's header, the name of a file, where an answer sends one on."""
+"""What asking any authority has in common: the requests, the token's header, plain names and words from answers."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urljoin
@@ -15,6 +16,45 @@ from klora.sources.retries import persistently
 
 MAX_NAME = 80  # characters
 MAX_WORDS, MAX_WORD = 20, 200  # triggers of one LoRA; characters of one
+
+
+@dataclass(frozen=True)
+class Client:
+    """One user's requests to one authority; each is tried again while the authority does not answer.
+
+    endpoint: the authority's address, without a slash at the end.  headers: of every request, the user's token among
+    them if there is one.  All methods raise NotFound, Denied, Unreachable or SourceError.
+    """
+
+    endpoint: str
+    headers: Mapping[str, str] = field(repr=False)
+    network: Network
+    deadline: Deadline
+
+    def json(self, url: str) -> Any:
+        """What url answers in JSON."""
+        return self.network.json(url, self.headers, self.deadline)
+
+    def check_access(self, url: str) -> None:
+        """Raise unless url, or what it redirects to, answers 200."""
+
+        def attempt() -> None:
+            with self.network.get(url, self.headers, self.deadline) as answer:
+                answer.require(200)
+
+        persistently(attempt, self.deadline, self.network.patience.pause)
+
+    def redirection(self, url: str) -> str | None:
+        """The address that url redirects to, in full, without going there; None where url answers itself."""
+
+        def attempt() -> str | None:
+            with self.network.get(url, self.headers, self.deadline, follow=False) as answer:
+                answer.require(200, *REDIRECTS)
+                location = answer.headers["Location"] if answer.status in REDIRECTS else None
+                with understood(answer.who):
+                    return location and urljoin(url, location)
+
+        return persistently(attempt, self.deadline, self.network.patience.pause)
 
 
 def bearer(token: str | None, authority: str) -> dict[str, str]:
@@ -39,20 +79,6 @@ def plain_words(texts: Iterable[Any]) -> tuple[str, ...]:
     words = [text.strip(" ,") for text in texts if isinstance(text, str)]
     plain = [word for word in words if word.isprintable() and 0 < len(word) <= MAX_WORD]
     return tuple(dict.fromkeys(plain))[:MAX_WORDS]
-
-
-def redirection(url: str, headers: dict[str, str], net: Network, deadline: Deadline) -> str | None:
-    """The address that url redirects to, in full, without going there; None where url answers itself. Raises what
-    Network.json does."""
-
-    def attempt() -> str | None:
-        with net.get(url, headers, deadline, follow=False) as answer:
-            answer.require(200, *REDIRECTS)
-            location = answer.headers["Location"] if answer.status in REDIRECTS else None
-            with understood(answer.who):
-                return location and urljoin(url, location)
-
-    return persistently(attempt, deadline, net.patience.pause)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 from klora.errors import SourceError
-from klora.sources.authority import bearer, file_name, plain_words, redirection, understood
+from klora.sources.authority import Client, bearer, file_name, plain_words, understood
 from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, Download, NotFound, family_of
 from klora.sources.kinds import CivitaiFile
@@ -57,11 +57,11 @@ def resolve(
 
     Raises NotFound, Denied, Unreachable, and SourceError where it is no LoRA in safetensors.
     """
-    headers = _HEADERS | bearer(token, AUTHORITY)
+    client = Client(endpoint, _HEADERS | bearer(token, AUTHORITY), net, deadline)
     try:
-        version = _version(reference, headers, endpoint, net, deadline)
-        download = _download(version, _chosen(reference, version), endpoint, headers)
-        if _is_page(redirection(download.url, headers, net, deadline), endpoint):
+        version = _version(reference, client)
+        download = _download(version, _chosen(reference, version), client)
+        if _is_page(client.redirection(download.url), endpoint):
             raise Denied("a login page")
     except NotFound:
         raise NotFound(
@@ -76,15 +76,13 @@ def resolve(
     return (download,)
 
 
-def _version(
-    reference: CivitaiFile, headers: dict[str, str], endpoint: str, net: Network, deadline: Deadline
-) -> _Version:
-    api, number = f"{endpoint}/api/v1", reference.version
+def _version(reference: CivitaiFile, client: Client) -> _Version:
+    api, number = f"{client.endpoint}/api/v1", reference.version
     if number is None:
-        model = net.json(f"{api}/models/{reference.model}", headers, deadline)
+        model = client.json(f"{api}/models/{reference.model}")
         with understood(AUTHORITY):
             number = _newest(model)
-    answer = net.json(f"{api}/model-versions/{number}", headers, deadline)
+    answer = client.json(f"{api}/model-versions/{number}")
     with understood(AUTHORITY):
         return _read(answer)
 
@@ -154,16 +152,16 @@ def _listed(files: Iterable[_File]) -> str:
     return ", ".join(listed[:MAX_LISTED]) or "no files"
 
 
-def _download(version: _Version, file: _File, endpoint: str, headers: dict[str, str]) -> Download:
+def _download(version: _Version, file: _File, client: Client) -> Download:
     query = urlencode({"type": file.kind, **file.metadata})
     return Download(
         key=str(CivitaiFile(version.number, file=file.number)),
         name=file_name(file.name),
-        url=f"{endpoint}/api/download/models/{version.number}?{query}",
-        headers=headers,
+        url=f"{client.endpoint}/api/download/models/{version.number}?{query}",
+        headers=client.headers,
         size=file.bytes,
         sha256=file.sha256,
-        credential="Authorization" in headers,
+        credential="Authorization" in client.headers,
         base_model=version.base_model,
         triggers=version.triggers,
     )

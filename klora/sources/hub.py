@@ -13,12 +13,11 @@ from urllib.parse import quote
 
 from klora.errors import SourceError
 from klora.file_names import CONFIG, PEFT, WITHOUT_NAME, WORDS, lora_among
-from klora.sources.authority import bearer, file_name, plain_words, understood
+from klora.sources.authority import Client, bearer, file_name, plain_words, understood
 from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, Download, NotFound
 from klora.sources.kinds import HubFile
 from klora.sources.network import Network
-from klora.sources.retries import persistently
 
 AUTHORITY = "Hugging Face"
 MAX_LISTED = 20  # names, in a message
@@ -51,22 +50,22 @@ def resolve(
     token: the user's; without one nobody's is used. Raises NotFound, Denied, Unreachable, and SourceError where the
     repository does not tell which file it is.
     """
-    headers = bearer(token, AUTHORITY)
-    found = _repository(reference, headers, endpoint, net, deadline)
-    path = _chosen(reference, list(found.files))
+    client = Client(endpoint, bearer(token, AUTHORITY), net, deadline)
+    repository = _repository(reference, client)
+    path = _chosen(reference, list(repository.files))
     names = {path: file_name(path)}
     beside = str(PurePosixPath(path).with_name(CONFIG))
-    if PurePosixPath(path).name == PEFT and beside in found.files:
+    if PurePosixPath(path).name == PEFT and beside in repository.files:
         names[beside] = CONFIG
-    if words := _words(reference.repository, PurePosixPath(path), found.files):
-        # Cut as its words' is, which are known as its own by it.
+    if words := _words(reference.repository, PurePosixPath(path), repository.files):
+        # Cut to the same stem as the name of its words, by which these are known to be its own.
         names = {path: names[path][-76:].lstrip(".-"), words: file_name(words)}
-    return tuple(_download(reference.repository, found, path, name, endpoint, headers) for path, name in names.items())
+    return tuple(_download(reference, repository, path, name, client) for path, name in names.items())
 
 
 def _words(repository: str, lora: PurePosixPath, paths: Iterable[str]) -> str | None:
-    """The path of what holds a LoRA's words, if anything does: called as the LoRA is, or, where that has no name of its
-    own, as the repository, or as it likes where nothing else is."""
+    """The path of the file of words that a LoRA teaches, None without one: in its folder, under its name. Beside a LoRA
+    that is called WITHOUT_NAME also the only such file under any name, or of several the one with the repository's."""
     beside = [path for path in map(PurePosixPath, paths) if path.parent == lora.parent and path.name.endswith(WORDS)]
     names = {f"{lora.stem}{WORDS}"}
     if lora.name == WITHOUT_NAME:
@@ -74,32 +73,22 @@ def _words(repository: str, lora: PurePosixPath, paths: Iterable[str]) -> str | 
     return next((str(path) for path in beside if path.name in names), None)
 
 
-def _repository(
-    reference: HubFile, headers: dict[str, str], endpoint: str, net: Network, deadline: Deadline
-) -> _Repository:
-    """What the hub says of it. Raises Denied where it would not give its files, too."""
-    api = f"{endpoint}/api/models/{reference.repository}"
+def _repository(reference: HubFile, client: Client) -> _Repository:
+    """What the hub says of a reference's repository. Raises Denied also where it only withholds the files."""
+    api = f"{client.endpoint}/api/models/{reference.repository}"
     try:
-        answer = net.json(f"{api}/revision/{quote(reference.revision, safe='')}?blobs=true", headers, deadline)
+        answer = client.json(f"{api}/revision/{quote(reference.revision, safe='')}?blobs=true")
         with understood(AUTHORITY):
-            found = _read(answer)
-        if found.gated:  # of which anybody may read the list, and not anybody the files
-            _authorise(f"{api}/auth-check", headers, net, deadline)
+            repository = _read(answer)
+        if repository.gated:  # of which anybody may read the list, and not anybody the files
+            client.check_access(f"{api}/auth-check")
     except NotFound:
         raise NotFound(
             f"{reference} is not on {AUTHORITY}, or not at this revision. Expected hf:owner/name[@revision][/path]."
         ) from None
     except Denied:
-        raise Denied(_denial(reference, bool(headers))) from None
-    return found
-
-
-def _authorise(url: str, headers: dict[str, str], net: Network, deadline: Deadline) -> None:
-    def attempt() -> None:
-        with net.get(url, headers, deadline) as answer:  # also where the repository has a new name
-            answer.require(200)
-
-    persistently(attempt, deadline, net.patience.pause)
+        raise Denied(_denial(reference, bool(client.headers))) from None
+    return repository
 
 
 def _denial(reference: HubFile, credential: bool) -> str:
@@ -166,18 +155,16 @@ def _listed(paths: Iterable[str]) -> str:
     return ", ".join(repr(name[:100]) for name in names[:MAX_LISTED]) + more or "none"
 
 
-def _download(
-    repository: str, found: _Repository, path: str, name: str, endpoint: str, headers: dict[str, str]
-) -> Download:
-    file = found.files[path]
+def _download(reference: HubFile, repository: _Repository, path: str, name: str, client: Client) -> Download:
+    file = repository.files[path]
     return Download(
-        key=str(HubFile(repository, found.commit, path)),
+        key=str(HubFile(reference.repository, repository.commit, path)),
         name=name,
-        url=f"{endpoint}/{repository}/resolve/{found.commit}/{quote(path)}",
-        headers=headers,
+        url=f"{client.endpoint}/{reference.repository}/resolve/{repository.commit}/{quote(path)}",
+        headers=client.headers,
         size=file.size,
         sha256=file.sha256,
-        credential=bool(headers),
-        base_model=found.base_model,
-        triggers=found.triggers,
+        credential=bool(client.headers),
+        base_model=repository.base_model,
+        triggers=repository.triggers,
     )

@@ -7,7 +7,7 @@ import re
 from urllib.parse import urlsplit
 
 from klora.errors import SourceError
-from klora.sources.authority import bearer, file_name, redirection
+from klora.sources.authority import Client, bearer, file_name
 from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, Download, NotFound
 from klora.sources.kinds import ReplicateModel
@@ -26,9 +26,9 @@ def resolve(
 
     Raises NotFound, Denied, Unreachable, and SourceError where Replicate does not lead to a file.
     """
-    headers = bearer(token, AUTHORITY)
+    client = Client(endpoint, bearer(token, AUTHORITY), net, deadline)
     try:
-        address = _address(reference, headers, endpoint, net, deadline)
+        address = _address(reference, client)
     except NotFound:
         raise NotFound(
             f"{reference} is not on {AUTHORITY}, or was not trained there. Expected replicate:owner/name[:version]."
@@ -41,21 +41,19 @@ def resolve(
     name = file_name(f"{reference.model.replace('/', '-')}.tar")
     key = urlsplit(address)._replace(query="", fragment="").geturl()
     # No headers: whoever knows the tar's address may have it, and its host is not Replicate's own.
-    return (Download(key, name, address, credential=bool(headers)),)
+    return (Download(key, name, address, credential=bool(client.headers)),)
 
 
-def _address(
-    reference: ReplicateModel, headers: dict[str, str], endpoint: str, net: Network, deadline: Deadline
-) -> str:
+def _address(reference: ReplicateModel, client: Client) -> str:
     """Where the weights lie: the first address outside Replicate's pages that they lead to."""
     version = f"/versions/{reference.version}" if reference.version else ""
-    page = f"{endpoint}/{reference.model}{version}/_weights"
+    page = f"{client.endpoint}/{reference.model}{version}/_weights"
     for _ in range(MAX_PAGES):
-        following = redirection(page, headers, net, deadline)
+        following = client.redirection(page)
         if following is None:
             raise NotFound("a page without weights")
         parts = urlsplit(following)
-        if parts[:2] != urlsplit(endpoint)[:2]:  # scheme and host
+        if parts[:2] != urlsplit(client.endpoint)[:2]:  # scheme and host
             return following
         if _LOGIN.search(parts.path):
             raise Denied("a login page")
