@@ -25,7 +25,7 @@ from klora.sources.authorities import Authorities
 from klora.sources.deadline import Allowance as Allowance
 from klora.sources.formats import check_structure
 from klora.sources.kinds import Local
-from klora.sources.local import lora_path, own, parsed, pinned
+from klora.sources.local import lora_path, parsed, path_or_reference, pinned
 from klora.sources.network import Network
 
 logger = logging.getLogger(__name__)
@@ -205,7 +205,7 @@ class LoRAFiles:
         authority says is for none of them is refused before it is fetched. Without any nothing is.  allowance: of a
         request that borrows several times; None: FETCH_SECONDS for this time.
         """
-        parse = own if self._anywhere else parsed
+        parse = path_or_reference if self._anywhere else parsed
         kinds = {name: parse(name, text) for name, text in references.items()}
         local = {name: one for name, one in kinds.items() if isinstance(one, Local)}
         files = {name: Borrowed(pinned(self._path(name, one), one, name)) for name, one in local.items()}

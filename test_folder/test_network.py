@@ -14,7 +14,7 @@ from klora.errors import SourceError
 from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, NotFound, Unreachable
 from klora.sources.network import Network
-from klora.sources.retries import RETRIES, seconds_asked
+from klora.sources.retries import RETRIES, retry_after_seconds
 from test_folder.asking import GOOD, body_of, refusal
 from test_folder.fakes import network
 from test_folder.fakes.hostile import Behaviour, Hostile, drips, head, in_turn, redirects, reply, resets, says
@@ -203,7 +203,7 @@ def test_a_server_that_asks_for_more_time_than_there_is_gets_none(asked: str) ->
 
 @pytest.mark.parametrize("text", [None, "", "soon", "-5", "1e9", "Fri, 01 Jan 1999 00:00:00 GMT", "9" * 400])
 def test_a_retry_after_that_makes_no_sense_is_none(text: str | None) -> None:
-    assert seconds_asked(text) == 0
+    assert retry_after_seconds(text) == 0
 
 
 @pytest.mark.parametrize("body", [b"<html>canary", b"", b"\xff", b"[" * 100_000])

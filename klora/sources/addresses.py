@@ -78,7 +78,7 @@ class Target:
 
     @property
     def who(self) -> str:
-        """What messages call it, at the beginning of a sentence: never an address, nor a name inside the operator's."""
+        """Its name at the beginning of a message: "The server" for an address, or a host that the operator trusts."""
         return "The server" if self.trusted or _is_address(self.host) else self.host
 
     def redirected(self, location: str, trusted: Set[str]) -> "Target":
@@ -126,12 +126,12 @@ def read_url(url: str, subject: str) -> Target:
 def is_public(address: str) -> bool:
     """Whether an address, as a resolver spells it, is one of the public internet."""
     try:
-        found = ip_address(address)
+        parsed = ip_address(address)
     except ValueError:
         return False
-    if isinstance(found, IPv4Address):
-        return not any(found in network for network in _RESERVED_4)
-    return found.scope_id is None and found in _GLOBAL_6 and not any(found in network for network in _RESERVED_6)
+    if isinstance(parsed, IPv4Address):
+        return not any(parsed in network for network in _RESERVED_4)
+    return parsed.scope_id is None and parsed in _GLOBAL_6 and not any(parsed in network for network in _RESERVED_6)
 
 
 def _checked_host(text: str, bracketed: bool, subject: str) -> str:

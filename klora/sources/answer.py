@@ -12,9 +12,9 @@ from klora.errors import SourceError
 from klora.sources.addresses import Target
 from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, NotFound, Unreachable
-from klora.sources.retries import Busy, seconds_asked
+from klora.sources.retries import Busy, retry_after_seconds
 
-_AGAIN = (408, 425, 429)  # and 500 and above: what may go better later
+_TEMPORARY = (408, 425, 429)  # statuses, as all from 500 on, after which another try may succeed
 
 T = TypeVar("T")
 
@@ -22,8 +22,8 @@ T = TypeVar("T")
 class Answer:
     """The answer to a GET: status, headers and, by read(), its body as it was sent.
 
-    length: of the body, in bytes, None where it is not said.   url: where it came from; may hold secrets.
-    redirected: whether that is not where it was asked for.   who: its server, as messages call it.
+    length: of the body, in bytes, None where none is declared.   url: where it came from; may hold secrets.
+    redirected: whether that is another address than was asked.   who: its server, as messages call it.
     """
 
     def __init__(self, response: HTTPResponse, target: Target, deadline: Deadline) -> None:
@@ -76,8 +76,8 @@ class Answer:
                 f"{seen}: access is refused. Expected a public file, a signed link that has not expired, or a token "
                 "that may read it."
             )
-        if self.status in _AGAIN or self.status >= 500:
-            wait = seconds_asked(self.headers["Retry-After"])
+        if self.status in _TEMPORARY or self.status >= 500:
+            wait = retry_after_seconds(self.headers["Retry-After"])
             raise Busy(f"{seen}: it cannot serve this now. Try again later.", wait)
         # Google's storage answers 400 to a signed link that has expired.
         raise SourceError(f"{seen}. Expected {' or '.join(map(str, statuses))}, as for a link that has not expired.")

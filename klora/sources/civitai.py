@@ -131,7 +131,7 @@ def _chosen(reference: CivitaiFile, version: _Version) -> _File:
         raise SourceError(f"{reference} is a {version.kind!r:.40}. Expected a LoRA.")
     if version.usage != "Download":
         raise SourceError(f"{reference} may be used on {AUTHORITY} only. Expected a LoRA that may be downloaded.")
-    wanted = [file for file in version.files if _is_meant(reference, file)]
+    wanted = [file for file in version.files if _matches(reference, file)]
     usable = [file for file in wanted if file.kind == "Model" and file.metadata.get("format") == "SafeTensor"]
     chosen = [file for file in usable if file.primary] or usable
     if not chosen:
@@ -141,7 +141,7 @@ def _chosen(reference: CivitaiFile, version: _Version) -> _File:
     return chosen[0]
 
 
-def _is_meant(reference: CivitaiFile, file: _File) -> bool:
+def _matches(reference: CivitaiFile, file: _File) -> bool:
     wanted = {"size": reference.size, "fp": reference.fp}
     same = all(file.metadata.get(key, "").lower() == value for key, value in wanted.items() if value)
     return same and reference.file in (None, file.number)

@@ -57,8 +57,8 @@ class Dialler:
         connection = _Connection(target.host, target.port)
         connection.sock = self._connected(target, deadline, stack)
         fixed = {"Host": target.authority, "Accept-Encoding": "identity", "Connection": "close"}
-        given = {name: value for name, value in headers.items() if name.title() not in fixed}
-        connection.request("GET", target.path, headers=fixed | given)
+        others = {name: value for name, value in headers.items() if name.title() not in fixed}
+        connection.request("GET", target.path, headers=fixed | others)
         response = connection.getresponse()
         stack.callback(response.close)
         return Answer(response, target, deadline)
@@ -94,14 +94,14 @@ class Dialler:
 
     def _addresses(self, target: Target, deadline: Deadline) -> Sequence[Info]:
         """The target's addresses, every one of them public, unless the operator trusts it. Raises SourceError."""
-        found = self._resolved(target, deadline)
-        # The same sentence for a name that there is not: who may not go inside learns no names from us either.
+        addresses = self._resolved(target, deadline)
+        # The same sentence where the name does not exist: or it would tell which names there are in a private network.
         sentence = f"{target.who} has no public address. Expected a host on the public internet."
-        if not found:
+        if not addresses:
             raise Unreachable(sentence)
-        if not target.trusted and not all(is_public(str(info[4][0])) for info in found):
+        if not target.trusted and not all(is_public(str(info[4][0])) for info in addresses):
             raise SourceError(sentence)
-        return found[:MAX_ADDRESSES]
+        return addresses[:MAX_ADDRESSES]
 
     def _resolved(self, target: Target, deadline: Deadline) -> Sequence[Info]:
         """The resolver's answer, [] without one in time. It is asked in a thread, for nothing can interrupt its
@@ -117,15 +117,15 @@ class Dialler:
         threading.Thread(target=ask, daemon=True).start()
         with deadline.interrupting(lambda: answers.put(None)):
             try:
-                found = answers.get(timeout=self.patience.connect)
+                addresses = answers.get(timeout=self.patience.connect)
             except queue.Empty:
-                found = []
+                addresses = []
         deadline.left()
-        return found or []
+        return addresses or []
 
 
 class _Lines:
-    """A response's file while its headers are read, which may not be longer than a number of bytes."""
+    """A response's file while its headers are read. left: bytes that these may still have."""
 
     def __init__(self, file: BufferedReader, left: int) -> None:
         self._file = file

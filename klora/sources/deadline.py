@@ -41,7 +41,7 @@ class Deadline:
 
     Timeouts of single reads do not add up to a bound (a server may send a byte within each), hence a watchdog: whatever
     is under watch when the end comes is shut from another thread, and so nothing blocks longer. As a context manager it
-    is cancelled when the block ends, however it does.   late: what is said after it.
+    is cancelled when the block ends, however it does.   late: the message of Unreachable after the end.
     """
 
     def __init__(self, seconds: float, late: str | None = None) -> None:
@@ -123,7 +123,7 @@ class Allowance:
 
     @contextmanager
     def deadline(self) -> Iterator[Deadline]:
-        """A deadline at the end of what is left, which the time of the block is taken from."""
+        """A Deadline in as many seconds as are left; afterwards those that the block took are subtracted."""
         started = time.monotonic()
         try:
             with Deadline(self._left, self._late) as deadline:

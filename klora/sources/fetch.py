@@ -58,7 +58,7 @@ class _Transfer:
         self.sink = sink
         self.net = net
         self.deadline = deadline
-        self.most = max_bytes
+        self.max_bytes = max_bytes
         self.count = 0
         self._size: int | None = None  # of the whole file, as it is declared
         self._digest = hashlib.sha256()
@@ -66,13 +66,13 @@ class _Transfer:
 
     def advance(self) -> None:
         """Fetch what is missing, over one connection. Raises Unreachable where a further connection may bring more."""
-        wanted = self._missing()
+        wanted = self._range_headers()
         with self.net.get(self.download.url, {**self.download.headers, **wanted}, self.deadline) as answer:
             if "Range" in wanted and answer.status in (206, 416):
                 self._resume(answer)
             else:
                 self._begin(answer)
-            self._take(answer)
+            self._receive(answer)
         if self._size is not None and self.count < self._size:  # of a body without a length, or with another one
             raise Unreachable(f"{answer.who} broke off after {self.count} of {self._size} bytes. Try again later.")
 
@@ -83,7 +83,7 @@ class _Transfer:
             raise self._refusal("is not the file that was named: its sha256 is another. Expected the same bytes.")
         return digest
 
-    def _missing(self) -> dict[str, str]:
+    def _range_headers(self) -> dict[str, str]:
         """The headers that ask for the rest of the file; {} to begin anew, where nothing would tell that it is the same
         file."""
         if not self.count or not (self._etag or self.download.sha256):
@@ -108,10 +108,10 @@ class _Transfer:
         # A weak one, W/"...", stands for bytes that may differ.
         self._etag = etag if etag.startswith('"') and etag.isascii() and etag.isprintable() else None
         self._size = self.download.size if answer.length is None else answer.length
-        if self._size is not None and self._size > self.most:
-            raise self._refusal(f"is {self._size} bytes long. Expected at most {self.most}.")
+        if self._size is not None and self._size > self.max_bytes:
+            raise self._refusal(f"is {self._size} bytes long. Expected at most {self.max_bytes}.")
 
-    def _take(self, answer: Answer) -> None:
+    def _receive(self, answer: Answer) -> None:
         pace, head = _Pace(self.net.patience, answer.who), b""
         while data := answer.read(READ_BYTES):
             pace.add(len(data))
@@ -136,7 +136,7 @@ class _Transfer:
             raise self._refusal(f"is {self._size} bytes long. Expected {size}, as its authority says.")
 
     def _write(self, data: bytes) -> None:
-        most = self.most if self._size is None else min(self._size, self.most)
+        most = self.max_bytes if self._size is None else min(self._size, self.max_bytes)
         if self.count + len(data) > most:
             raise self._refusal(f"does not end after {most} bytes. Expected it to.")
         self._digest.update(data)

@@ -1,6 +1,6 @@
 """What a reference can be: one frozen value a kind. str() is canonical: equal references, equal text, and no secret.
 
-Knows nothing of how people spell them, nor of what they come to.
+Knows nothing of how people spell them, nor of which downloads they lead to.
 """
 
 from dataclasses import dataclass, field
@@ -52,7 +52,7 @@ class CivitaiFile:
 
 @dataclass(frozen=True)
 class ReplicateModel:
-    """What a model trained on Replicate was trained to: the weights of a version, or of the newest one.
+    """The weights of a model that was trained on Replicate, in a version or the newest one.
 
     model: "owner/name".
     """
@@ -82,11 +82,11 @@ class Bare:
 
 @dataclass(frozen=True)
 class Url:
-    """A file at an address that is nobody's page.
+    """A file at a web address that is none of the authorities' pages.
 
     address: scheme, host, port unless it is the scheme's own, path, and what of the query says which file it is.
     request: the address to ask, with its query as given.  secret: the parts of the query that grant access, "" if
-    none does; what was fetched by their grace is for whoever shows them again.
+    none does; a file that was fetched with them is lent only to requests that bring them again.
     """
 
     address: str
@@ -100,7 +100,7 @@ class Url:
 
 @dataclass(frozen=True)
 class Data:
-    """A file that came within the reference. sha256: of the payload, in hex. The text cannot be parsed again."""
+    """A file that came within the reference. sha256: of the payload, in hex. str() cannot be parsed again."""
 
     sha256: str
     payload: bytes = field(repr=False, compare=False)

@@ -23,9 +23,9 @@ def parsed(name: str, text: str) -> Reference:
         raise SourceError(f"{name}: {error}") from None
 
 
-def own(name: str, text: str) -> Reference:
-    """What a text refers to for the owner of the machine: a file or folder of this path, which may be pinned if it is a
-    file, else parsed(). Raises LoRAError for a path at which nothing is, SourceError as parsed() does."""
+def path_or_reference(name: str, text: str) -> Reference:
+    """What a text means to the owner of the machine: any file, which may be pinned, or folder at this path, else what
+    parsed() takes it for. Raises LoRAError for a path at which nothing is, SourceError as parsed() does."""
     body, _, pin = text.rpartition("#sha256=")
     with suppress(OSError, ValueError):  # a name that the file system cannot take
         if text and Path(text).exists():  # "" is no path, and would be the working folder
@@ -35,9 +35,9 @@ def own(name: str, text: str) -> Reference:
     climbs = ":" not in text and ".." in Path(text).parts
     only_a_path = climbs or text.startswith(("/", "~", "."))
     with suppress(OSError, *([SourceError] if only_a_path else [])):
-        found = parsed(name, text)
-        if not isinstance(found, Local) or Path(found.path).is_file():
-            return found
+        reference = parsed(name, text)
+        if not isinstance(reference, Local) or Path(reference.path).is_file():
+            return reference
     raise LoRAError(
         f"{name} is {text!r:.200}, but there is no such file, or none that can be read. Expected the path of a LoRA, "
         "or a reference such as hf:owner/name or an https address."

@@ -20,7 +20,7 @@ AGENT = "klora"  # an authority turns away libraries that do not say who they ar
 
 MAX_REDIRECTS = 5  # one after another
 REDIRECTS = (301, 302, 303, 307, 308)
-_HARMLESS = {"accept", "content-type", "if-range", "range", "user-agent"}  # what no origin can be told too much with
+_HARMLESS = {"accept", "content-type", "if-range", "range", "user-agent"}  # those that tell no secret to another origin
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Network:
                 if not follow or answer.status not in REDIRECTS or not location:
                     yield answer
                     return
-            following = target.redirected(location, self.trusted)
-            if following.origin != target.origin:
+            next_target = target.redirected(location, self.trusted)
+            if next_target.origin != target.origin:
                 sent = {name: value for name, value in sent.items() if name.lower() in _HARMLESS}
-            target = following
+            target = next_target
         raise SourceError(f"The link is redirected more than {MAX_REDIRECTS} times. Expected the file.")
 
     def json(self, url: str, headers: Mapping[str, str], deadline: Deadline, max_bytes: int = 4 << 20) -> Any:

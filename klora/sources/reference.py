@@ -32,7 +32,8 @@ _FORMS = (
     "hf:owner/name, civitai:<version>, replicate:owner/name, owner/name, an https address, a data URI or the path of a "
     ".safetensors file"
 )
-_TAKEN = ("datasets", "spaces", "buckets", "collections", "models", "api", "docs", "papers", "blog")  # by the hub
+# Of the hub's pages: no owners of models.
+_TAKEN = ("datasets", "spaces", "buckets", "collections", "models", "api", "docs", "papers", "blog")
 
 _REVISION = r"(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+)"
 _HUB = re.compile(rf"(?P<repository>[^/@]+/[^/@]+)(?:@{_REVISION})?(?P<path>/.*)?")
@@ -122,56 +123,56 @@ def _web(text: str) -> Reference:
 
 
 def _hub(text: str) -> HubFile:
-    found = _HUB.fullmatch(text.removeprefix("//"))
-    if found is None:
+    match = _HUB.fullmatch(text.removeprefix("//"))
+    if match is None:
         raise SourceError("it names no model repository. Expected hf:owner/name[@revision][/path].")
-    return _hub_file(found)
+    return _hub_file(match)
 
 
 def _hub_page(path: str, query: str) -> HubFile:
-    found = _HUB_PAGE.fullmatch(path)
-    below = ((found and found["path"]) or "").strip("/")
-    # No page of the hub's: what flux-dev-lora is given, the path of a file right after the repository.
-    if found is None or (below and not found["revision"] and not below.lower().endswith(".safetensors")):
+    match = _HUB_PAGE.fullmatch(path)
+    below = ((match and match["path"]) or "").strip("/")
+    # owner/name/file.safetensors is no page of the hub, but a form that flux-dev-lora takes.
+    if match is None or (below and not match["revision"] and not below.lower().endswith(".safetensors")):
         raise SourceError("it is no page of a model's files. Expected huggingface.co/owner/name[/blob/revision/path].")
     file = dict(parse_qsl(query)).get("show_file_info")  # of which the page tells in a window over itself
-    return replace(_hub_file(found), path=plain_path(file)) if file else _hub_file(found)
+    return replace(_hub_file(match), path=plain_path(file)) if file else _hub_file(match)
 
 
-def _hub_file(found: re.Match[str]) -> HubFile:
-    owner, name = found["repository"].split("/")
+def _hub_file(match: re.Match[str]) -> HubFile:
+    owner, name = match["repository"].split("/")
     if owner in _TAKEN:
         raise SourceError(f"it is of the hub's {owner}. Expected a model repository, owner/name.")
     if not (_HUB_NAME.fullmatch(owner) and _HUB_NAME.fullmatch(name)):
         raise SourceError("its repository has a name that none can have. Expected owner/name.")
-    revision = unquote(found["revision"] or "main")
+    revision = unquote(match["revision"] or "main")
     if not _GIT_NAME.fullmatch(revision):
         raise SourceError("its revision is none. Expected a branch, a tag or a commit.")
-    return HubFile(f"{owner}/{name}", revision, plain_path(unquote(found["path"] or "")))
+    return HubFile(f"{owner}/{name}", revision, plain_path(unquote(match["path"] or "")))
 
 
 # CivitAI.
 
 
 def _civitai(text: str) -> CivitaiFile:
-    found = _CIVITAI.fullmatch(text)
-    if found is None:
+    match = _CIVITAI.fullmatch(text)
+    if match is None:
         raise SourceError("it has no number of a version. Expected civitai:<version>[+<file>], or the model's page.")
-    return _civitai_file(found["model"], found["version"], found["file"], found["query"] or "")
+    return _civitai_file(match["model"], match["version"], match["file"], match["query"] or "")
 
 
 def _civitai_page(path: str, query: str) -> CivitaiFile:
-    found = _CIVITAI_PAGE.fullmatch(path)
-    if found is None:
+    match = _CIVITAI_PAGE.fullmatch(path)
+    if match is None:
         raise SourceError("it is no model's page. Expected civitai.com/models/<model>?modelVersionId=<version>.")
-    return _civitai_file(found["model"], found["version"], None, query)
+    return _civitai_file(match["model"], match["version"], None, query)
 
 
-def _air(found: re.Match[str]) -> CivitaiFile:
-    if found["type"].lower() not in _LORAS:
-        raise SourceError(f"it is an AIR of type {found['type'][:20]}. Expected one of {', '.join(_LORAS)}.")
-    plain_path(found["suffix"] or "")
-    return _civitai_file(found["model"], found["version"], found["file"], "")
+def _air(match: re.Match[str]) -> CivitaiFile:
+    if match["type"].lower() not in _LORAS:
+        raise SourceError(f"it is an AIR of type {match['type'][:20]}. Expected one of {', '.join(_LORAS)}.")
+    plain_path(match["suffix"] or "")
+    return _civitai_file(match["model"], match["version"], match["file"], "")
 
 
 def _civitai_file(model: str | None, version: str | None, file: str | None, query: str) -> CivitaiFile:
@@ -195,10 +196,10 @@ def _civitai_file(model: str | None, version: str | None, file: str | None, quer
 
 
 def _replicate(text: str) -> ReplicateModel:
-    found = _MODEL.fullmatch(text)
-    if found is None:
+    match = _MODEL.fullmatch(text)
+    if match is None:
         raise SourceError("it names no model. Expected replicate:owner/name[:version].")
-    return ReplicateModel(found["model"], found["a"] or found["b"] or found["c"])
+    return ReplicateModel(match["model"], match["a"] or match["b"] or match["c"])
 
 
 def _replicate_page(path: str, query: str) -> ReplicateModel:
@@ -216,11 +217,11 @@ def _name_or_path(text: str) -> Reference:
     if text.lower().endswith((".safetensors", ".tar")):
         return _local(text)
     plain_path(text)
-    found = _MODEL.fullmatch(text)
-    if found is None:
+    match = _MODEL.fullmatch(text)
+    if match is None:
         raise SourceError(f"it is none of the forms there are. Expected {_FORMS}.")
-    versioned = found["a"] or found["b"] or found["c"] or found["weights"]
-    return _replicate(text) if versioned else Bare(found["model"])
+    versioned = match["a"] or match["b"] or match["c"] or match["weights"]
+    return _replicate(text) if versioned else Bare(match["model"])
 
 
 def _local(text: str) -> Local:

@@ -49,13 +49,13 @@ def _address(reference: ReplicateModel, client: Client) -> str:
     version = f"/versions/{reference.version}" if reference.version else ""
     page = f"{client.endpoint}/{reference.model}{version}/_weights"
     for _ in range(MAX_PAGES):
-        following = client.redirection(page)
-        if following is None:
+        target = client.redirection(page)
+        if target is None:
             raise NotFound("a page without weights")
-        parts = urlsplit(following)
+        parts = urlsplit(target)
         if parts[:2] != urlsplit(client.endpoint)[:2]:  # scheme and host
-            return following
+            return target
         if _LOGIN.search(parts.path):
             raise Denied("a login page")
-        page = following
+        page = target
     raise SourceError(f"{reference} leads from page to page on {AUTHORITY}. Expected a model that was trained there.")

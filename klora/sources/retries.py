@@ -1,4 +1,4 @@
-"""Trying again what may go better the next time, with pauses, inside a deadline."""
+"""Trying again what may succeed the next time, with pauses, before a deadline."""
 
 import logging
 import random
@@ -36,8 +36,8 @@ def persistently(attempt: Callable[[], T], deadline: Deadline, pause: float) -> 
         except Unreachable as error:
             failure = error
         # Jitter, so that those who failed together do not come back together.
-        asked = failure.retry_after if isinstance(failure, Busy) else 0.0
-        wait = max(asked, pause * 2**n * random.uniform(0.5, 1.0))
+        retry_after = failure.retry_after if isinstance(failure, Busy) else 0.0
+        wait = max(retry_after, pause * 2**n * random.uniform(0.5, 1.0))
         if wait >= deadline.left():
             raise failure
         logger.info("Trying again in %.1f s: %s", wait, failure)
@@ -45,9 +45,9 @@ def persistently(attempt: Callable[[], T], deadline: Deadline, pause: float) -> 
     return attempt()
 
 
-def seconds_asked(retry_after: str | None) -> float:
-    """What a Retry-After header asks for, seconds or a date; 0 where it makes no sense."""
-    text = (retry_after or "").strip()
+def retry_after_seconds(header: str | None) -> float:
+    """The seconds to wait that a Retry-After header states, as a number or a date; 0 where it cannot be read."""
+    text = (header or "").strip()
     if text.isascii() and text.isdigit() and len(text) < 10:
         return float(text)
     try:

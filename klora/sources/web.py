@@ -1,4 +1,4 @@
-"""An address of nobody's page -> a download. Its server is asked how the file is told from a later one in its place."""
+"""A web address of no authority -> a download. Its server is asked what tells the file from a later one there."""
 
 import re
 import uuid
@@ -15,7 +15,7 @@ _TOTAL = re.compile(r"bytes 0-0/(\d{1,18})")
 
 
 def resolve(reference: Url, net: Network, deadline: Deadline) -> tuple[Download, ...]:
-    """The file at an address. Without an ETag or a date of its own it is another one each time.
+    """The file at an address. With neither an ETag nor a date, it counts as another file each time.
 
     Raises NotFound, Denied, Unreachable and SourceError as its server answers.
     """
