@@ -36,7 +36,7 @@ def disk_errors() -> Iterator[None]:
 class Draft:
     """The sink of a download. Its file is as long as what is reserved, and in use while its pin is held.
 
-    reserve(length): makes room for so many bytes in all, and the file as long.
+    reserve(draft, length): makes room for length bytes in all, and the file that long.
     """
 
     def __init__(self, path: Path, pin: Pin, reserve: Callable[["Draft", int], None]) -> None:

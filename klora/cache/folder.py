@@ -93,16 +93,16 @@ def sync(folder: Path) -> None:
 def _check(path: Path) -> None:
     """Refuse what somebody else could write in, or have put there to lead elsewhere."""
     status = path.lstat()
-    wrong = {
+    faults = {
         "a symbolic link": stat.S_ISLNK(status.st_mode),
         "no folder": not stat.S_ISDIR(status.st_mode),
         f"owned by user {status.st_uid}": status.st_uid != os.geteuid(),
         f"writable by others (mode {stat.S_IMODE(status.st_mode):o})": bool(status.st_mode & 0o022),
     }
-    for what, so in wrong.items():
-        if so:
+    for fault, present in faults.items():
+        if present:
             raise SourceError(
-                f"The LoRA cache cannot be at {path}, which is {what}. "
+                f"The LoRA cache cannot be at {path}, which is {fault}. "
                 f"Expected a folder of user {os.geteuid()} that nobody else may write, mode 0700."
             )
 

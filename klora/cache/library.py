@@ -61,100 +61,102 @@ class Library:
         be for none of these families is refused. Without any, none is.
         """
         with ExitStack() as loans:
-            asked = {
-                name: _Asked(reference, scope_of(reference, tokens, self._secret), tokens, deadline, bases)
+            queries = {
+                name: _Query(reference, scope_of(reference, tokens, self._secret), tokens, deadline, bases)
                 for name, reference in references.items()
             }
-            yield interruptible(lambda: self._at_once(asked, deadline, loans), deadline.cancel)
+            yield interruptible(lambda: self._borrow_all(queries, deadline, loans), deadline.cancel)
 
-    def _at_once(self, asked: Mapping[str, "_Asked"], deadline: Deadline, loans: ExitStack) -> dict[str, "Borrowed"]:
-        with ThreadPoolExecutor(max(1, len(asked)), "lora") as pool:
-            waiting = {name: pool.submit(self._borrow_for, name, one, loans) for name, one in asked.items()}
+    def _borrow_all(
+        self, queries: Mapping[str, "_Query"], deadline: Deadline, loans: ExitStack
+    ) -> dict[str, "Borrowed"]:
+        with ThreadPoolExecutor(max(1, len(queries)), "lora") as pool:
+            futures = {name: pool.submit(self._borrow_named, name, query, loans) for name, query in queries.items()}
             try:
-                for one in as_completed(waiting.values()):
-                    one.result()
+                for future in as_completed(futures.values()):
+                    future.result()
             except BaseException:
                 deadline.cancel()  # or leaving the pool would wait for downloads that nobody wants
                 raise
-        return {name: future.result() for name, future in waiting.items()}
+        return {name: future.result() for name, future in futures.items()}
 
-    def _borrow_for(self, name: str, asked: "_Asked", loans: ExitStack) -> "Borrowed":
+    def _borrow_named(self, name: str, query: "_Query", loans: ExitStack) -> "Borrowed":
         """_borrow(), with the name of the input in front of an error's text. Errors that are remembered have none:
         another request may name the same LoRA in another input."""
         try:
-            return self._borrow(asked, loans)
+            return self._borrow(query, loans)
         except KLoRAError as error:
             raise type(error)(f"{name}: {error}") from error
 
-    def _borrow(self, asked: "_Asked", loans: ExitStack) -> "Borrowed":
-        start, reference = time.monotonic(), asked.reference
-        found = self._data(reference, asked.deadline) if isinstance(reference, Data) else self._found(asked)
+    def _borrow(self, query: "_Query", loans: ExitStack) -> "Borrowed":
+        start, reference = time.monotonic(), query.reference
+        found = self._data(reference, query.deadline) if isinstance(reference, Data) else self._look_up(query)
         loans.callback(found.loan.close)  # a deque's append: safe from several threads
         ref = found.ref
         _check_pin(reference, ref.files[0].sha256)
-        _check_base(asked, ref.base_model)
+        _check_base(query, ref.base_model)
         logger.info("%s: %s, %d bytes, %.3f s", reference, found.how, ref.size, time.monotonic() - start)
         if ref.base_model or ref.triggers:
             logger.info("%s", _description(ref))
         return Borrowed(found.loan.paths[0], self._store.scores(ref.files), ref.triggers, base_of(ref.base_model))
 
-    def _found(self, asked: "_Asked") -> "_Found":
-        if found := self._at_hand(asked):
+    def _look_up(self, query: "_Query") -> "_Result":
+        if found := self._cached(query):
             return found
-        with self._store.flight(asked.name, asked.deadline):
-            return self._at_hand(asked) or self._asked_for(asked)
+        with self._store.flight(query.name, query.deadline):
+            return self._cached(query) or self._ask_authority(query)
 
-    def _at_hand(self, asked: "_Asked") -> "_Found | None":
-        """What can be lent without asking the authority: allowed lately, and the pinned file, of which else there may
-        be a later version. Raises again what was refused lately."""
-        ref, pin = self._store.refs.get(asked.name), asked.reference.pin
+    def _cached(self, query: "_Query") -> "_Result | None":
+        """What can be lent without asking the authority: it was allowed lately, and is the pinned file if there is a
+        pin; if it is not, the authority may have another by now. Raises again what was refused lately."""
+        ref, pin = self._store.refs.get(query.name), query.reference.pin
         known = ref and ref.authorised.is_recent(MAX_AGE) and pin in (None, ref.files[0].sha256)
         if ref and known and (loan := self._store.lend(ref.files)):
-            self._store.refs.touch(asked.name)
-            return _Found(loan, ref, "hit")
-        self._refusals.check(asked.name)
+            self._store.refs.touch(query.name)
+            return _Result(loan, ref, "hit")
+        self._refusals.check(query.name)
         return None
 
-    def _asked_for(self, asked: "_Asked") -> "_Found":
+    def _ask_authority(self, query: "_Query") -> "_Result":
         """What the authority allows now, or what it last allowed everybody if it does not answer."""
-        known = self._store.refs.get(asked.name)
+        known = self._store.refs.get(query.name)
         try:
-            with self._heeding_refusals(asked):
-                downloads = self._resolve(asked.plain, asked.tokens, asked.deadline)
+            with self._heeding_refusals(query):
+                downloads = self._resolve(query.plain, query.tokens, query.deadline)
         except Unreachable as error:
-            if asked.scope == PUBLIC and known and (loan := self._store.lend(known.files)):
-                self._store.refs.touch(asked.name)
-                logger.warning("%s: the copy in the cache serves, for it cannot be asked for: %s", asked.plain, error)
-                return _Found(loan, known, "stale")
+            if query.scope == PUBLIC and known and (loan := self._store.lend(known.files)):
+                self._store.refs.touch(query.name)
+                logger.warning("%s: the copy in the cache serves, for it cannot be asked for: %s", query.plain, error)
+                return _Result(loan, known, "stale")
             raise
-        if asked.scope == PUBLIC and any(download.credential for download in downloads):
-            raise RuntimeError(f"{asked.plain} was asked for with a credential that the request did not bring")
+        if query.scope == PUBLIC and any(download.credential for download in downloads):
+            raise RuntimeError(f"{query.plain} was asked for with a credential that the request did not bring")
         lora = downloads[0]
-        _check_pin(asked.reference, lora.sha256)
-        _check_base(asked, lora.base_model)
-        return self._kept(asked, downloads, known)
+        _check_pin(query.reference, lora.sha256)
+        _check_base(query, lora.base_model)
+        return self._fetch_making_room(query, downloads, known)
 
     @contextmanager
-    def _heeding_refusals(self, asked: "_Asked") -> Iterator[None]:
+    def _heeding_refusals(self, query: "_Query") -> Iterator[None]:
         """Remember that a reference is refused, and forget its ref, which must not serve when the authority is
         silent."""
         try:
-            with self._refusals.remembering(asked.name):
+            with self._refusals.remembering(query.name):
                 yield
         except (NotFound, Denied):
-            self._store.refs.forget(asked.name)
+            self._store.refs.forget(query.name)
             raise
 
-    def _kept(self, asked: "_Asked", downloads: tuple[Download, ...], known: Ref | None) -> "_Found":
-        """_keep(), once more after an eviction where the disk was full."""
+    def _fetch_making_room(self, query: "_Query", downloads: tuple[Download, ...], known: Ref | None) -> "_Result":
+        """_fetch_missing(), and once more after an eviction if the disk was full."""
         try:
-            return self._keep(asked, downloads, known)
+            return self._fetch_missing(query, downloads, known)
         except DiskFullError:
-            if not self._store.evict(sum(download.size or STEP for download in downloads), asked.deadline):
+            if not self._store.evict(sum(download.size or STEP for download in downloads), query.deadline):
                 raise
-            return self._keep(asked, downloads, known)
+            return self._fetch_missing(query, downloads, known)
 
-    def _keep(self, asked: "_Asked", downloads: tuple[Download, ...], known: Ref | None) -> "_Found":
+    def _fetch_missing(self, query: "_Query", downloads: tuple[Download, ...], known: Ref | None) -> "_Result":
         """Have every download as a blob, fetched where it is missing, and write the ref that names them."""
         before = {file.key: file.sha256 for file in known.files} if known else {}
         how, files = "revalidated", []
@@ -163,15 +165,15 @@ class Library:
                 sha256 = download.sha256 or before.get(download.key)
                 held = self._store.blob(sha256) if sha256 else None
                 if held is None:
-                    with self._heeding_refusals(asked):
-                        sha256, held = self._download(download, asked.deadline)
+                    with self._heeding_refusals(query):
+                        sha256, held = self._download(download, query.deadline)
                     how = "fetched"
                 pins.enter_context(held)
                 files.append(File(download.key, download.name, cast(str, sha256), held.size()))
             lora = downloads[0]
-            ref = Ref(str(asked.plain), asked.scope, tuple(files), Moment.now(), lora.base_model, lora.triggers)
-            self._store.remember(ref, asked.deadline)
-            return _Found(self._lent(ref.files), ref, how)
+            ref = Ref(str(query.plain), query.scope, tuple(files), Moment.now(), lora.base_model, lora.triggers)
+            self._store.remember(ref, query.deadline)
+            return _Result(self._lent(ref.files), ref, how)
 
     def _download(self, download: Download, deadline: Deadline) -> tuple[str, Pin]:
         with self._store.draft(download.size, deadline) as draft:
@@ -181,19 +183,19 @@ class Library:
                 self._check(draft.path)
             return sha256, self._store.publish(draft, sha256, deadline)
 
-    def _data(self, reference: Data, deadline: Deadline) -> "_Found":
+    def _data(self, reference: Data, deadline: Deadline) -> "_Result":
         """The file that came within a request, as a blob without a ref: it is the first to be evicted."""
         name = "data.tar" if reference.payload[257:262] == b"ustar" else "data.safetensors"
         files = (File(str(reference), name, reference.sha256, len(reference.payload)),)
         ref = Ref(str(reference), PUBLIC, files, Moment.now())
         if loan := self._store.lend(files):
-            return _Found(loan, ref, "hit")
+            return _Result(loan, ref, "hit")
         with self._store.draft(len(reference.payload), deadline) as draft:
             draft.write(reference.payload)
             draft.finish()
             self._check(draft.path)
             with self._store.publish(draft, reference.sha256, deadline):
-                return _Found(self._lent(files), ref, "kept")
+                return _Result(self._lent(files), ref, "kept")
 
     def _lent(self, files: tuple[File, ...]) -> Loan:
         """A loan of files whose blobs are pinned already."""
@@ -213,8 +215,8 @@ class Borrowed(NamedTuple):
     base: str = ""
 
 
-class _Found(NamedTuple):
-    """A ref and a loan of its files. how: they were had, in a word for the log."""
+class _Result(NamedTuple):
+    """A ref and a loan of its files. how: a word for the log: "hit", "stale", "revalidated", "fetched" or "kept"."""
 
     loan: Loan
     ref: Ref
@@ -222,8 +224,8 @@ class _Found(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A reference as one request asks for it: for whom, until when, and for which bases."""
+class _Query:
+    """A reference, and for whom, until when and for which bases one request wants it."""
 
     reference: Reference
     scope: str
@@ -233,12 +235,12 @@ class _Asked:
 
     @property
     def plain(self) -> Reference:
-        """Without its pin, which only checks: it neither makes another ref nor selects a blob."""
+        """The reference without its pin, which only checks: it makes no other ref and selects no blob."""
         return replace(self.reference, pin=None)
 
     @property
     def name(self) -> str:
-        """Of its ref, its flight and its refusals."""
+        """The name of its ref, its flight and its refusals."""
         return ref_name(str(self.plain), self.scope)
 
 
@@ -250,13 +252,13 @@ def _check_pin(reference: Reference, sha256: str | None) -> None:
         )
 
 
-def _check_base(asked: _Asked, base_model: str | None) -> None:
+def _check_base(query: _Query, base_model: str | None) -> None:
     family = family_of(base_model)
-    if asked.bases and family is not None and family not in asked.bases.values():
-        newest = isinstance(asked.plain, CivitaiFile) and asked.plain.version is None
+    if query.bases and family is not None and family not in query.bases.values():
+        newest = isinstance(query.plain, CivitaiFile) and query.plain.version is None
         raise SourceError(
-            f"{asked.plain} was made for {base_model!r:.60}, as its page says. "
-            f"Expected a LoRA for {' or '.join(asked.bases)}{', or the number of a version that is' if newest else ''}."
+            f"{query.plain} was made for {base_model!r:.60}, as its page says. "
+            f"Expected a LoRA for {' or '.join(query.bases)}{', or the number of a version that is' if newest else ''}."
         )
 
 

@@ -112,7 +112,7 @@ class Refs:
         return ref if ref.name == name and ref.files else None
 
     def touch(self, name: str) -> None:
-        """It is used now."""
+        """Record that it is used now."""
         with contextlib.suppress(FileNotFoundError):
             os.utime(self.path(name))
 
@@ -125,16 +125,16 @@ class Refs:
         return [path.stem for path in self._folder.iterdir()]
 
     def by_blob(self) -> dict[str, set[str]]:
-        """The names of refs by the sha256 that they name."""
-        found: dict[str, set[str]] = {}
+        """{sha256 of a blob: the names of the refs that name it}."""
+        names: dict[str, set[str]] = {}
         for name in self.names():
             for file in ref.files if (ref := self.get(name)) else ():
-                found.setdefault(file.sha256, set()).add(name)
-        return found
+                names.setdefault(file.sha256, set()).add(name)
+        return names
 
     def last_use(self, name: str) -> float:
-        """Seconds since 1970; 0 of what is gone, and of what would have been used in the future, by a clock since put
-        right: its next use says when that was."""
+        """Seconds since 1970. 0 where it is gone, or where the time is in the future because a clock was wrong: its
+        next use corrects that."""
         with contextlib.suppress(OSError):
             used = self.path(name).stat().st_mtime
             return used if used <= time.time() else 0.0

@@ -9,8 +9,8 @@ from klora.errors import SourceError
 from klora.sources.download import Denied, NotFound
 
 MAX_REFUSALS = 1000
-# Seconds, by the very type. What is merely unreachable, cancelled or too much for the cache is asked for again; the
-# last one is a file that was no LoRA, and keeps those who waited for it from fetching it again, one after another.
+# How long an error of just this type is remembered; others (unreachable, cancelled, too much for the cache) are not.
+# SourceError itself: the file is no LoRA, and those who waited for it need not fetch it again, one after another.
 SECONDS = {NotFound: 30.0, Denied: 10.0, SourceError: 10.0}
 
 

@@ -38,10 +38,10 @@ class Entry(NamedTuple):
     modified: float
 
 
-class Lack(NamedTuple):
-    """By how many bytes something is too much: for the cache's own bound, for the disk. Not above 0: it is not."""
+class Shortage(NamedTuple):
+    """How many bytes too many there would be: for the cache's bound, for the disk. 0 or less: it fits."""
 
-    own: int
+    cache: int
     disk: int
 
 
@@ -57,7 +57,7 @@ class Room:
 
     def make(self, wanted: int) -> None:
         """See that so many bytes more fit: what was used longest ago goes, unless in use. Raises CacheFullError."""
-        if max(self._lacking(wanted)) <= 0:
+        if max(self._shortage(wanted)) <= 0:
             return
         if wanted > self._max_bytes:
             raise CacheFullError(
@@ -65,30 +65,30 @@ class Room:
                 "Expected a smaller file, or a larger cache."
             )
         self._sweep_drafts()
-        lacking = self._lacking(wanted)
+        shortage = self._shortage(wanted)
         spare = sum(entry.size for entry in self._spare(self._refs.by_blob()))
-        if lacking.disk > max(lacking.own, spare):
+        if shortage.disk > max(shortage.cache, spare):
             raise CacheFullError(
                 f"The disk of the LoRA cache is full: {wanted} bytes more were asked for, and of its "
                 f"{self._folder.free_bytes()} free bytes {self._min_free} are to stay so. "
-                f"Expected {lacking.disk - spare} more of them, or a smaller file."
+                f"Expected {shortage.disk - spare} more of them, or a smaller file."
             )
-        if lacking.own > spare:
-            had = max(0, wanted - lacking.own + spare)
+        if shortage.cache > spare:
+            had = max(0, wanted - shortage.cache + spare)
             raise CacheFullError(
                 f"The LoRA cache is full: {wanted} bytes more were asked for, and {had} of its {self._max_bytes} "
                 "can be had beside the files in use. Expected a smaller file, a larger cache, or, where other requests "
                 "use them, another try when these have ended."
             )
-        self.evict(max(lacking))
-        if (left := max(self._lacking(wanted))) > 0:  # somebody took one up meanwhile, or the disk gave less back
+        self.evict(max(shortage))
+        if (left := max(self._shortage(wanted))) > 0:  # a file came into use meanwhile, or the disk gave less back
             raise CacheFullError(
                 f"The LoRA cache is full: {wanted} bytes more were asked for, {left} of them too many. "
                 "Expected a smaller file, or another try a little later."
             )
 
     def evict(self, wanted: int) -> int:
-        """Remove at least so many bytes if they can be had, the longest unused first; how many it were."""
+        """Remove what is not in use, the longest unused first, up to so many bytes. Returns how many they were."""
         gone, refs = 0, self._refs.by_blob()
         for entry in self._spare(refs):
             if gone >= wanted:
@@ -102,7 +102,7 @@ class Room:
         return gone
 
     def _remove_scores(self, blob: str) -> int:
-        """Of a blob, alone or with others; how many bytes they were."""
+        """Remove the scores of a blob, alone or with others. Returns how many bytes they were."""
         scores = [entry for entry in files(self._folder.scores) if blob in entry.path.name]
         for entry in scores:
             remove(entry.path)
@@ -152,15 +152,15 @@ class Room:
         for place in (self._folder.blobs, self._folder.scores, self._folder.drafts, self._folder.quarantine):
             yield from files(place)
 
-    def _lacking(self, wanted: int) -> Lack:
-        """The bytes by which so many more are too many."""
+    def _shortage(self, wanted: int) -> Shortage:
+        """What is lacking for so many bytes more."""
         entries = list(self._all())
         over = sum(entry.size for entry in entries) + wanted - self._max_bytes
         promised = sum(entry.unwritten for entry in entries)
-        return Lack(over, wanted + promised + self._min_free - self._folder.free_bytes())
+        return Shortage(over, wanted + promised + self._min_free - self._folder.free_bytes())
 
     def _spare(self, refs: dict[str, set[str]]) -> Iterator[Entry]:
-        """What may go, in the order in which it goes: quarantine, blobs without a ref, then the longest unused."""
+        """What may be evicted, in this order: quarantine, blobs without a ref, then the longest unused."""
         yield from files(self._folder.quarantine)
         used = {blob: max(map(self._refs.last_use, names)) for blob, names in refs.items()}
         for entry in sorted(files(self._folder.blobs), key=lambda entry: used.get(entry.path.name, 0.0)):

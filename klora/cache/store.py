@@ -24,7 +24,7 @@ from klora.sources.deadline import Deadline
 from klora.sources.download import Unreachable
 
 _PATIENCE = 10.0  # seconds to wait at the start for a chance to clear away
-_Seen = tuple[int, int, int]
+_Fingerprint = tuple[int, int, int]
 """(inode, size, time of its last change): while these are the same, so is the file's content."""
 
 
@@ -49,7 +49,7 @@ class Store:
         self._folder = open_folder(root)
         self.refs = Refs(self._folder.refs)
         self.room = Room(self._folder, self.refs, max_bytes, min_free)
-        self._verified: dict[str, _Seen] = {}
+        self._verified: dict[str, _Fingerprint] = {}
         # Threads that want one blob wait for the first to verify it; by the first digit, so that other blobs do not.
         self._verifying = {digit: threading.Lock() for digit in "0123456789abcdef"}
         with contextlib.suppress(Unreachable), self._space(Deadline(_PATIENCE)):
@@ -119,15 +119,15 @@ class Store:
             held.close()
 
     def _is_whole(self, sha256: str, held: Pin) -> bool:
-        """Whether its bytes are those of its name: read at its first use, and when it looks otherwise than then."""
-        if self._verified.get(sha256) == (seen := _seen(held)):
+        """Whether its bytes are those of its name: read at its first use, and again if its fingerprint changes."""
+        if self._verified.get(sha256) == (fingerprint := _fingerprint(held)):
             return True
         with self._verifying[sha256[0]], contextlib.suppress(OSError):
-            if self._verified.get(sha256) == seen:
+            if self._verified.get(sha256) == fingerprint:
                 return True
             with os.fdopen(held.fileno(), "rb", buffering=0, closefd=False) as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
-                    self._verified[sha256] = seen
+                    self._verified[sha256] = fingerprint
                     return True
         return False
 
@@ -159,7 +159,7 @@ class Store:
             sync(self._folder.blobs)
             held = pin(blob)
         assert held is not None, "nobody removes what the draft pins"
-        self._verified[sha256] = _seen(held)
+        self._verified[sha256] = _fingerprint(held)
         return held
 
     def remember(self, ref: Ref, deadline: Deadline) -> None:
@@ -202,6 +202,6 @@ class Store:
             yield
 
 
-def _seen(held: Pin) -> _Seen:
+def _fingerprint(held: Pin) -> _Fingerprint:
     status = os.fstat(held.fileno())
     return status.st_ino, status.st_size, status.st_mtime_ns
