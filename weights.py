@@ -93,12 +93,12 @@ def _bases_in(folder: Path) -> list[str]:
 def resident_bases() -> list[Installed]:
     """The bases to load at set-up: KLORA_BASES, separated by commas, else every installed one. Raises BaseModelError.
 
-    Fetches those that KLORA_BASES names and that are missing; without it those that the build left to set-up, of which
-    it only says why they cannot be had.  That none is installed is an error: such a server could answer nothing.
+    Fetches what is missing of KLORA_BASES; without it, the bases that the build left to set-up, and if one of these
+    cannot be had, only logs why.  That no base is installed is an error: such a server could answer nothing.
     """
     named = _named_bases()
     for name in named:
-        _meant(name)  # before the others are fetched, which takes long
+        _candidates(name)  # before the others are fetched, which takes long
     for name in named or BASES:
         try:
             _fetch_if_due(name)
@@ -122,19 +122,19 @@ def _fetch_if_due(name: str) -> None:
         download_base(name, token=os.environ.get(TOKENS["hf"]) or None)
 
 
-def find_base(name: str | None, family: str | None = None, liked: str = "") -> Installed:
-    """The base of this name; without one, an installed base of the family, or of any: the one that is liked, else the
-    first. Raises BaseModelError."""
-    wanted, installed = _meant(name, family), installed_bases()
-    found = next((base for base in (liked, *wanted) if base in wanted and base in installed), None)
+def find_base(name: str | None, family: str | None = None, preferred: str = "") -> Installed:
+    """The base of this name; without one, an installed base of the family, or of any: the preferred one if it is among
+    these, else the first. Raises BaseModelError."""
+    wanted, installed = _candidates(name, family), installed_bases()
+    found = next((base for base in (preferred, *wanted) if base in wanted and base in installed), None)
     if found is None:
         what = name or (f"A base model for {family} LoRAs" if family else "A base model")
         raise BaseModelError(f"{what} is not installed: {_lack_of(list(wanted), installed)}")
     return Installed(found, wanted[found], models_folder() / found)
 
 
-def _meant(name: str | None, family: str | None = None) -> dict[str, str]:
-    """{base: its family} of those that find_base() may find, installed or not. Raises BaseModelError."""
+def _candidates(name: str | None, family: str | None = None) -> dict[str, str]:
+    """{base: its family} of those that find_base() may choose from, installed or not. Raises BaseModelError."""
     known = {base: facts.family for base, facts in BASES.items() if facts.family}
     wanted = {base: own for base, own in known.items() if name == base or (name is None and family in (None, own))}
     if not wanted:
@@ -178,8 +178,8 @@ def lora_root() -> Path | None:
 class LoRAFiles:
     """The LoRA files that requests name: below one folder of the server's, or anywhere, and then lent by the cache.
 
-    root: None, the default, where no local path is taken.  anywhere: take the path of any file, for programs whose user
-    owns the machine.  Raises KLoRAError where a setting of the cache or of the authorities is wrong.
+    root: the folder of local files; None takes no local path.  anywhere: take the path of any file, for programs whose
+    user owns the machine.  Raises KLoRAError where a setting of the cache or of the authorities is wrong.
     """
 
     def __init__(self, root: Path | None = None, *, anywhere: bool = False) -> None:

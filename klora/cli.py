@@ -116,10 +116,10 @@ def train(
     base = TrainingBase(**weights.training_base(base_model))
     publishing = Publishing(**{item.name: given.pop(item.name) for item in fields(Publishing) if item.name in given})
 
-    def tell(progress: "Progress") -> None:
+    def show(progress: "Progress") -> None:
         typer.echo(progress_line(progress.step, progress.steps, str(progress)))
 
-    run_training(base, pictures, given, out, resume_from=resume_from, publishing=publishing, on_progress=tell)
+    run_training(base, pictures, given, out, resume_from=resume_from, publishing=publishing, on_progress=show)
     typer.echo(out)
 
 
@@ -141,8 +141,8 @@ def generate(
 
     bulk = Bulk(**{item.name: given.pop(item.name) for item in fields(Bulk) if item.name in given})
     common = open_images({**given, "seed": seed, "output_format": output_format})
-    made = run(read_prompts(prompts, common), bulk, out, open_studio, typer.echo, digests)
-    if made.faults:
+    result = run(read_prompts(prompts, common), bulk, out, open_studio, typer.echo, digests)
+    if result.faults:
         raise typer.Exit(1)
 
 
@@ -209,8 +209,8 @@ def _studio() -> "Studio":
 
 
 def _quiet_unless_seen() -> None:
-    """The libraries' bars are for a terminal alone: one that finds its pipe broken, as `2>&1 | head` leaves it, keeps
-    tqdm's lock, and the process would wait for that for ever at its end."""
+    """Silence the libraries' progress bars unless they go to a terminal: a bar whose pipe breaks, as of `2>&1 | head`,
+    keeps tqdm's lock, and the process would wait for that for ever at its end."""
     from klora.models import silence_progress_bars
 
     if not (sys.stderr and sys.stderr.isatty()):
@@ -241,15 +241,14 @@ def _command(verb: Callable[..., None], *forms: type, without: Collection[str] =
         except (KLoRAError, OSError) as error:
             if isinstance(error, OSError) and error.errno in (None, errno.EPIPE):  # no file's: a mistake, or a pipe
                 raise
-            typer.echo(f"Error: {_told(error)}", err=True)
+            typer.echo(f"Error: {_sentence(error)}", err=True)
             raise typer.Exit(1) from error
 
     run.__signature__ = options_of(verb, *forms, without=without)  # type: ignore[attr-defined]
     app.command(verb.__name__, help=verb.__doc__)(run)
 
 
-def _told(error: KLoRAError | OSError) -> str:
-    """In one sentence."""
+def _sentence(error: KLoRAError | OSError) -> str:
     if isinstance(error, KLoRAError):
         return str(error)
     return f"{error.filename or 'A file'} cannot be read or written: {error.strerror}. Expected a path that can be."

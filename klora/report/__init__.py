@@ -28,7 +28,8 @@ def report_on(
     """What a fusion of L layers comes to under a schedule, tau moving once a step. Draws nothing.
 
     steps: T >= 1, of the full schedule.   style_bias: finite, >= 0.   order: that of fusion.layers.
-    alphas: {"content" or "style": {alpha: layers}}, where a file told; a LowRank does not. Raises RequestError.
+    alphas: {"content" or "style": {alpha: how many layers}}, as far as the files state them; a LowRank has none. Raises
+    RequestError.
     """
     numbers = measured(fusion, schedule, steps, style_bias, order, alphas)
     return replace(numbers, warnings=advice(fusion, numbers))

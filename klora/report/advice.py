@@ -7,9 +7,9 @@ import torch
 from klora.fusion import Fusion
 from klora.report.numbers import BALANCED, MOST_BIAS, Report
 
-FAR_APART = 10.0  # magnitudes, one a multiple of the other
-STUCK = 2 / 3  # of the shared layers
-FAVOURED = 1.15  # R, by unequal ranks
+FAR_APART = 10.0  # times, that one LoRA's magnitude is the other's
+STUCK = 2 / 3  # of the shared layers, that never switch
+FAVOURED = 1.15  # times, that unequal ranks shift R
 ALIKE = 3  # layers that switch together are no accident
 
 
@@ -52,7 +52,8 @@ def _magnitudes(report: Report) -> Iterator[str]:
 
 
 def _ranks(fusion: Fusion) -> Iterator[str]:
-    """gamma evens out the sums of all |dW|, the choice compares the K largest, and few ranks make heavier tails.
+    """gamma evens out the sums of all |dW|, but the choice compares the K largest: with few ranks,
+    these hold more of the sum.
 
     R is off by (1 + 2/low) / (1 + 2/high): fitted to products of Gaussian factors, 1280 x 1280, of ranks 1 to 128, and
     within 10 % of them. Trained factors have fewer directions than ranks, hence "up to".

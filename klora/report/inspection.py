@@ -28,8 +28,8 @@ class Inspection:
         """In lines, for people."""
         lines = {"file": f"{self.name}, {self.size:,} bytes", "sha256": self.sha256, "made for": self.made_for}
         if self.report:
-            named, tags = (", ".join(map(repr, words)) for words in (self.report.triggers, self.report.tags))
-            lines |= {"holds": str(self.report), "triggers": named or "none are named"}
+            triggers, tags = (", ".join(map(repr, words)) for words in (self.report.triggers, self.report.tags))
+            lines |= {"holds": str(self.report), "triggers": triggers or "none are named"}
             lines |= {"tags": f"{tags}: most often in its captions, never added to a prompt"} if tags else {}
         lines |= {"fits": ", ".join(self.fits) or "no installed base"}
         lines |= {f"not {base}": why for base, why in self.refusals.items()}
@@ -40,16 +40,16 @@ def inspect(path: Path, bases: Mapping[str, tuple[str, Path]]) -> Inspection:
     """Inspect a file with these bases, {name: (key of FAMILIES, folder)}; those of another family than the file's are
     not tried. Raises LoRAError for what is no LoRA file at all."""
     origin = origin_of(path)
-    found: dict[str, FileReport] = {}
+    reports: dict[str, FileReport] = {}
     refusals: dict[str, str] = {}
     for name, (family, folder) in bases.items():
         if origin and origin.family != family:
             continue
         try:
-            found[name] = load_shapes(family, folder).read_lora(path).report
+            reports[name] = load_shapes(family, folder).read_lora(path).report
         except LoRAError as error:
             refusals[name] = str(error)
     file, digest = files_of(path)["lora"], Shelf().sha256(path)[0]
-    first = next(iter(found.values()), None)
+    first = next(iter(reports.values()), None)
     name = path.absolute().name  # of the working folder, which is ".", too
-    return Inspection(name, file.stat().st_size, digest, str(origin or "unknown"), first, tuple(found), refusals)
+    return Inspection(name, file.stat().st_size, digest, str(origin or "unknown"), first, tuple(reports), refusals)

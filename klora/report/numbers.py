@@ -1,7 +1,7 @@
 """A fusion under a schedule, in numbers.   L layers, T steps.
 
-R of a layer is content_score / (gamma * style_score). At step t style acts where R <= style_bias * S(tau), so that all
-that follows is the place of R among these T thresholds.
+R of a layer is content_score / (gamma * style_score). At step t style acts where R <= style_bias * S(tau): where a
+layer's R lies among these T thresholds tells which LoRA acts in it at each step.
 """
 
 import math
@@ -31,10 +31,10 @@ BALANCED = 0.1  # how far from a half a style share still is about a half
 class Report:
     """Shares are of all layers and steps, as a request's metric style_share is; each in [0, 1].
 
-    layers: L names.   order: "execution", or "file" where no base told it: by name.   owner: "both", "content" or
+    layers: L names.   order: "execution", or "file", that is by name, without a base.   owner: "both", "content" or
     "style", L of them.   ratio: R, float64 [L]; inf for content's own layers and where style is zero, 0 for style's.
     thresholds: style_bias * S(tau) of each step, float64 [T].   content_wins: bool [T, L].   ranks, alphas: {"content"
-    or "style": {value: layers}}, alphas as far as known.   gamma: the fusion's; gammas: under both definitions.
+    or "style": {value: number of layers}}, alphas if known.   gamma: the fusion's; gammas: under both definitions.
     slider: {style_bias: style share}.   balance: the style_bias in (0, 10] at which style acts in about a half of all,
     to two digits; None where there is none.   warnings: sentences.
     """
@@ -89,14 +89,14 @@ class Report:
     @cached_property
     def quantiles(self) -> dict[float, float]:
         """Of R over the shared layers, each the R of some layer; {} where none is shared."""
-        found = self.ratio[self.shared].sort().values
-        return {q: found[round(q * (len(found) - 1))].item() for q in QUANTILES} if len(found) else {}
+        ratios = self.ratio[self.shared].sort().values
+        return {q: ratios[round(q * (len(ratios) - 1))].item() for q in QUANTILES} if len(ratios) else {}
 
     def summary(self) -> str:
         """One line, for a log and for metrics."""
         shares, owners = self.style_share_by_step, self.owners
-        share, turns = self.style_share, f"{shares[0]:.0%} at first, {shares[-1]:.0%} at last"
-        acts = "no layer" if share is None else f"{share:.0%}, {turns}"
+        share, ends = self.style_share, f"{shares[0]:.0%} at first, {shares[-1]:.0%} at last"
+        acts = "no layer" if share is None else f"{share:.0%}, {ends}"
         low, middle, high = (f"{self.quantiles.get(q, math.nan):.2g}" for q in (0.05, 0.5, 0.95))
         never = sum(self.always.values()) / max(1, owners["both"])
         return (
@@ -120,8 +120,8 @@ class Report:
         return "\n".join([self.summary(), f"style's share by style_bias: {slider}; {half}", *self.advised])
 
     def to_json(self) -> dict[str, Any]:
-        """Every number, for json.dumps(..., allow_nan=False): an R that is infinite is null; wins has a string a step,
-        of "c" and "s", a letter a layer."""
+        """Every number, for json.dumps(..., allow_nan=False): an R that is infinite is null; wins has a string for
+        each step, with "c" or "s" for each layer."""
         ratio = [None if math.isinf(R) else R for R in self.ratio.tolist()]
         wins = ["".join("c" if won else "s" for won in step) for step in self.content_wins.tolist()]
         return {
@@ -195,11 +195,11 @@ def _owner(name: str, content: Mapping[str, LowRank], style: Mapping[str, LowRan
 
 def _balance(ratio: Tensor, scale: Tensor) -> float | None:
     """Style acts at a step where style_bias >= R / S(tau): their median gives it half of all layers and steps."""
-    turns = (ratio / scale[:, None]).nan_to_num(nan=0.0, posinf=math.inf).flatten()  # 0 / 0 is style's, as above
-    if not len(turns):
+    biases = (ratio / scale[:, None]).nan_to_num(nan=0.0, posinf=math.inf).flatten()  # 0 / 0 is style's, as above
+    if not len(biases):
         return None
-    bias = float(f"{turns.median().item():.2g}")
-    share = (turns <= bias).double().mean().item()
+    bias = float(f"{biases.median().item():.2g}")
+    share = (biases <= bias).double().mean().item()
     return bias if 0 < bias <= MOST_BIAS and abs(share - 0.5) <= BALANCED else None
 
 

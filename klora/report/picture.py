@@ -45,14 +45,14 @@ def figure(report: Report) -> "Figure":
     the four axes in this order."""
     height = min(1400, max(420, math.ceil(1.25 * len(report.layers))))
     blocks = _blocks(report.layers)
-    room = _Room(height, longest=max((len(name) for name, _, _ in blocks), default=0))
-    drawn = _new_figure(room.height)
-    heat, curve, ratios, slider = (drawn.add_axes(box) for box in room.boxes())
+    layout = _Layout(height, longest=max((len(name) for name, _, _ in blocks), default=0))
+    drawn = _new_figure(layout.height)
+    heat, curve, ratios, slider = (drawn.add_axes(box) for box in layout.boxes())
     _draw_choice(heat, report, blocks, height)
     _draw_shares(curve, report)
     _draw_ratios(ratios, report)
     _draw_slider(slider, report)
-    _draw_title(drawn, report, room)
+    _draw_title(drawn, report, layout)
     return drawn
 
 
@@ -64,7 +64,7 @@ def choice_colours(report: Report) -> "np.ndarray[Any, np.dtype[np.uint8]]":
     return palette[cells]
 
 
-class _Room:
+class _Layout:
     """Where the four axes are, in pixels and in parts of the figure."""
 
     def __init__(self, heat: int, longest: int) -> None:
@@ -83,12 +83,12 @@ class _Room:
 
 def _blocks(layers: tuple[str, ...]) -> list[tuple[str, int, int]]:
     """(name, first layer, one past its last layer) of each run of layers in one block, down_blocks.1 or mid_block."""
-    found, start = [], 0
+    blocks, start = [], 0
     for name, run in groupby(layers, _block_of):
         size = len(list(run))
-        found.append((name, start, start + size))
+        blocks.append((name, start, start + size))
         start += size
-    return found
+    return blocks
 
 
 def _block_of(layer: str) -> str:
@@ -161,12 +161,12 @@ def _name_thresholds(axes: "Axes", thresholds: "np.ndarray[Any, np.dtype[np.floa
 def _span_logarithms(axes: "Axes", low: float, high: float) -> None:
     """A logarithmic x from low to high and a little more, with round numbers at it."""
     axes.set_xscale("log")
-    room = max(1.15, (high / low) ** 0.09)
-    axes.set_xlim(low / room, high * room)
-    decades = range(math.floor(math.log10(low / room)), math.ceil(math.log10(high * room)) + 1)
+    margin = max(1.15, (high / low) ** 0.09)
+    axes.set_xlim(low / margin, high * margin)
+    decades = range(math.floor(math.log10(low / margin)), math.ceil(math.log10(high * margin)) + 1)
     digits = (1, 2, 5) if high / low < 100 else (1,)
     ticks = [digit * 10.0**decade for decade in decades for digit in digits]
-    ticks = [tick for tick in ticks if low / room <= tick <= high * room]
+    ticks = [tick for tick in ticks if low / margin <= tick <= high * margin]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
 
@@ -191,19 +191,19 @@ def _as_shares(axes: "Axes") -> None:
     axes.yaxis.label.set_fontsize(10)
 
 
-def _draw_title(drawn: "Figure", report: Report, room: _Room) -> None:
+def _draw_title(drawn: "Figure", report: Report, layout: _Layout) -> None:
     from matplotlib.patches import Patch
 
     schedule, shared = report.schedule, report.owners
     drawn.text(
-        16 / WIDTH, 1 - 14 / room.height,
+        16 / WIDTH, 1 - 14 / layout.height,
         f"K-LoRA, pattern {schedule.pattern}: alpha {schedule.alpha:g}, beta {schedule.beta:g}, style_bias "
         f"{report.style_bias:g}, gamma {report.gamma:.3g}",
         fontsize=14, fontweight="bold", va="top", color=INK,
     )  # fmt: skip
     always, share = report.always, "none" if report.style_share is None else f"{report.style_share:.0%}"
     drawn.text(
-        16 / WIDTH, 1 - 42 / room.height,
+        16 / WIDTH, 1 - 42 / layout.height,
         f"{shared['both']} layers in both LoRAs. Style acts in {share} of layers and steps; "
         f"shared layers that never switch: {always['content']} content's, {always['style']} style's",
         fontsize=10.5, va="top", color=INK,
@@ -213,7 +213,7 @@ def _draw_title(drawn: "Figure", report: Report, room: _Room) -> None:
         names[f"one LoRA alone ({shared['content']} layers content's, {shared['style']} style's)"] = ALONE
     drawn.legend(
         handles=[Patch(color=colour, label=name) for name, colour in names.items()], loc="lower left", ncols=3,
-        bbox_to_anchor=(room.left / WIDTH, 1 - (_MARGINS["top"] - 2) / room.height), frameon=False, fontsize=10,
+        bbox_to_anchor=(layout.left / WIDTH, 1 - (_MARGINS["top"] - 2) / layout.height), frameon=False, fontsize=10,
         borderaxespad=0, borderpad=0.3, handlelength=1.4,
     )  # fmt: skip
 

@@ -21,14 +21,14 @@ from klora.models.family import Family
 
 logger = logging.getLogger(__name__)
 Products = Literal["own", "float8"]
-"""The dtype of compiled blocks' products: the base's own, or float8 where products are most of a step."""
+"""How compiled blocks multiply: in the base's own dtype, or in float8 where matrix products are most of a step."""
 
 PROMPTS = 16  # whose embeddings are kept for each base: 4 MB each on FLUX.1
 
 
 class ResidentBases:
-    """Loaded bases, least recently used first. free: bytes that a device has left. compiled: in what the blocks
-    multiply that prepare() compiles; None compiles none. spare: frees memory that is cheaper to fill again than a
+    """Loaded bases, least recently used first. free: bytes that a device has left.  compiled: how the blocks
+    multiply that prepare() compiles, None to compile none.  spare: frees memory that is cheaper to fill again than a
     base's."""
 
     def __init__(

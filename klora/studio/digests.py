@@ -13,9 +13,9 @@ def digests(references: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
     A file that cannot be read is left out: using it raises the reason.
     """
-    shelf, found = Shelf(), dict[str, tuple[str, ...]]()
+    shelf, by_reference = Shelf(), dict[str, tuple[str, ...]]()
     for reference in references:
         for path in (reference, reference.partition("#sha256=")[0]):
             with suppress(OSError, ValueError, LoRAError):  # ValueError: a name that no file can have
-                found.setdefault(reference, shelf.sha256(Path(path)))
-    return found
+                by_reference.setdefault(reference, shelf.sha256(Path(path)))
+    return by_reference

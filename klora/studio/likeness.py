@@ -7,10 +7,10 @@ from PIL import Image, ImageChops
 ROUNDING = 3  # levels of 255, by which an image drawn in a batch, or by other threads, may differ from its like
 
 
-def difference(original: Path, made: Path) -> str:
+def difference(original: Path, again: Path) -> str:
     """In one sentence, how the second image file differs from the first; "" where the pixels are the same."""
     try:
-        with Image.open(original) as first, Image.open(made) as second:
+        with Image.open(original) as first, Image.open(again) as second:
             pair = first.convert("RGB"), second.convert("RGB")
     except (OSError, SyntaxError, ValueError):  # whichever Pillow has for what is cut off or damaged
         return f"{original.name} is damaged, so that the pixels cannot be compared."
@@ -19,6 +19,7 @@ def difference(original: Path, made: Path) -> str:
     most = max(ImageChops.difference(*pair).tobytes())
     if not most:
         return ""
-    why = ", as those of an image from a prompt file may, which was drawn in a batch, or of one by other threads"
-    rounded = why if most <= ROUNDING else ""
-    return f"its pixels differ from those of {original.name} by up to {most} of 255{rounded}."
+    cause = ""
+    if most <= ROUNDING:
+        cause = ", as those of an image from a prompt file may, which was drawn in a batch, or of one by other threads"
+    return f"its pixels differ from those of {original.name} by up to {most} of 255{cause}."

@@ -67,8 +67,8 @@ Check = Callable[[Mapping[str, UsedLoRA]], None]
 class Provenance:
     """All that it takes to make an image again, but for its LoRAs' files and the pictures that it was made from.
 
-    inputs: the request's that differ from their defaults and had an effect, with what the base settled.  place: in the
-    batch, which is part of it, because a batched product rounds otherwise; its seed is inputs["seed"] + place.
+    inputs: those of the request that differ from their defaults and had an effect, with what the base settled.  place:
+    in the batch, kept because products of a batch round differently; the image's seed is inputs["seed"] + place.
     loras: by input.  pictures: {input: picture_sha256}.  sources: {repository of the base: commit}, {} where klora has
     not fetched it.  measured: gamma and style_share, where K-LoRA chose.  versions: by library.
     """
@@ -86,12 +86,12 @@ class Provenance:
         cls, request: Request, folder: Path, loras: Mapping[str, UsedLoRA], measured: Mapping[str, Any]
     ) -> "Provenance":
         """Of the first image of a batch. request: settled(); folder: its base's."""
-        given, effective = request.changed, _INPUTS - set(_idle(request, loras))
+        changed, effective = request.changed, _INPUTS - set(_idle(request, loras))
         return cls(
-            {name: value for name, value in given.items() if name in effective},
+            {name: value for name, value in changed.items() if name in effective},
             0,
             loras,
-            {name: picture_sha256(given[name]) for name in _PICTURES if name in given},
+            {name: picture_sha256(changed[name]) for name in _PICTURES if name in changed},
             sources_of(str(request.model), folder),
             {name: measured[name] for name in ("gamma", "style_share") if name in measured},
             versions(),
@@ -137,8 +137,8 @@ class Provenance:
     def request(self, **given: Any) -> Request:
         """The request of its batch. given: the input images, which no record holds, and references of LoRAs that are
         elsewhere now. Raises RequestError for one that is missing, another than it was, or was not used."""
-        if odd := given.keys() - self.loras.keys() - self.pictures.keys():
-            raise RequestError(f"{min(odd)} is given, but the image was made without one. Leave it out.")
+        if unused := given.keys() - self.loras.keys() - self.pictures.keys():
+            raise RequestError(f"{min(unused)} is given, but the image was made without one. Leave it out.")
         for name, pixels in self.pictures.items():
             if name not in given:
                 raise RequestError(f"The image was made with {name} {pixels}, which is not in it. Give it by --{name}.")
@@ -150,20 +150,20 @@ class Provenance:
                 raise RequestError(f"{name} {why}. Give its file, {file}.")
         loras = {name: lora.reference for name, lora in self.loras.items()} | given
         chose = len(self.loras) == len(_LORAS) and self.inputs.get("fusion", "klora") == "klora"
-        idle = () if chose else CHOICE  # told by earlier versions, although they had no effect, and refused by this one
+        idle = () if chose else CHOICE  # recorded by earlier versions although without effect; this one refuses them
         return Request(**{name: value for name, value in self.inputs.items() if name not in idle}, **loras)
 
-    def check(self, found: Mapping[str, Sequence[str]]) -> None:
-        """Raise LoRAError where a LoRA's files are not those that were used. found: the files' sha256, by input."""
+    def check(self, digests: Mapping[str, Sequence[str]]) -> None:
+        """Raise LoRAError where a LoRA's files are not those that were used. digests: the files' sha256, by input."""
         for name, lora in self.loras.items():
-            if set(found[name]) != set(lora.sha256):
+            if set(digests[name]) != set(lora.sha256):
                 raise LoRAError(
-                    f"{name} has the sha256 {' and '.join(found[name])}. Expected the LoRA that the image was made "
+                    f"{name} has the sha256 {' and '.join(digests[name])}. Expected the LoRA that the image was made "
                     f"with, {' and '.join(lora.sha256)}."
                 )
 
     def changes(self, folder: Path) -> list[str]:
-        """In words, which libraries and which base are others than then. folder: the base's."""
+        """In words, which libraries and which base have changed since. folder: the base's."""
         then = {**self.versions, **self.sources}
         now = {**versions(), **sources_of(self.inputs["model"], folder)}
         names = [name for name in {**then, **now} if then.get(name) != now.get(name)]

@@ -30,8 +30,8 @@ class Way:
     @property
     def caption(self) -> str:
         """What stands below the label."""
-        of = "" if self.request.image is None else " of the full schedule"
-        return "" if self.style_share is None else f"style acts in {self.style_share:.0%}{of}"
+        suffix = "" if self.request.image is None else " of the full schedule"
+        return "" if self.style_share is None else f"style acts in {self.style_share:.0%}{suffix}"
 
 
 def ways_of(request: Request, fusion: Fusion, steps: int) -> dict[str, list[Way]]:

@@ -42,8 +42,8 @@ FindBase = Callable[[str | None, str | None, str], tuple[str, str, Path]]
 
 
 class Studio:
-    """Loaded bases and the safety checker, and what is made with them. compiled: whether prepare() compiles blocks for
-    go_fast, which takes minutes, and in what these multiply."""
+    """Loaded bases and the safety checker, and what is made with them. compiled: how the blocks multiply that prepare()
+    compiles for go_fast, which takes minutes; None compiles none."""
 
     def __init__(
         self,

@@ -44,7 +44,7 @@ def test_without_a_name_the_first_installed_base_of_the_family_is_found(
         ((None, "sdxl", "../sdxl"), "sdxl"),
     ],
 )
-def test_the_base_that_is_liked_is_found_where_it_is_meant_and_installed(
+def test_the_base_that_is_preferred_is_found_where_it_is_meant_and_installed(
     install: Callable[..., Path], given: tuple[str | None, str, str], found: str
 ) -> None:
     install("sdxl", "illustrious-xl", "flux-dev")
