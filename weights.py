@@ -125,12 +125,12 @@ def _fetch_if_due(name: str) -> None:
 def find_base(name: str | None, family: str | None = None, preferred: str = "") -> Installed:
     """The base of this name; without one, an installed base of the family, or of any: the preferred one if it is among
     these, else the first. Raises BaseModelError."""
-    wanted, installed = _candidates(name, family), installed_bases()
-    found = next((base for base in (preferred, *wanted) if base in wanted and base in installed), None)
-    if found is None:
+    candidates, installed = _candidates(name, family), installed_bases()
+    chosen = next((base for base in (preferred, *candidates) if base in candidates and base in installed), None)
+    if chosen is None:
         what = name or (f"A base model for {family} LoRAs" if family else "A base model")
-        raise BaseModelError(f"{what} is not installed: {_lack_of(list(wanted), installed)}")
-    return Installed(found, wanted[found], models_folder() / found)
+        raise BaseModelError(f"{what} is not installed: {_lack_of(list(candidates), installed)}")
+    return Installed(chosen, candidates[chosen], models_folder() / chosen)
 
 
 def _candidates(name: str | None, family: str | None = None) -> dict[str, str]:
@@ -159,9 +159,9 @@ def training_base(name: str) -> dict[str, Any]:
     One that set-up would have fetched is fetched: a trainer has no set-up.
     """
     _fetch_if_due(name)
-    found, base = find_base(name)._asdict(), BASES[name]
+    installed, base = find_base(name)._asdict(), BASES[name]
     origin = {"repository": base.repository, "checkpoint": base.checkpoint, "licence": base.licence}
-    return found | origin | {"annotators": models_folder()}
+    return installed | origin | {"annotators": models_folder()}
 
 
 def safety_checker_path() -> Path:

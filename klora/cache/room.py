@@ -74,9 +74,9 @@ class Room:
                 f"Expected {shortage.disk - spare} more of them, or a smaller file."
             )
         if shortage.cache > spare:
-            had = max(0, wanted - shortage.cache + spare)
+            available = max(0, wanted - shortage.cache + spare)
             raise CacheFullError(
-                f"The LoRA cache is full: {wanted} bytes more were asked for, and {had} of its {self._max_bytes} "
+                f"The LoRA cache is full: {wanted} bytes more were asked for, and {available} of its {self._max_bytes} "
                 "can be had beside the files in use. Expected a smaller file, a larger cache, or, where other requests "
                 "use them, another try when these have ended."
             )

@@ -115,14 +115,14 @@ def _as_spelled(path: Path, denoiser: str) -> dict[str, LowRank]:
     10."""
     with opened(path) as contents:
         factors, _ = pairs(contents, modules(effective(contents)))
-        found: dict[LayerKey, LowRank] = {}
+        layers: dict[LayerKey, LowRank] = {}
         for stem, pair in factors.items():
             key = component(stem, [denoiser, *ENCODERS])
-            if key in found:
+            if key in layers:
                 raise LoRAError(f"adapts {key[1]!r} twice, once as {stem!r}. Expected one pair of factors a layer.")
-            found[key] = pair
-        found = with_alphas(found, contents)
-    return {name: found[part, name] for part, name in sorted(found, key=_by_number) if part == denoiser}
+            layers[key] = pair
+        layers = with_alphas(layers, contents)
+    return {name: layers[part, name] for part, name in sorted(layers, key=_by_number) if part == denoiser}
 
 
 def _by_number(key: LayerKey) -> list[tuple[int, int, str]]:

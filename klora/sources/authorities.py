@@ -60,7 +60,7 @@ class Authorities:
         model, repository = reference.candidates()
         for candidate in (model, repository):
             try:
-                found = self.resolve(candidate, tokens, deadline)
+                downloads = self.resolve(candidate, tokens, deadline)
             except NotFound:
                 continue
             except (Denied, Unreachable) as error:
@@ -68,7 +68,7 @@ class Authorities:
                     raise type(error)(f"{model} is not on Replicate, and {error}") from None
                 raise type(error)(f"{error} Or {repository}, where Hugging Face's is meant.") from None
             logger.info("%s is %s", reference, candidate)
-            return found
+            return downloads
         raise NotFound(
             f"{reference} is neither a model that was trained on Replicate nor a Hugging Face repository. Expected "
             "replicate:owner/name or hf:owner/name."

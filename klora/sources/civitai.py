@@ -131,8 +131,8 @@ def _chosen(reference: CivitaiFile, version: _Version) -> _File:
         raise SourceError(f"{reference} is a {version.kind!r:.40}. Expected a LoRA.")
     if version.usage != "Download":
         raise SourceError(f"{reference} may be used on {AUTHORITY} only. Expected a LoRA that may be downloaded.")
-    wanted = [file for file in version.files if _matches(reference, file)]
-    usable = [file for file in wanted if file.kind == "Model" and file.metadata.get("format") == "SafeTensor"]
+    matching = [file for file in version.files if _matches(reference, file)]
+    usable = [file for file in matching if file.kind == "Model" and file.metadata.get("format") == "SafeTensor"]
     chosen = [file for file in usable if file.primary] or usable
     if not chosen:
         raise SourceError(f"{reference} has no LoRA in safetensors: {_listed(version.files)}. Expected one.")

@@ -66,9 +66,9 @@ class _Transfer:
 
     def advance(self) -> None:
         """Fetch what is missing, over one connection. Raises Unreachable where a further connection may bring more."""
-        wanted = self._range_headers()
-        with self.net.get(self.download.url, {**self.download.headers, **wanted}, self.deadline) as answer:
-            if "Range" in wanted and answer.status in (206, 416):
+        range_headers = self._range_headers()
+        with self.net.get(self.download.url, {**self.download.headers, **range_headers}, self.deadline) as answer:
+            if "Range" in range_headers and answer.status in (206, 416):
                 self._resume(answer)
             else:
                 self._begin(answer)
