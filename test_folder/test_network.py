@@ -11,6 +11,7 @@ from urllib.parse import quote
 import pytest
 
 from klora.errors import SourceError
+from klora.sources.authority import Client
 from klora.sources.deadline import Deadline
 from klora.sources.download import Denied, NotFound, Unreachable
 from klora.sources.network import Network
@@ -185,6 +186,28 @@ def test_a_status_that_may_pass_is_tried_again(status: int) -> None:
         with pytest.raises(Unreachable, match=f"answers {status}"):
             json_of(network(server), server.url("/y"))
         assert (len(server.asked("/x")), len(server.asked("/y"))) == (3, 1 + RETRIES)
+
+
+@pytest.mark.parametrize(
+    ("ask", "good", "answer"),
+    [
+        (Client.json, reply(b"1"), 1),
+        (Client.check_access, GOOD, None),
+        (Client.redirection, GOOD, None),
+        (Client.redirection, redirects("/y"), "/y"),
+    ],
+    ids=["json", "access", "no_redirection", "redirection"],
+)
+def test_whatever_an_authority_is_asked_is_asked_again_with_the_token(
+    ask: Callable[[Client, str], Any], good: Behaviour, answer: Any
+) -> None:
+    bad, headers = reply(b"", status=503), {"Authorization": "Bearer t"}
+    with Hostile({"/x": in_turn(bad, bad, good)}) as server, Deadline(20) as deadline:
+        url = server.url("/x")
+        expected = server.url(answer) if answer == "/y" else answer
+        assert ask(Client(server.url(""), headers, network(server), deadline), url) == expected
+        assert [request.headers["Authorization"] for request in server.asked("/x")] == ["Bearer t"] * 3
+        assert not server.asked("/y")
 
 
 def test_a_server_is_given_the_time_that_it_asks_for() -> None:
