@@ -57,7 +57,8 @@ class Connection:
     """
 
     def __init__(self, url: str, token: str | None = None) -> None:
-        self.url, self._origin = (url := url.strip()).rstrip("/"), _origin(url)
+        url = url.strip()
+        self.url, self._origin = url.rstrip("/"), _origin(url)
         scheme, host, _ = self._origin
         if scheme not in ("http", "https") or not host or urlsplit(url).username:
             raise PlaygroundError(

@@ -95,7 +95,8 @@ class Folder:
 
     def _write(self, job: Job, suffix: str, content: bytes) -> None:
         """As a whole, or not at all."""
-        part = (path := self._place(job, suffix)).with_name(f".{path.name}.part")
+        path = self._place(job, suffix)
+        part = path.with_name(f".{path.name}.part")
         try:
             part.write_bytes(content)
             part.replace(path)

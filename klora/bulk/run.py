@@ -56,7 +56,8 @@ def _outcomes(bulk: Bulk, batches: Sequence[Batch], folder: Folder, opened: Call
         yield from spread(batches, opened, folder, bulk.ray_workers)
     elif batches:
         draw = opened()
-        yield from (make(batch, draw, folder) for batch in batches)
+        for batch in batches:
+            yield make(batch, draw, folder)
 
 
 def _follow(
