@@ -126,6 +126,9 @@ class Step(int):
         step.steps = steps
         return step
 
+    def __getnewargs__(self) -> tuple[int, int]:  # type: ignore[override]  # for copies, also in another process
+        return int(self), self.of
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:

@@ -1,10 +1,13 @@
 """A LoRA is data: the mapping of its layers, and what it remembers of where it was lent; a plan says when it acts."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
 from klora.fusion import fuse
-from klora.lora import LoRA, LowRank, Plan, readable
+from klora.lora import LoRA, LowRank, Plan, Step, readable
 from test_folder.files.reading import pair
 
 
@@ -27,6 +30,12 @@ def test_constant_plan_lets_every_lora_act_always_at_its_scale() -> None:
     assert plan.layers == ("a", "b", "c")
     assert plan.loras == (first, second)
     assert torch.equal(plan.gates, torch.tensor([[[0.5, -2.0]] * 3]))
+
+
+def test_a_step_that_is_sent_elsewhere_still_says_of_how_many() -> None:
+    """A progress bar may be another process's."""
+    for sent in (copy.deepcopy(Step(3, 10)), pickle.loads(pickle.dumps(Step(3, 10)))):
+        assert (sent, sent.of) == (3, 10)
 
 
 def placeable(rows: int = 6) -> LoRA:
