@@ -90,7 +90,8 @@ def lend_merged(
 
     def apply(step: int, changed: list[int]) -> None:
         if any(linears[index].weight is not parameters[index] for index in changed if index in parameters):
-            raise RequestError("Another attached() lies over this one. Expected the inner one alone to change steps.")
+            seen = "A layer has another weight than attached() put there, as an inner attached() or offloading sets one"
+            raise RequestError(f"{seen}. Expected the inner one alone to change steps, and no offloading within.")
         rows = zip(changed, gates[step, changed].tolist(), strict=True)
         write((index, _gated_pairs(pairs[index], gates_of_layer)) for index, gates_of_layer in rows)
         torch.clear_autocast_cache()  # of what these weights were

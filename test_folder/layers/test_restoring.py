@@ -6,6 +6,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from cog import CancelationException
 
 from klora.errors import LoRAError, RequestError
@@ -67,6 +68,13 @@ def test_an_outer_block_whose_steps_change_beneath_merged_weights_is_refused(net
         inner.set_step(3)
         torch.testing.assert_close(network(x), dense(dense(alone, plan, 0), plan, 3)(x), rtol=0, atol=1e-5)
     assert photograph(network) == before
+
+
+def test_merged_weights_that_offloading_has_replaced_are_refused(network):
+    with attached(network, switching_plan(network), engine="merged") as gate:
+        cpu_offload(network, torch.device("cpu"))
+        with pytest.raises(RequestError, match="no offloading within"):
+            gate.set_step(3)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
