@@ -53,6 +53,15 @@ def test_what_a_repository_has_beside_its_lora_lies_beside_it(
         assert paths["lora"].with_name(beside[0]).read_bytes() == beside[1]
 
 
+def test_a_pin_is_of_the_lora_and_not_of_what_lies_beside_it(shop: Shop) -> None:
+    shop.authority.has(hub("two"), ("dog.safetensors", CONTENT), ("dog_emb.safetensors", STYLE))
+    for _ in range(2):
+        assert shop.read(replace(hub("two"), pin=sha256(CONTENT))) == CONTENT
+    assert shop.authority.asked.total() == 1
+    with pytest.raises(SourceError, match="sha256"):
+        shop.read(replace(hub("two"), pin=sha256(STYLE)))
+
+
 def test_one_reference_for_both_inputs_is_fetched_once(shop: Shop) -> None:
     with shop.borrowed(20, {}, content_lora=hub("content"), style_lora=hub("content")) as paths:
         assert {path.read_bytes() for path in paths.values()} == {CONTENT}

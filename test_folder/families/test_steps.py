@@ -185,4 +185,24 @@ def test_step_is_the_schedules_not_the_count_of_forwards() -> None:
             denoiser(torch.zeros(1))
             denoiser(torch.zeros(1))
             on_step_end(pipe, index, scheduler.timesteps[index + 1], {})
-    assert steps == [1, 1, 2, 2]
+        scheduler.timesteps = [3, 2, 1]  # of the pipeline's next call
+        denoiser(torch.zeros(1))
+    assert steps == [1, 1, 2, 2, 1]
+
+
+class TimedDenoiser(torch.nn.Module):
+    def forward(self, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
+        return sample
+
+
+@pytest.mark.parametrize(
+    ("times", "time"), [([3, 2, 1], torch.tensor(2)), (torch.tensor([3, 2, 1]), 2), ([3, 2, 1], 2)], ids=str
+)
+def test_steps_are_counted_where_timesteps_have_no_address(times: Any, time: Any) -> None:
+    steps: list[int] = []
+    pipe = SimpleNamespace(unet=TimedDenoiser(), scheduler=SimpleNamespace(timesteps=times, num_inference_steps=3))
+    with following(pipe, steps.append) as on_step_end:
+        for index in range(2):
+            pipe.unet(torch.zeros(1), time)
+            on_step_end(pipe, index, time, {})
+    assert steps == [0, 1]

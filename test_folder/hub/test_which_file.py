@@ -70,6 +70,11 @@ LONG = "x" * 90
         (["dog_emb.safetensors"], "hf:o/m", ["dog_emb.safetensors"]),
         (["水墨.safetensors", "水墨_emb.safetensors"], "hf:o/m", ["_.safetensors", "__emb.safetensors"]),
         ([f"{LONG}.safetensors", f"{LONG}_emb.safetensors"], "hf:o/m", [f"{'x' * 64}.safe", f"{'x' * 64}_emb.safe"]),
+        (
+            [f"{LONG}.-{'y' * 62}.safetensors", f"{LONG}.-{'y' * 62}_emb.safetensors"],
+            "hf:o/m",
+            [f"{'y' * 62}.safe", f"{'y' * 62}_emb.safe"],
+        ),
     ],
 )
 def test_the_words_that_lie_beside_a_lora_come_with_it(

@@ -70,6 +70,16 @@ def test_an_outer_block_whose_steps_change_beneath_merged_weights_is_refused(net
     assert photograph(network) == before
 
 
+def test_an_outer_block_may_change_steps_where_no_inner_one_lies_over_it(network, x):
+    plan, alone = switching_plan(network), copy.deepcopy(network)
+    plan.gates[:, :2] = plan.gates[0, :2]
+    inner = Plan.constant((random_lora(network, LAYERS[:1], 2, seed=6),), (2.0,))
+    step = int((plan.gates[:, 2] != plan.gates[0, 2]).any(-1).nonzero()[0])
+    with attached(network, plan, engine="merged") as outer, attached(network, inner, engine="merged"):
+        outer.set_step(step)
+        torch.testing.assert_close(network(x), dense(dense(alone, plan, step), inner, 0)(x), rtol=0, atol=1e-5)
+
+
 def test_merged_weights_that_offloading_has_replaced_are_refused(network):
     with attached(network, switching_plan(network), engine="merged") as gate:
         cpu_offload(network, torch.device("cpu"))
