@@ -22,6 +22,7 @@ AT_WORK: list[dict[str, Any]] = [
     {"style_scale": 2, "fusion": "style"},
     {"prompt_strength": 0.5, "image": PICTURE},
     {"megapixels": "2", "output_quality": 9},
+    {"output_quality": 9, "output_format": "jpg"},
     {"width": 64, "height": 64, "output_format": "png"},
 ]
 
