@@ -162,9 +162,10 @@ class TrainConfig:
         """The caption under which the output is to stay the base's: class_prompt or, if blank, this caption with
         class_word for the trigger word and without "in [trigger] style"."""
         trigger = whole_word(self.trigger)
-        style, subject = rf"\s+in {trigger} style(?!\w)", rf"{trigger}(\s+{re.escape(self.class_word)}(?!\w))?"
+        style, subject = rf"[Ii]n {trigger} style(?!\w)", rf"{trigger}(\s+{re.escape(self.class_word)}(?!\w))?"
+        styled = rf"^{style},?\s*|,?\s+{style}"
         # By a function, because in a template a backslash would be an escape.
-        return self.class_prompt or re.sub(subject, lambda match: self.class_word, re.sub(style, "", caption))
+        return self.class_prompt or re.sub(subject, lambda match: self.class_word, re.sub(styled, "", caption))
 
     @property
     def samples(self) -> tuple[str, ...]:

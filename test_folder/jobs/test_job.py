@@ -230,6 +230,8 @@ def test_prior_preservation_makes_another_lora(
         ("a sbuffer", "a sbuffer"),
         ("a sbu dogma", "a dog dogma"),
         ("a man in sbu style, from above", "a man, from above"),
+        ("a man, in sbu style.", "a man."),
+        ("In sbu style, a man", "a man"),
         ("a man in sbu styles", "a man in dog styles"),
     ],
 )
