@@ -127,7 +127,7 @@ class Step(int):
         return step
 
     def __getnewargs__(self) -> tuple[int, int]:  # type: ignore[override]  # for copies, also in another process
-        return int(self), self.of
+        return int(self), self.steps
 
 
 @dataclass(frozen=True, eq=False)
