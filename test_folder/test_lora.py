@@ -35,7 +35,7 @@ def test_constant_plan_lets_every_lora_act_always_at_its_scale() -> None:
 def test_a_step_that_is_sent_elsewhere_still_says_of_how_many() -> None:
     """A progress bar may be another process's."""
     for sent in (copy.deepcopy(Step(3, 10)), pickle.loads(pickle.dumps(Step(3, 10)))):
-        assert (sent, sent.of) == (3, 10)
+        assert (sent, sent.steps) == (3, 10)
 
 
 def placeable(rows: int = 6) -> LoRA:
