@@ -1,7 +1,7 @@
 """From a prompt file to requests for one image each. Knows no model, and no folder for the images.
 
-A plain file has a prompt on each line. A .jsonl file, or any whose first line is such, has an object on each line: the
-request's inputs by name, of which the prompt is needed. What a line does not say is the same for all lines.
+A plain file has a prompt on each line. A .jsonl file, or any that has such on half its lines, has an object on each
+line: the request's inputs by name, of which the prompt is needed. What a line does not say is the same for all lines.
 """
 
 import json
@@ -124,7 +124,7 @@ def read_prompts(
         raise RequestError(f"{called} has no prompt. Expected one on each line.")
     if most is not None and len(filled) > most:
         raise RequestError(f"{called} has {len(filled)} lines. Expected at most {most}.")
-    read = _reader(path.suffix.lower(), filled[0][1], called)
+    read = _reader(path.suffix.lower(), [line for _, line in filled], called)
     jobs, faults = [], []
     for index, (number, line) in enumerate(filled):
         seed = (common.get("seed", 0) + index) % (MAX_SEED + 1)
@@ -154,9 +154,9 @@ def _check_common(common: Mapping[str, Any], template: str) -> None:
         )
 
 
-def _reader(suffix: str, first: bytes, called: str) -> Callable[[bytes], dict[str, Any]]:
+def _reader(suffix: str, lines: Sequence[bytes], called: str) -> Callable[[bytes], dict[str, Any]]:
     """What reads the lines of a file. Raises RequestError for a table, whose rows would be drawn as they stand."""
-    if suffix == ".jsonl" or _is_object(first):
+    if suffix == ".jsonl" or 2 * sum(map(_is_object, lines)) >= len(lines):  # not the first alone: it may be a bad one
         return _read_object
     if suffix in (".csv", ".tsv", ".json"):
         raise RequestError(f"{called} is a table or JSON. Expected a prompt on each line of a .txt file, or a .jsonl.")
@@ -183,9 +183,9 @@ def _read_text(line: bytes) -> dict[str, Any]:
 
 
 def _read_plain(line: bytes) -> dict[str, Any]:
-    """As _read_text(). An object further down is a mistake in the first line, and no prompt."""
+    """As _read_text(). An object among lines of text is a mistake, and no prompt."""
     if _is_object(line):
-        raise RequestError("It is JSON, but the file's first line is text. Expected all lines of one kind.")
+        raise RequestError("It is JSON, but most lines of the file are text. Expected all lines of one kind.")
     return _read_text(line)
 
 

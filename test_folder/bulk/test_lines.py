@@ -89,7 +89,7 @@ def test_a_bad_line_is_named_in_a_sentence_and_keeps_its_place(tmp_path: Path, c
     assert [(job.index, job.request.seed) for job in prompts.requests] == [(0, 5), (2, 7)]
 
 
-@pytest.mark.parametrize("case", ["unknown", "a picture", "half a character"])
+@pytest.mark.parametrize("case", ["unknown", "a picture", "half a character", "no JSON", "no object", "no prompt"])
 def test_an_upload_without_a_suffix_whose_first_line_is_a_bad_object_is_not_taken_for_text(
     tmp_path: Path, case: str
 ) -> None:
@@ -103,13 +103,15 @@ def test_a_prompt_of_brackets_is_a_prompt(tmp_path: Path) -> None:
     assert [asked.prompt for asked in requests(read(written(tmp_path / "p.txt", "[" * 4000)))] == ["[" * 4000]
 
 
-def test_an_object_below_a_line_of_text_is_a_bad_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_an_object_among_lines_of_text_is_a_bad_line(tmp_path: Path, place: int) -> None:
     """And no prompt, which would be drawn."""
-    (tmp_path / "mixed.txt").write_text('a dog\n{"prompt": "a cat"}\n{a, b}\n')
-    read_file = read_prompts(tmp_path / "mixed.txt", QUICK)
+    lines = ["a dog", "{a, b}"]
+    lines.insert(place, '{"prompt": "a cat"}')
+    read_file = read_prompts(written(tmp_path / "mixed.txt", *lines), QUICK)
     assert [job.request.prompt for job in read_file.requests] == ["a dog", "{a, b}"]
-    sentence = "It is JSON, but the file's first line is text. Expected all lines of one kind."
-    assert read_file.faults == (Fault(2, sentence),)
+    sentence = "It is JSON, but most lines of the file are text. Expected all lines of one kind."
+    assert read_file.faults == (Fault(place + 1, sentence),)
 
 
 def test_a_long_value_is_not_printed_whole() -> None:
