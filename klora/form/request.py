@@ -154,7 +154,7 @@ class Request:
     def remarks(self, roles: Collection[str]) -> list[str]:
         """What is asked for and changes nothing with LoRAs of these roles alone and the other inputs, a sentence
         each."""
-        acting = [role for role in roles if self.fusion in (role, "klora", "sum")]
+        changed, acting = self.changed, [role for role in roles if self.fusion in (role, "klora", "sum")]
         why = {f"{role}_scale": f"no {role} LoRA acts" for role in ("content", "style") if role not in acting}
         if self.image is None:
             why["prompt_strength"] = "there is no image to start from"
@@ -162,7 +162,7 @@ class Request:
             why["megapixels"] = "width or height is given"
         if self.output_format == "png":
             why["output_quality"] = "png is exact"
-        return [f"{name} changes nothing: {reason}" for name, reason in why.items() if name in self.changed]
+        return [f"{name} changes nothing: {reason}" for name, reason in why.items() if name in changed]
 
     @property
     def loras(self) -> dict[str, str]:

@@ -99,8 +99,7 @@ def origin_of(path: Path) -> Origin | None:
         if foreign := foreign_origin(contents):
             return foreign
         family = next((name for name, kind in FAMILIES.items() if kind.recognises(list(contents.specs))), None)
-        base = contents.metadata.get("base", "")
-    return Origin(FAMILIES[family].name, family, "", base) if family else None
+    return Origin(FAMILIES[family].name, family, "", contents.metadata.get("base", "")) if family else None
 
 
 def _keys(file: Path) -> list[str]:

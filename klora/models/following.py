@@ -25,7 +25,8 @@ def following(pipe: Any, on_step: Callable[[int], Any]) -> Iterator[Callable[...
         begin = max(0, last - getattr(pipe, "num_timesteps", last))  # some pipelines tell it uncut, some not at all
         counted = begin + (progress[1] if progress[0] is times else 0)  # each call has a list of its own
         known = [getattr(pipe.scheduler, name, None) for name in ("step_index", "begin_index")]
-        place = next(at for at in (*known, *(_place(time, times) for time in args[1:2]), counted) if at is not None)
+        tellers = (known, (_place(time, times) for time in args[1:2]), [counted])  # the timestep is not always needed
+        place = next(at for places in tellers for at in places if at is not None)
         steps = pipe.scheduler.num_inference_steps or total  # DDPM does not count timesteps of one's own
         on_step(Step(place * steps // total, steps))
 
