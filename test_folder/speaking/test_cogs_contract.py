@@ -1,4 +1,4 @@
-"""How the playground runs predictions on Cog, where the real server of test_playground.py is hard to bring to it."""
+"""How the playground runs predictions on Cog, where the real server of the browser tests is hard to bring to it."""
 
 import threading
 from collections.abc import Callable
