@@ -31,7 +31,7 @@ BORDERS = {
     "matplotlib": ("klora/report/picture.py",),
     "ray": ("klora/bulk/cluster.py",),
     "triton": ("klora/device.py", "klora/kernels.py"),
-    "huggingface_hub": ("klora/bases/hub.py", "klora/training/card.py"),
+    "huggingface_hub": ("klora/bases/hub.py", "klora/training/card.py", "klora/training/hub.py"),
 }
 ROOMS = {
     room: {f"klora.{room}", *(f"klora.{room}.{path.stem}" for path in PACKAGE if path.parent.name == room)}

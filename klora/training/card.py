@@ -1,28 +1,10 @@
-"""How a trained LoRA is presented: the contact sheet of its samples, the model card, the upload to the hub.
+"""The model card of a trained LoRA: what it is, how it is used and how it was made."""
 
-Works on pictures, facts and a folder, and knows nothing of torch, of Cog or of the training loop.
-"""
-
-import logging
 import re
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import accumulate
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public by its documentation
-from PIL import Image, ImageDraw, ImageFont
-
-from klora.errors import RequestError
-from klora.training.writing import RESUME_STATE
-
-# The contact sheet's measures in pixels: a picture's sides at least and at most, the height of letters (TEXT) and of
-# lines (LEADING); and how many lines a text has at most.
-LARGEST, SMALLEST, MARGIN, GAP, TEXT, LEADING, LABEL_WIDTH, LINES = 384, 192, 24, 16, 18, 23, 180, 3
+from huggingface_hub import ModelCardData
 
 SETTINGS = (
     "lora_type", "class_word", "rank", "lora_alpha", "lora_targets", "layers_to_optimize_regex", "steps", "optimizer",
@@ -32,67 +14,6 @@ SETTINGS = (
     "pictures", "dataset",
 )  # fmt: skip
 """The facts that a card lists; dataset is a SHA-256. Listed one by one, as others may hold captions or paths."""
-
-_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-
-
-def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image | None]]], titles: Sequence[str]) -> Image.Image:
-    """The sheet of rows (label, pictures), with a title above each column. A None leaves its cell empty."""
-    font = ImageFont.load_default(TEXT)
-    columns = max([len(titles), *(len(pictures) for _, pictures in rows)], default=0)
-    grid = [[p and fitted(p) for p in [*pictures, *[None] * columns][:columns]] for _, pictures in rows]
-    widths = [max([SMALLEST, *(picture.width for picture in column if picture)]) for column in zip(*grid, strict=True)]
-    heights = [max([SMALLEST, *(picture.height for picture in row if picture)]) for row in grid]
-    labels = [_wrapped(label, font, LABEL_WIDTH) for label, _ in rows]
-    heads = [_wrapped(title, font, width) for title, width in zip(titles, widths, strict=False)]
-    left = round(max((font.getlength(line) for label in labels for line in label), default=0))
-    top = max(map(len, heads), default=0) * LEADING
-    xs = list(accumulate((width + GAP for width in widths), initial=MARGIN + (left + GAP if left else 0)))
-    ys = list(accumulate((height + GAP for height in heights), initial=MARGIN + (top + GAP // 2 if top else 0)))
-    sheet = Image.new("RGB", (xs[-1] - GAP + MARGIN, ys[-1] - GAP + MARGIN), "white")
-    draw = ImageDraw.Draw(sheet)
-    for head, x, width in zip(heads, xs, widths, strict=False):
-        _write(draw, head, (x + width // 2, MARGIN + top - len(head) * LEADING), font, "ma")
-    for label, row, y, height in zip(labels, grid, ys, heights, strict=False):
-        _write(draw, label, (MARGIN, y + (height - len(label) * LEADING) // 2), font, "la")
-        for picture, x, width in zip(row, xs, widths, strict=False):
-            if picture:
-                sheet.paste(picture, (x + (width - picture.width) // 2, y + (height - picture.height) // 2))
-    return sheet
-
-
-def fitted(picture: Image.Image) -> Image.Image:
-    """A picture at its size on the sheet, RGB: a large one scaled to LARGEST, a small one by a whole factor to at least
-    SMALLEST, so that its pixels stay squares."""
-    side = max(picture.size)
-    factor = -(-SMALLEST // side) if side <= LARGEST else LARGEST / side
-    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
-    resampling = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.NEAREST
-    return picture.convert("RGB").resize(size, resampling)
-
-
-def _wrapped(text: str, font: _Font, width: int) -> list[str]:
-    """The text in at most LINES lines, each at most so many pixels wide; what is too long is cut, with an ellipsis."""
-    lines: list[str] = []
-    for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    kept = [*lines[: LINES - 1], " ".join(lines[LINES - 1 :])]
-    return [_shortened(line, font, width) for line in kept if line]
-
-
-def _shortened(line: str, font: _Font, width: int) -> str:
-    if font.getlength(line) <= width:
-        return line
-    end = bisect_left(range(len(line)), True, key=lambda end: font.getlength(f"{line[:end]}…") > width)
-    return f"{line[: end - 1].rstrip()}…"
-
-
-def _write(draw: ImageDraw.ImageDraw, lines: Sequence[str], at: tuple[int, int], font: _Font, anchor: str) -> None:
-    for number, line in enumerate(lines):
-        draw.text((at[0], at[1] + number * LEADING), line, "black", font, anchor)
 
 
 def model_card(facts: Mapping[str, Any], licence: str, samples: Sequence[str] = ()) -> str:
@@ -174,66 +95,3 @@ def _licence(repository: str, licence: str) -> dict[str, Any]:
 def _code(value: object) -> str:
     """The value as Markdown's code, on one line."""
     return f"`{' '.join(str(value).split()).replace('`', chr(39))}`"
-
-
-def check_repo_id(repo_id: str) -> None:
-    """Raise RequestError, before training starts, for a name that the hub would refuse."""
-    try:
-        validate_repo_id(repo_id if "/" in repo_id else "")
-    except HFValidationError:
-        seen = "a token" if repo_id.startswith("hf_") else repr(repo_id)  # pasted into the wrong field
-        accepted = "owner/name, of letters, digits, '-', '_' and '.', at most 96 each, without '--' and '..'"
-        raise RequestError(f"hf_repo_id is {seen}. Expected {accepted}.") from None
-
-
-def push(folder: Path, repo_id: str, token: str, private: bool = True) -> str:
-    """Upload a training's folder, without the state from which only its owner resumes; return the address. Raises
-    RequestError.
-
-    private: make the repository private, and refuse an existing one that is public.
-    """
-    api = HfApi(token=token)
-    with _silenced():
-        return _pushed(api, folder, repo_id, private)
-
-
-@contextmanager
-def _silenced() -> Iterator[None]:
-    """In the block the hub's libraries log nothing: their lines show signed addresses, which give access."""
-    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "httpx2", "httpcore2")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _pushed(api: HfApi, folder: Path, repo_id: str, private: bool) -> str:
-    try:
-        address = api.create_repo(repo_id, private=private, exist_ok=True)
-        # An existing repository stays as it is: create_repo does not make it private, nor raise.
-        if private and not api.model_info(repo_id).private:
-            seen = f"hf_repo_id is {repo_id!r}, which is public, and hf_private is true"
-            raise RequestError(f"{seen}. Expected a private repository, or hf_private=false.")
-        api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=[RESUME_STATE, f"*/{RESUME_STATE}"])
-    except RequestError:
-        raise
-    except Exception as error:  # a hub out of reach raises what its HTTP library raises, a portal a JSON error
-        # Not chained: the hub may quote the token in what it answers, and logs show causes.
-        raise RequestError(f"hf_repo_id is {repo_id!r}, but {_refusal(error)}") from None
-    return str(address)
-
-
-def _refusal(error: Exception) -> str:
-    """What went wrong and what is expected, without what the error says."""
-    if not isinstance(error, HfHubHTTPError):
-        return f"the upload broke off ({type(error).__name__}). Expected a hub that can be reached and answers."
-    accepted = {
-        401: "a valid token with the right to write", 403: "a token with the right to write for this owner",
-        404: "an owner for whom the token may write", 409: "a repository that nothing else changes meanwhile",
-    }  # fmt: skip
-    wanted = accepted.get(error.response.status_code, "a repository that takes the upload")
-    return f"the hub refused it ({error.response.status_code}). Expected {wanted}."

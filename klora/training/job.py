@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from PIL import Image
 
 from klora import __version__
 from klora.device import default_device
@@ -30,19 +29,18 @@ from klora.interruptible import interruptible
 from klora.lora import LoRA, save_lora
 from klora.models import FAMILIES, load_model
 from klora.training.annotate import Captioner, Segmenter, autocaptioned, segmented
-from klora.training.card import SETTINGS, contact_sheet, fitted, model_card
+from klora.training.card import SETTINGS, model_card
 from klora.training.config import TrainConfig
-from klora.training.dataset import UNDECODABLE, Picture, dataset_hash, read_upload
+from klora.training.dataset import Picture, dataset_hash, read_upload
 from klora.training.kohya import save_kohya
 from klora.training.loop import Load, OnProgress, Progress, train_lora
 from klora.training.memory import dtype_and_quantization
 from klora.training.publishing import Publishing
+from klora.training.sheet import sheet_of_samples
 from klora.training.taken_up import FACTS, LOG, TakenUp, taken_up
 from klora.training.writing import RESUME_STATE, require_place, tarred, whole, writing
 
 logger = logging.getLogger(__name__)
-
-ROWS, COLUMNS = 16, 16  # of the contact sheet at most, which so has at most 6,600 pixels a side
 
 
 @dataclass(frozen=True)
@@ -207,36 +205,8 @@ def _write_card(folder: Path, facts: Mapping[str, Any], licence: str, config: Tr
     card = model_card(facts, licence, [path.relative_to(folder).as_posix() for path in last])
     with writing():
         if last:
-            _sheet(folder / "samples", config).save(folder / "contact_sheet.png")
+            sheet_of_samples(folder / "samples", config.samples).save(folder / "contact_sheet.png")
         (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _sheet(samples: Path, config: TrainConfig) -> Image.Image:
-    """The contact sheet: a row for each step that made samples, ROWS of them at most, a column for each of the first
-    COLUMNS prompts."""
-    steps, prompts = sorted({path.stem.split("_")[1] for path in samples.glob("step_*.png")}), config.samples[:COLUMNS]
-    rows = [
-        (f"step {int(step)}", [_thumbnail(samples / f"step_{step}_{number}.png") for number in range(len(prompts))])
-        for step in _spread(steps, ROWS)
-    ]
-    return contact_sheet(rows, prompts)
-
-
-def _spread(steps: Sequence[str], most: int) -> Sequence[str]:
-    """At most so many (2 or more) of the steps, evenly spread, the first and the last among them."""
-    if len(steps) <= most:
-        return steps
-    return [steps[round(number * (len(steps) - 1) / (most - 1))] for number in range(most)]
-
-
-def _thumbnail(path: Path) -> Image.Image | None:
-    """A sample at its size on the sheet, its file closed; None where there is no such file, or, from resume_from, one
-    that is no picture."""
-    try:
-        with Image.open(path, formats=("PNG",)) as picture:
-            return fitted(picture)
-    except (*UNDECODABLE, Image.DecompressionBombError):
-        return None
 
 
 def _annotated(

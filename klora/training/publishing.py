@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from klora.errors import KLoRAError, RequestError
 from klora.form.fields import ask, check
 from klora.interruptible import interruptible
-from klora.training.card import check_repo_id, push
 from klora.training.config import TrainConfig, ineffective
+from klora.training.hub import check_repo_id, push
 
 if TYPE_CHECKING:  # a form needs no torch
     from klora.training.loop import OnProgress, Progress

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from safetensors import safe_open
 import weights
 from klora import load_model
 from klora.errors import RequestError
-from klora.training import job
 from klora.training.cache import encode_pictures
 from klora.training.config import TrainConfig
 from test_folder.jobs.short import entered, held, klora_train, trained, weights_of
@@ -81,32 +80,6 @@ def test_what_an_expression_chose_is_not_said_to_be_the_choice_of_layers_it_repl
     assert (told["rank"], told["learning_rate"]) == ("8", "5e-05")  # the base's
     card = tar["README.md"].decode()
     assert "| layers_to_optimize_regex | `to_q$` |" in card and "lora_targets" not in card
-
-
-@pytest.fixture
-def few_files() -> Iterator[None]:
-    """A process that may open four files more than it has: none gets a number from the limit on."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    os.close(lowest := os.dup(0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 4, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, before)
-
-
-@pytest.mark.usefixtures("few_files")
-def test_a_sheet_of_many_samples_shows_few_steps_and_opens_one_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(job, "ROWS", 7)
-    monkeypatch.setattr(job, "COLUMNS", 2)
-    for step in range(10, 410, 10):
-        Image.new("RGB", (24, 24), (step // 2, 0, 255)).save(tmp_path / f"step_{step:06}_0.png")
-    Image.new("RGB", (800, 400), (205, 0, 255)).save(tmp_path / "step_000410_0.png")
-    sheet = job._sheet(tmp_path, TrainConfig(sample_prompts="sbu\n" * 4))
-    dots = np.asarray(sheet)[::9, ::9].reshape(-1, 3)
-    shown = dict.fromkeys(int(red) * 2 for red, *others in dots if others == [0, 255])
-    assert list(shown) == [10, 80, 140, 210, 280, 340, 410]
-    assert sheet.width < 384 + 192 + 180
 
 
 def test_kohyas_file_is_the_same_lora(bases: Path, quick: Path) -> None:

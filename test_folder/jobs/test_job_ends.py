@@ -140,13 +140,6 @@ def test_a_sheet_leaves_out_what_is_no_picture(size: tuple[int, int]) -> None:
         assert sheet.height > 2 * 192  # a row of each step
 
 
-def test_a_sheet_opens_no_sample_in_another_format_than_ours(tmp_path: Path) -> None:
-    """An EPS in a tar that is taken up would be run, by Ghostscript."""
-    Image.new("RGB", (64, 64)).save(tmp_path / "ours.png")
-    Image.new("RGB", (64, 64)).save(tmp_path / "other.png", "BMP")
-    assert job._thumbnail(tmp_path / "ours.png").size == (192, 192) and job._thumbnail(tmp_path / "other.png") is None
-
-
 # Broken off
 
 
