@@ -62,12 +62,13 @@ def attached(
     is back; until then the denoiser's state_dict() is not the base's.
 
     schedule, options: what a Planner's plan() takes; a Plan needs none.   engine: None takes merged where a copy of the
-    touched weights fits in memory, else gated.   pixels: of an image, for which the choice leaves headroom_bytes().
+    touched weights fits in memory and can stand in their place, else gated.   pixels: of an image, for which the choice
+    leaves headroom_bytes().
     alike: names of linears that the gated engine replaces, adapted or not, all at one rank, so that what was compiled
     with one pair of LoRAs serves every other.   float8: names of linears whose product the merged engine computes in
     float8, adapted or not: faster, and no longer equal to gated.
     Raises LoRAError when a layer is not a linear of the module or has another shape, and RequestError for an unknown
-    engine, or for merged on quantised weights, which cannot be written as W + dW.
+    engine, or for merged on a base that is quantised or that diffusers offloads in groups.
     """
     if engine not in (None, *get_args(Engine)):
         raise RequestError(f"engine is {engine!r}. Expected 'gated', 'merged' or None, for the one that fits.")
@@ -76,9 +77,11 @@ def attached(
     alike, float8 = tuple(alike), dict.fromkeys(float8)
     plan = extended(requested, float8) if float8 else requested
     linears = [linear_in(denoiser, name) for name in plan.layers]
-    if engine == "merged" and _quantised(linears):
-        raise RequestError("engine is 'merged', but the base is quantised. Expected 'gated', or None.")
-    engine = engine or ("merged" if _fits(linears, [name in float8 for name in plan.layers], pixels) else "gated")
+    obstacle = _obstacle(denoiser, linears)
+    if engine == "merged" and obstacle:
+        raise RequestError(f"engine is 'merged', but the base is {obstacle}. Expected 'gated', or None.")
+    fits = not obstacle and _fits(linears, [name in float8 for name in plan.layers], pixels)
+    engine = engine or ("merged" if fits else "gated")
     if engine == "gated" and (alike or float8):
         plan = padded(requested, denoiser, alike) if requested.layers and alike else requested
         linears = [linear_in(denoiser, name) for name in plan.layers]
@@ -94,12 +97,14 @@ def attached(
 def _fits(linears: list[nn.Linear], float8: list[bool], pixels: int) -> bool:
     """Whether the active weights, each in float8 or in its own dtype, fit beside the pristine ones and the headroom."""
     weights = [linear.weight for linear in linears]
-    if _quantised(linears):
-        return False
     needed = sum(w.numel() if in_float8 else w.nbytes for w, in_float8 in zip(weights, float8, strict=True))
     return not weights or needed + headroom_bytes(pixels) <= free_bytes(weights[0].device)
 
 
-def _quantised(linears: list[nn.Linear]) -> bool:
-    """Whether some weight cannot be written as W + dW: a quantiser's own layer, or elements of one byte."""
-    return any(type(linear) is not nn.Linear or linear.weight.itemsize < 2 for linear in linears)
+def _obstacle(denoiser: nn.Module, linears: list[nn.Linear]) -> str:
+    """What the base is where its weights cannot be replaced by W + dW: of a quantiser's own layers, or elements of one
+    byte; or offloaded by diffusers, which brings the parameters that it knows and no others. "" where they can."""
+    if any(type(linear) is not nn.Linear or linear.weight.itemsize < 2 for linear in linears):
+        return "quantised"
+    hooks = (part.__dict__.get("_diffusers_hook") for part in (denoiser, *linears))
+    return "offloaded in groups" if any(each.get_hook("group_offloading") for each in hooks if each) else ""

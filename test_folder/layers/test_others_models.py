@@ -4,10 +4,11 @@ and LoRAs that are being trained."""
 import pytest
 import torch
 from accelerate import cpu_offload
+from diffusers.hooks import apply_group_offloading
 from diffusers.models.attention_processor import Attention
 from peft import LoraConfig, inject_adapter_in_model
 
-from klora.errors import LoRAError
+from klora.errors import LoRAError, RequestError
 from klora.layers import attached
 from klora.lora import Plan
 from test_folder.layers.network import ENGINES, dense, random_lora, switching_plan
@@ -69,6 +70,22 @@ def test_a_base_whose_weights_come_layer_by_layer_is_refused(engine, network):
     cpu_offload(network, torch.device("cpu"))
     with pytest.raises(LoRAError, match="offloaded layer by layer"), attached(network, plan, engine=engine):
         pass
+
+
+@pytest.mark.parametrize("groups", [{"offload_type": "leaf_level"}, {"num_blocks_per_group": 1}], ids=["leaf", "block"])
+def test_a_base_that_diffusers_offloads_in_groups_keeps_its_parameters(groups, network, x, tmp_path):
+    """It brings those that it knows, from a file, and leaves nothing in them meanwhile."""
+    plan = switching_plan(network)
+    expected = [dense(network, plan, step)(x) for step in range(len(plan.gates))]
+    cpu = torch.device("cpu")
+    apply_group_offloading(network, cpu, cpu, offload_to_disk_path=str(tmp_path), **groups)
+    with pytest.raises(RequestError, match=r"the base is offloaded in groups\. Expected 'gated'"):
+        attached(network, plan, engine="merged").__enter__()
+    with attached(network, plan) as gate:
+        assert gate.engine == "gated"
+        for step, right in enumerate(expected):
+            gate.set_step(step)
+            torch.testing.assert_close(network(x), right)
 
 
 def test_projections_that_run_fused_are_refused():
