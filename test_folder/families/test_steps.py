@@ -25,6 +25,7 @@ from klora.layers import attached
 from klora.lora import LowRank
 from klora.models.family import Family
 from klora.models.following import following
+from test_folder import tiny
 from test_folder.families.painting import paint, photo
 
 
@@ -114,13 +115,15 @@ def test_a_scheduler_that_does_not_know_its_place_is_followed_by_timesteps_where
 
 
 def test_timesteps_of_ones_own_are_counted_by_their_list(sdxl: Family) -> None:
-    """Of these DDPM does not know how many there are."""
-    told: list[int] = []
+    """Of these DDPM does not know how many there are, but how many there were in the call before."""
+    told: list[tuple[int, int]] = []
     scheduler = DDPMScheduler.from_config(sdxl.pipe.scheduler.config)
     pipe = StableDiffusionXLPipeline(**sdxl.pipe.components | {"scheduler": scheduler})
-    with following(pipe, told.append) as on_step_end:
-        pipe("a dog", timesteps=[900, 500, 100], callback_on_step_end=on_step_end, output_type="latent")
-    assert told == [0, 1, 2]
+    with following(pipe, lambda step: told.append((step, step.steps))) as on_step_end:
+        options: dict[str, Any] = {"callback_on_step_end": on_step_end, "output_type": "latent"}
+        for times in ({"timesteps": [900, 500, 100]}, {"num_inference_steps": 2}, {"timesteps": [900, 500, 100]}):
+            pipe("a dog", **times, **options)
+    assert told == [(0, 3), (1, 3), (2, 3), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]
 
 
 @pytest.mark.parametrize("planned", [3, 5])
@@ -134,6 +137,15 @@ def test_a_pipeline_that_runs_another_number_of_steps_than_were_planned_is_refus
             paint(model, gate.set_step)
         if planned == 3:
             paint(model, gate.set_step, num_inference_steps=3)
+
+
+def test_a_denoiser_that_is_called_before_its_scheduler_has_steps_is_told_of_all_timesteps(sdxl: Family) -> None:
+    """Which no plan has."""
+    told: list[tuple[int, int]] = []
+    pipe = StableDiffusionXLPipeline(**sdxl.pipe.components | {"scheduler": DDIMScheduler()})
+    with following(pipe, lambda step: told.append((step, step.steps))):
+        pipe.unet(**tiny.unet_inputs(pipe.unet))
+    assert told == [(0, 1000)]
 
 
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DDIMScheduler])
@@ -193,6 +205,18 @@ def test_step_is_the_schedules_not_the_count_of_forwards() -> None:
 class TimedDenoiser(torch.nn.Module):
     def forward(self, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
         return sample
+
+
+def test_a_timestep_that_is_given_by_its_name_tells_the_place() -> None:
+    """As PixArt's pipelines give it, which call nobody back."""
+    steps: list[int] = []
+    denoiser, times = TimedDenoiser(), torch.tensor([3, 2, 1])
+    pipe = SimpleNamespace(transformer=denoiser, scheduler=SimpleNamespace(timesteps=times, num_inference_steps=3))
+    with following(pipe, steps.append):
+        for time in times:
+            denoiser(torch.zeros(1), timestep=time[None].expand(2))
+    assert steps == [0, 1, 2]
+    assert not denoiser._forward_pre_hooks and not denoiser._forward_pre_hooks_with_kwargs
 
 
 @pytest.mark.parametrize(
