@@ -25,8 +25,8 @@ def linear_in(denoiser: nn.Module, name: str) -> nn.Linear:
         parent, module = module, module._modules.get(part) if module is not None else None
     if not isinstance(module, nn.Linear):
         raise LoRAError(
-            f"{name!r} is no linear layer of {type(denoiser).__name__}. "
-            "Expected a LoRA read for this base, and no adapters on the base, as load_lora_weights() puts there."
+            f"{name!r} is no linear layer of {type(denoiser).__name__}. Expected a LoRA read for this base, and no "
+            "adapters on the base: unload_lora_weights() takes diffusers' off, and its end those of another attached()."
         )
     if parent is not None and parent.__dict__.get("fused_projections"):
         raise LoRAError(f"{name!r} is not run where projections are fused. Expected a base loaded anew.")

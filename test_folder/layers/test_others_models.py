@@ -100,5 +100,11 @@ def test_projections_that_run_fused_are_refused():
 def test_a_base_with_adapters_of_peft_is_told_of_them(network):
     plan = switching_plan(network)
     inject_adapter_in_model(LoraConfig(target_modules=["to_q"]), network)
-    with pytest.raises(LoRAError, match="no adapters on the base"), attached(network, plan):
+    with pytest.raises(LoRAError, match=r"no adapters on the base: unload_lora_weights\(\)"), attached(network, plan):
         pass
+
+
+def test_layers_that_the_gated_engine_has_replaced_are_replaced_by_no_other(network):
+    plan = switching_plan(network)
+    with attached(network, plan, engine="gated"), pytest.raises(LoRAError, match=r"its end those of another attached"):
+        attached(network, plan).__enter__()
