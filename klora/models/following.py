@@ -15,7 +15,8 @@ def following(pipe: Any, on_step: Callable[[int], Any]) -> Iterator[Callable[...
 
     i is the place of the timestep in the scheduler's list, not a count of calls: image-to-image starts part-way,
     second-order schedulers call twice a step, denoising_end cuts it. Yields the pipeline's `callback_on_step_end`: it
-    counts where neither the scheduler nor the denoiser's timestep tells the place."""
+    counts where neither the scheduler nor the denoiser's timestep tells the place. Of pipelines that share a denoiser,
+    but no scheduler, follow one at a time: each block hears of every call, and would tell its own pipeline's place."""
     progress: list[Any] = [None, 0]  # of the pipeline's last call: its list of timesteps, and how many steps are over
 
     def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
