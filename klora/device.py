@@ -9,6 +9,8 @@ from subprocess import SubprocessError
 import psutil
 import torch
 
+from klora.interruptible import interruptible
+
 logger = logging.getLogger(__name__)
 
 
@@ -65,7 +67,7 @@ def free_bytes(device: torch.device) -> int:
 
 def release(device: torch.device) -> None:
     """Give back what has just been let go."""
-    gc.collect()
+    interruptible(gc.collect)  # Python ignores what is raised in finalizers, and so an interruption of this thread
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

@@ -42,7 +42,7 @@ FILES_OF_LORAS = ROOMS["files"]
 LAYERS = {
     "klora/errors.py": set(),
     "klora/file_names.py": set(),
-    "klora/device.py": set(),
+    "klora/device.py": {"klora.interruptible"},
     "klora/interruptible.py": set(),
     "klora/lora.py": set(),
     "klora/files/": {"klora.errors", "klora.file_names", "klora.lora", *FILES_OF_LORAS},

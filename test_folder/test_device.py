@@ -1,6 +1,10 @@
-"""Where our own kernels are used: not on a GPU that is too old for them, nor where Triton does not work."""
+"""Where our own kernels are used: not on a GPU that is too old for them, nor where Triton does not work. What
+is let go is collected, and an interruption meanwhile is heard."""
 
+import ctypes
 import sys
+import threading
+import weakref
 from collections.abc import Iterator
 from subprocess import CalledProcessError
 from types import ModuleType
@@ -10,7 +14,7 @@ import pytest
 import torch
 
 from klora import device as subject
-from klora.device import has_float8, has_triton
+from klora.device import has_float8, has_triton, release
 
 CUDA = torch.device("cuda")
 
@@ -95,3 +99,21 @@ def test_a_triton_that_cannot_compile_is_told_of_once(
     assert not has_triton(CUDA) and not has_triton(CUDA)
     assert driver.uses == 1
     assert caplog.messages == [f"Triton cannot be used, so that torch's slower kernels are: {error}"]
+
+
+class Node:
+    """In a circle with itself, which the collector alone finds."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+class Interruption(BaseException):
+    """As Cog raises it for a cancelled prediction."""
+
+
+def test_an_interruption_while_the_collector_calls_a_finalizer_is_heard() -> None:
+    main = ctypes.c_ulong(threading.get_ident())
+    weakref.finalize(Node(), ctypes.pythonapi.PyThreadState_SetAsyncExc, main, ctypes.py_object(Interruption))
+    with pytest.raises(Interruption):
+        release(torch.device("cpu"))
