@@ -141,7 +141,10 @@ class Metered:
 def check_bytes(unpacked: int, packed: int, limits: Limits) -> None:
     """Raise RequestError when an upload unpacks to too many bytes."""
     if unpacked > limits.total_bytes:
-        raise RequestError(f"input_images unpacks to more than {limits.total_bytes} bytes. Expected at most so many.")
+        raise RequestError(
+            f"input_images unpacks to more than {limits.total_bytes} bytes. Expected at most so many: scale the "
+            "pictures down, as a training does to resolution in any case."
+        )
     if unpacked > max(FREE_BYTES, limits.ratio * packed):
         raise RequestError(
             f"input_images unpacks to more than {unpacked - 1} bytes from {packed}. "

@@ -29,6 +29,7 @@ from klora.interruptible import interruptible
 from klora.lora import LoRA, save_lora
 from klora.models import FAMILIES, load_model
 from klora.training.annotate import Captioner, Segmenter, autocaptioned, segmented
+from klora.training.archive import Skipped
 from klora.training.card import SETTINGS, model_card
 from klora.training.config import TrainConfig
 from klora.training.dataset import Picture, dataset_hash, read_upload
@@ -41,6 +42,8 @@ from klora.training.taken_up import FACTS, LOG, TakenUp, taken_up
 from klora.training.writing import RESUME_STATE, require_place, tarred, whole, writing
 
 logger = logging.getLogger(__name__)
+
+NAMED = 20  # of the files that are left out for one reason, at most
 
 
 @dataclass(frozen=True)
@@ -177,8 +180,7 @@ def _read_pictures(upload: Path, config: TrainConfig) -> list[Picture]:
     """The upload's pictures, sorted by content: they are drawn by number, so that another order, as renamed files have,
     would be another training. Raises RequestError."""
     pictures, skipped = read_upload(upload)
-    for item in skipped:
-        logger.info("skipped %s: %s", item.name, item.reason)
+    _log_skipped(skipped)
     if config.mask_mode == "provided":
         masks = sum(picture.mask is not None for picture in pictures)
         if not masks:
@@ -187,6 +189,17 @@ def _read_pictures(upload: Path, config: TrainConfig) -> list[Picture]:
             )
         logger.info("%d of %d pictures have a mask", masks, len(pictures))
     return sorted(pictures, key=lambda picture: picture.fingerprint)
+
+
+def _log_skipped(skipped: Sequence[Skipped]) -> None:
+    """A line for each reason: a Mac's zip has a hidden file for every picture."""
+    reasons: dict[str, list[str]] = {}
+    for item in skipped:
+        reasons.setdefault(item.reason, []).append(item.name)
+    for reason, names in reasons.items():
+        more = [f"{len(names) - NAMED} more"] if len(names) > NAMED else []
+        each = "each " if len(names) > 1 else ""
+        logger.info("skipped %s: %s%s", ", ".join(names[:NAMED] + more), each, reason)
 
 
 def _write_lora(folder: Path, lora: LoRA, facts: Mapping[str, Any], component: str) -> None:

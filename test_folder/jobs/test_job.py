@@ -160,6 +160,23 @@ def test_autocaption_without_a_model_is_skipped_and_says_so(quick: Path, caplog:
     assert "3 of 3 pictures have a caption; one without is called 'a sbu subject'" in caplog.messages
 
 
+def test_files_that_are_left_out_for_one_reason_are_one_line_that_names_the_first(
+    quick: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A Mac's zip has a hidden file for every picture."""
+    caplog.set_level("INFO")
+    for name in (*(f"._{number}.png" for number in range(23)), "a.heic", "b.heic"):
+        Path("pictures", name).write_bytes(b"-")
+    Image.new("L", (8, 8)).save("pictures/tiny.png")
+    trained()
+    hidden = ", ".join(f"._{number}.png" for number in range(20))
+    assert [line for line in caplog.messages if line.startswith("skipped")] == [
+        f"skipped {hidden}, 3 more: each is hidden or a system's, not yours",
+        "skipped a.heic, b.heic: each is no image that is known here",
+        "skipped tiny.png: is 8x8, smaller than 64 pixels",
+    ]
+
+
 def test_a_mask_makes_another_lora_and_what_is_outside_does_not_count(
     bases: Path, quick: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -38,8 +38,16 @@ def test_each_limit_is_kept(tmp_path: Path, pack: Callable[[Path, Files], Path])
     path = pack(tmp_path, {"a.png": PNG, "b.txt": NOISE, "c.txt": NOISE})
     assert refusal(path, Limits(members=2)) == "input_images holds more than 2 files. Expected at most so many."
     assert refusal(path, Limits(member_bytes=len(NOISE) - 1)).startswith("'b.txt' in input_images has more than")
-    assert "unpacks to more than 4194304 bytes" in refusal(path, Limits(total_bytes=2 * len(NOISE)))
+    assert refusal(path, Limits(total_bytes=2 * len(NOISE))).startswith(
+        "input_images unpacks to more than 4194304 bytes. Expected at most so many: scale the pictures down, as"
+    )
     assert len(read_upload(path, Limits(3, len(NOISE), 2 * len(NOISE) + (1 << 20)))[0]) == 1
+
+
+def test_the_page_says_the_limits() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text()
+    assert Limits() == Limits(members=10_000, member_bytes=256 << 20, total_bytes=2 << 30)
+    assert "at most 10,000 files, hidden ones included, of at most 256 MiB each and 2 GiB together" in page
 
 
 def test_a_sparse_member_of_a_terabyte_is_skipped(tmp_path: Path) -> None:
