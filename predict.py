@@ -32,6 +32,7 @@ MAX_LINES = 1000  # of prompts
 ALIASES = {
     "lora_weights": "content_lora",
     "replicate_weights": "content_lora",
+    "hf_lora": "content_lora",
     "lora_scale": "content_scale",
     "extra_lora": "style_lora",
     "extra_lora_scale": "style_scale",
@@ -238,6 +239,7 @@ class Predictor(BasePredictor):
         replicate_weights: Optional[str] = Input(
             description="Old name of content_lora.", default=None, deprecated=True
         ),
+        hf_lora: Optional[str] = Input(description="Old name of content_lora.", default=None, deprecated=True),
         guidance: Optional[float] = Input(
             description="Old name of guidance_scale.", ge=0, le=50, default=None, deprecated=True
         ),
@@ -254,7 +256,7 @@ class Predictor(BasePredictor):
         bases = weights.runnable(request.model)
         with self.loras.borrowed(request.loras, _tokens(given), bases) as files:
             _record("fetch_seconds", time.perf_counter() - started)
-            images = self.studio.make(request, files, _record, _show_progress)
+            images = self.studio.make(request, files, _record, lambda *at: print(progress_line(*at), flush=True))
             report = self.studio.report(request, files) if request.report else None
         paths = save_images(images, self.outputs, request) + (save_report(report, self.outputs) if report else [])
         return [Path(path) for path in paths]
@@ -294,7 +296,3 @@ def _tokens(given: dict[str, Any]) -> dict[str, str]:
 
 def _record(name: str, value: Any) -> None:
     current_scope().record_metric(name, value)
-
-
-def _show_progress(step: int, steps: int) -> None:
-    print(progress_line(step, steps), flush=True)

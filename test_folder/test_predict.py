@@ -140,7 +140,10 @@ def test_an_old_cog_sdxl_request_runs_unchanged(server: Server) -> None:
 def test_an_alias_means_its_new_name(server: Server) -> None:
     old = {"lora_weights": SDXL["content_lora"], "lora_scale": 0.5, "guidance": 4}
     new = {"content_lora": SDXL["content_lora"], "content_scale": 0.5, "guidance_scale": 4}
-    assert np.array_equal(server.images(**QUICK, **old)[0], server.images(**QUICK, **new)[0])
+    lucatacos = {"hf_lora": SDXL["content_lora"], "lora_scale": 0.5, "guidance_scale": 4}
+    meant = server.images(**QUICK, **new)[0]
+    for names in (old, lucatacos):
+        assert np.array_equal(server.images(**QUICK, **names)[0], meant)
 
 
 def tar_of(answer: dict[str, Any]) -> dict[str, bytes]:

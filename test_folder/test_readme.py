@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import predict
 from klora import Request, generate, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,10 +49,12 @@ def test_the_plug_in_lines_have_types(tmp_path: Path) -> None:
     assert status == 0, said
 
 
-OTHERS = {  # their inputs, as predict.py of replicate/cog-flux and of replicate/cog-sdxl name them
+OTHERS = {  # their inputs, as predict.py of replicate/cog-flux, lucataco/cog-flux-dev-lora, replicate/cog-sdxl has them
     "flux-dev-lora": """prompt aspect_ratio image prompt_strength num_outputs num_inference_steps guidance seed
         output_format output_quality disable_safety_checker go_fast megapixels lora_weights lora_scale extra_lora
         extra_lora_scale hf_api_token civitai_api_token""",
+    "lucataco/flux-dev-lora": """prompt aspect_ratio image prompt_strength num_outputs num_inference_steps
+        guidance_scale seed output_format output_quality disable_safety_checker hf_lora lora_scale""",
     "cog-sdxl": """prompt negative_prompt image mask width height num_outputs scheduler num_inference_steps
         guidance_scale prompt_strength seed refine high_noise_frac refine_steps apply_watermark replicate_weights
         lora_scale disable_safety_checker""",
@@ -64,6 +67,8 @@ def test_of_other_models_inputs_those_that_are_not_taken_are_named() -> None:
     lacking = {name for names in OTHERS.values() for name in names.split()} - taken
     said = re.search(r"cog-sdxl's ([^.]*?) have no\s+effect", README)
     assert said and {*re.findall(r"`(\w+)`", said[1])} == lacking
+    old_names = re.search(r"run unchanged: (.*?) are accepted as old names", README, re.DOTALL)
+    assert old_names and {*re.findall(r"`(\w+)`", old_names[1])} == {*predict.ALIASES}
 
 
 TRAINERS = """input_images trigger_word autocaption autocaption_prefix autocaption_suffix steps learning_rate batch_size
