@@ -1,5 +1,7 @@
 """What a step costs: the published models' figures, and on the tiny ones what a real step is counted to cost."""
 
+import ctypes
+import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -160,3 +162,21 @@ def test_no_step_does_more_than_the_one_before_or_waits_for_the_device(family: s
                 parameter.grad = None
     assert steps[0] >= steps[1] == steps[2]  # the first also makes the base's table of noise levels
     assert sum(steps[2].values()) > 1000 and "aten._local_scalar_dense.default" not in steps[0]
+
+
+class Interruption(BaseException):
+    """As Cog raises it for a cancelled training."""
+
+
+def test_an_interruption_that_comes_as_a_tensor_is_freed_is_heard(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main, free, freed = ctypes.c_ulong(threading.get_ident()), cost._LiveBytes._free, list[int]()
+
+    def cancelled(live: Any, size: int) -> None:
+        free(live, size)
+        freed.append(size)
+        if len(freed) == 1:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(Interruption))
+
+    monkeypatch.setattr(cost._LiveBytes, "_free", cancelled)
+    with pytest.raises(Interruption):
+        step_memory(*real_step("sdxl", bases, 64, 4, (1, 1)), dtype=torch.bfloat16, checkpointing=False)

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
+from klora.interruptible import interruptible
 from klora.lora import LowRank
 from klora.models.family import Conditioning, Family
 from klora.training.objective import Batch, Objective
@@ -45,6 +46,11 @@ def step_memory(model: Family, *step: Any, **options: Any) -> Memory:
 
     Attention counts as a fused kernel computes it: without a matrix of scores in memory.
     """
+    # In another thread: every tensor has a finalizer, in which Python would ignore an interruption of this one.
+    return interruptible(partial(_step_memory, model, *step, **options))
+
+
+def _step_memory(model: Family, *step: Any, **options: Any) -> Memory:
     with _bare_step(model, *step, **options) as bare_step, _FusedAttention(), _LiveBytes(model.denoiser) as live:
         loss = bare_step()
         saved = live.now
