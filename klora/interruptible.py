@@ -3,10 +3,12 @@
 What a signal's handler raises, or Cog for a cancelled prediction, comes between any two bytecodes of the main thread.
 Between two of Condition.__enter__, which is Python's own Python, it leaves the lock taken for good
 (python/cpython#74174); then a pool's thread that needs it waits for ever, and so does whoever waits for the pool.
-It can also come up in a thread that a library has just started, as transformers does to load: in CPython 3.11 a newborn
-one has its parent's number. That one dies of it, and Thread.start() waits for it for ever.
+It can also come up in a thread that the main one has just started: in CPython 3.11 a newborn one has its parent's
+number. That one dies of it, and Thread.start() waits for it for ever. So the threads here are children of one that
+nobody interrupts, and so are those that a library starts in them, as transformers does to load.
 """
 
+import os
 from _thread import start_new_thread
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +16,7 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Thread
 from time import sleep
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -31,7 +33,7 @@ def interruptible(work: Callable[[], Result], stop: Callable[[], object] | None 
     word: SimpleQueue[bool] = SimpleQueue()
     ended: SimpleQueue[Future[Result]] = SimpleQueue()
     try:
-        start_new_thread(_start, (Thread(target=_do, args=(work, word, ended), daemon=True), ended))
+        _STARTER.unborn.put((Thread(target=_do, args=(work, word, ended), daemon=True), ended))
         try:
             word.put(True)
             outcome = _heard(ended)
@@ -69,14 +71,33 @@ def in_threads(
     return interruptible(work, end)
 
 
-def _start(thread: Thread, ended: SimpleQueue[Future[Result]]) -> None:
-    """In a thread that is C's alone, for Thread.start() waits on a Condition itself."""
+class _Starter:
+    """Starts threads in one of its own, which is begun when this module is imported, and again in a forked process."""
+
+    def __init__(self) -> None:
+        self.begin()
+        os.register_at_fork(after_in_child=self.begin)
+
+    def begin(self) -> None:
+        self.unborn: SimpleQueue[tuple[Thread, SimpleQueue[Future[Any]]]] = SimpleQueue()
+        start_new_thread(_start_all, (self.unborn.get,))
+
+
+def _start_all(get: Callable[[], tuple[Thread, SimpleQueue[Future[Any]]]]) -> None:
+    while True:
+        _start(*get())
+
+
+def _start(thread: Thread, ended: SimpleQueue[Future[Any]]) -> None:
     try:
         thread.start()
     except RuntimeError as error:  # the machine has no more threads, perhaps
-        outcome: Future[Result] = Future()
+        outcome: Future[Any] = Future()
         outcome.set_exception(error)
         _tell(outcome, ended)
+
+
+_STARTER = _Starter()
 
 
 def _do(work: Callable[[], Result], word: SimpleQueue[bool], ended: SimpleQueue[Future[Result]]) -> None:

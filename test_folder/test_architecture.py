@@ -299,7 +299,7 @@ def lines_of_code(path: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("room", "most"), [("klora", 930), ("layers", 345), ("models", 840), ("files", 780), ("report", 620), ("bulk", 500)]
+    ("room", "most"), [("klora", 940), ("layers", 345), ("models", 840), ("files", 780), ("report", 620), ("bulk", 500)]
 )
 def test_a_room_has_no_more_lines_of_code_than_fit_in_a_head(room: str, most: int) -> None:
     assert sum(lines_of_code(path) for path in PACKAGE if path.parent.name == room) < most

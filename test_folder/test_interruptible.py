@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count, repeat
 from multiprocessing import get_context
 from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -189,3 +190,30 @@ def test_after_an_interruption_no_other_item_is_begun() -> None:
     with ThreadPoolExecutor(1) as pool, pytest.raises(Interruption):
         in_threads(do, range(3), stopped.set, at_once=1)
     assert begun == [0]
+
+
+def interrupted_at_birth() -> None:
+    """Before a new thread's first bytecode, which it waits for while this one has the interpreter. In CPython 3.11 it
+    has its parent's number until then."""
+    sys.setswitchinterval(60)
+    main, start, done = threading.get_ident(), threading._start_new_thread, list[bool]()
+
+    def start_and_interrupt(*work: Any) -> int:
+        number = start(*work)
+        assert ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(main), ctypes.py_object(Interruption)) == 1
+        return number
+
+    threading._start_new_thread = klora.interruptible.start_new_thread = start_and_interrupt
+    with pytest.raises(Interruption):
+        interruptible(lambda: done.append(True))
+    threading._start_new_thread = klora.interruptible.start_new_thread = start
+    interruptible(lambda: done.append(False))
+    assert done[-1] is False
+
+
+def test_an_interruption_that_comes_as_a_thread_is_born_is_heard() -> None:
+    process = FORK.Process(target=interrupted_at_birth)
+    process.start()
+    process.join(20)
+    process.kill()
+    assert process.exitcode == 0
