@@ -4,6 +4,7 @@ Every random draw comes from a generator keyed by the seed and the number of the
 that was not stopped, and two processes equal one with twice the accumulation. Knows no Cog, no upload and no hub.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ from klora.interruptible import interruptible
 from klora.lora import LoRA, LowRank, save_lora
 from klora.models.family import Family
 from klora.models.linears import linear_shapes
-from klora.training.cache import Example, encode_pictures, encode_texts, keyed_generator
+from klora.training.cache import Example, encode_pictures, encode_texts, keyed_generator, resolutions
 from klora.training.config import TrainConfig
 from klora.training.dataset import Picture, captioned
 from klora.training.draw import Draw, Material
@@ -33,9 +34,12 @@ from klora.training.run import Run, new_run, require_optimizer, saved_step
 from klora.training.trainable import trainable
 from klora.training.writing import RESUME_STATE, whole
 
+logger = logging.getLogger(__name__)
+
 Load = Callable[..., Family]
 """klora.models.load_model of one base: takes device, dtype, parts and quantized."""
 
+MANY_PICTURES = 100  # to encode so many takes long enough that it is told how far that is
 REPORTS = 100  # progress lines of a run, at most
 MEASURES = 10  # fixed losses of a run, at most; each costs as much as three steps
 
@@ -144,10 +148,14 @@ def _examples(
     load: Load, pictures: Sequence[Picture], captions: Sequence[str], config: TrainConfig, device: torch.device
 ) -> tuple[Example, ...]:
     vae = load(device=device, dtype=torch.float32, parts=("vae",))  # SDXL's overflows in half precision
-    examples = tuple(encode_pictures(vae, pictures, captions, config))
+    examples, total = list[Example](), len(pictures) * len(resolutions(vae, config))
+    for example in encode_pictures(vae, pictures, captions, config):
+        examples.append(example)
+        if len(examples) % max(MANY_PICTURES, total // 10) == 0:
+            logger.info("encoded %d%% of the pictures", 100 * len(examples) // total)
     del vae
     release(device)
-    return examples
+    return tuple(examples)
 
 
 def new_layers(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int, device: torch.device) -> dict[str, LowRank]:

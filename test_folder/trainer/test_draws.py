@@ -17,7 +17,7 @@ from klora.training.cache import encode_pictures
 from klora.training.config import TrainConfig
 from klora.training.dataset import Picture, captioned
 from klora.training.draw import Draw
-from klora.training.loop import Load, encode, new_layers, train_lora
+from klora.training.loop import Load, _examples, encode, new_layers, train_lora
 from klora.training.objective import Batch, Objective
 from klora.training.trainable import trainable
 from test_folder.trainer.material import CPU, QUICK, config, png
@@ -147,6 +147,13 @@ def test_a_salient_crop_goes_where_the_mask_is() -> None:
     assert [width * height for width, height in (example.size for example in examples)] == pytest.approx(
         [64**2, 128**2], rel=0.1
     )
+
+
+def test_of_many_pictures_it_is_told_how_far_their_encoding_is(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    shown = [Picture("a.png", png(Image.new("RGB", (64, 64))), None, None)] * 125
+    assert len(_examples(lambda **_: COARSE, shown, ["a dog"] * 125, config(resolution="64,96"), CPU)) == 250
+    assert caplog.messages == ["encoded 40% of the pictures", "encoded 80% of the pictures"]
 
 
 def test_where_no_resolution_is_named_pictures_are_seen_at_those_of_the_base() -> None:
