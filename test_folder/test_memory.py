@@ -10,8 +10,17 @@ import pytest
 import torch
 
 from klora.errors import RequestError
+from klora.models import load_model
+from klora.models.family import Posterior
+from klora.models.linears import linear_shapes
+from klora.training import memory
+from klora.training.cache import Example, View
 from klora.training.config import TrainConfig
-from klora.training.memory import Mode, choose
+from klora.training.cost import step_memory
+from klora.training.draw import Material
+from klora.training.loop import new_layers
+from klora.training.memory import TRAINED_BYTES, WORKSPACE_BYTES, Mode, choose, mode_for
+from test_folder.test_objective import a_batch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # choose looks at the type alone
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -134,3 +143,23 @@ def test_quantising_without_the_library_is_refused_in_a_sentence_and_with_it_don
 )  # fmt: skip
 def test_blocks_are_compiled_where_it_pays(device: torch.device, setting: str, steps: int, compiled: bool) -> None:
     assert choose(TrainConfig(compile=setting, steps=steps), device, 1, 1, lambda *_: 0, GB).compiled == compiled
+
+
+@pytest.mark.parametrize(("kept", "passes"), [("none", 1), ("output", 2), ("class_images", 2)])
+def test_a_step_is_measured_at_the_largest_size_by_a_whole_batch_and_with_the_pass_that_keeps_the_prior(
+    bases: Path, monkeypatch: pytest.MonkeyPatch, kept: str, passes: int
+) -> None:
+    """Where a little less is free, activations are recomputed; a base's first step also makes 20 KB of tables."""
+    base = load_model("sdxl", bases / "sdxl", CPU, parts=())
+    shapes, prompt = linear_shapes(base.denoiser), a_batch(base).conditioning
+    means = [torch.zeros(4, height, width) for height, width in ((8, 8), (16, 8), (8, 8))]
+    examples = [Example((View(Posterior(mean, mean), torch.zeros(6), None),), "", (64, 64)) for mean in means]
+    step = step_memory(base, shapes, 3, (2, 4, 16, 8), prompt, dtype=FP32, checkpointing=False)
+    weights = sum(weight.nbytes for weight in base.denoiser.float().parameters())
+    trained = sum(pair.A.numel() + pair.B.numel() for pair in new_layers(shapes, 3, 0, CPU).values())
+    needed = weights + trained * TRAINED_BYTES + WORKSPACE_BYTES + passes * step.peak_bytes
+    config = TrainConfig(batch_size=2, prior_preservation=kept, class_word="dog")
+    for spare, recompute in ((50_000, False), (-50_000, True)):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=needed / 0.9 + spare: free)
+        mode = mode_for(base, shapes, 3, Material(examples, (), {"": prompt}), config, CPU)
+        assert mode == Mode(FP32, None, recompute, False)
