@@ -36,10 +36,13 @@ def test_weights_and_biases_hears_every_report_and_the_key_goes_nowhere_else(
     (tmp_path / "library").mkdir()
     (tmp_path / "library" / "wandb.py").write_text(WANDB)
     monkeypatch.syspath_prepend(str(tmp_path / "library"))
-    tar = trained(publishing=Publishing(wandb_api_key="k3y", wandb_run="first"))
+    tar = trained(publishing=Publishing(wandb_api_key="k3y", wandb_run="first", wandb_entity="us"))
     begun, *reports, exit_code = json.loads(Path("wandb.json").read_text())
-    assert (begun["project"], begun["name"], begun["entity"]) == ("klora", "first", None)
+    assert (begun["project"], begun["name"], begun["entity"]) == ("klora", "first", "us")
     assert [step for step, _ in reports] == list(range(7)) and exit_code == 0
+    for (_, values), line in zip(reports, map(json.loads, tar["train.jsonl"].splitlines()), strict=True):
+        told = {name: line[name] for name in ("loss", "fixed_loss", "learning_rate", "steps_per_second")}
+        assert values == {name: value for name, value in told.items() if value is not None}
     assert all(b"k3y" not in data for data in tar.values())
     with pytest.raises(
         RequestError, match=r"^wandb_api_key cannot be used: key \.\.\. is unknown\. Expected"
@@ -113,6 +116,19 @@ def test_a_hub_out_of_reach_loses_nothing(
     assert weights_of(tar) == weights_of(held(quick))
     assert any("hf_repo_id" in line and line.endswith("What was trained is in the tar.") for line in caplog.messages)
     assert "wandb_run changes nothing: wandb_api_key is ''" in caplog.messages
+
+
+def test_what_is_uploaded_is_all_that_the_tar_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which push() leaves out the state of the run."""
+    sent: dict[str, bytes] = {}
+
+    def upload(folder: Path, *_: Any) -> str:
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        sent.update({path.relative_to(folder).as_posix(): path.read_bytes() for path in files})
+        return "https://huggingface.co/me/dog"
+
+    monkeypatch.setattr("klora.training.publishing.push", upload)
+    assert trained(publishing=Publishing(hf_repo_id="me/dog", hf_token="hf_x"), sample_steps=1) == sent
 
 
 def test_what_is_given_without_what_would_use_it_is_said() -> None:
