@@ -146,7 +146,9 @@ def test_steps_at_their_default_are_meant_where_the_training_had_come_to_its_end
     assert before.config({"steps": given}).steps == steps
 
 
-@pytest.mark.parametrize("given", [{"lora_rank": 8}, {"lora_alpha": 8.0}, {"trigger_word": "sbu"}])
+@pytest.mark.parametrize(
+    "given", [{"lora_rank": 8}, {"lora_alpha": 8.0}, {"trigger_word": "sbu"}, {"instance_prompt": "a sbu subject"}]
+)
 def test_a_field_that_was_blank_may_be_said_as_it_came_out(given: dict[str, Any]) -> None:
     before = taken_up.TakenUp(Path(), TrainConfig(seed=3), {"rank": 8, "trigger": "sbu", "prompt": "a sbu subject"}, 2)
     assert before.config(given) == replace(before.settings, steps=1000)
@@ -166,6 +168,17 @@ def test_another_value_than_a_blank_field_came_to_is_refused(given: dict[str, An
     with pytest.raises(RequestError) as refusal:
         before.config(given)
     assert str(refusal.value) == said
+
+
+def test_what_the_pictures_teach_by_may_not_change_and_what_is_made_of_it_may() -> None:
+    before = taken_up.TakenUp(Path(), TrainConfig(seed=3), {}, 2)
+    numbers = ("steps", "sample_interval", "sample_steps", "checkpoint_interval", "keep_checkpoints")
+    changed = {"sample_prompts": "a dog", "precision": "bf16", "gradient_checkpointing": "on", "compile": "on"}
+    changed |= dict.fromkeys(numbers, 9)
+    assert before.config(changed) == replace(before.settings, **changed)
+    for name in vars(before.settings).keys() - changed.keys():
+        with pytest.raises(RequestError, match=f"^{name} is 'other', but resume_from was trained with"):
+            before.config({name: "other"})
 
 
 # Refused
@@ -250,13 +263,14 @@ def test_what_is_no_file_is_no_part_of_a_training(tmp_path: Path) -> None:
         taken_up.taken_up(tmp_path / "odd.tar", tmp_path / "earlier")
 
 
-def test_samples_of_other_prompts_are_left_behind(tmp_path: Path) -> None:
+def test_samples_of_other_prompts_and_reports_of_steps_that_are_not_saved_are_left_behind(tmp_path: Path) -> None:
     earlier, results, was = tmp_path / "earlier", tmp_path / "results", TrainConfig(seed=1)
     (earlier / "samples").mkdir(parents=True)
-    (earlier / taken_up.LOG).touch()
+    reports = [json.dumps({"step": step}) for step in range(4)]
+    (earlier / taken_up.LOG).write_text("\n".join(reports))
     results.mkdir()
     before = taken_up.TakenUp(earlier, was, {}, step=1)
     before.carry(replace(was, sample_prompts="a dog"), results)
-    assert not (results / "samples").exists()
+    assert not (results / "samples").exists() and (results / taken_up.LOG).read_text().splitlines() == reports[:2]
     before.carry(replace(was, steps=2), results)
     assert (results / "samples").is_dir()
