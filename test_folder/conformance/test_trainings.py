@@ -62,7 +62,8 @@ def test_a_zip_becomes_a_lora_that_the_predictor_fuses(trainer: Client, predicto
         names = files.getnames()
         assert {name for name in names if not name.startswith("samples")} == FILES
         assert len([name for name in names if name.startswith("samples/step_000008_")]) == 4
-        assert json.load(files.extractfile("config.json"))["trigger"] == "sbu"
+        facts = json.load(files.extractfile("config.json"))
+        assert (facts["base"], facts["trigger"]) == (base, "sbu")
         assert len(files.extractfile("train.jsonl").readlines()) == 1 + LEARNING["steps"]
         assert_lora_of(LEARNING["lora_rank"], load(files.extractfile("lora.safetensors").read()))
     lora, quick = data_uri(tar, "application/x-tar"), predictor.mode.quick
@@ -167,6 +168,13 @@ def test_mask_prompts_need_a_segmenter(trainer: Client) -> None:
     assert "segmenter is not installed" in said
 
 
+@pytest.mark.local
+def test_a_tracker_needs_its_library(trainer: Client) -> None:
+    """Which the image has."""
+    said = trainer.refusal(**trainer.mode.quick, wandb_api_key="k3y")
+    assert "wandb is not installed" in said and "k3y" not in said
+
+
 # Cancellation.
 
 
@@ -190,9 +198,10 @@ def test_a_cancelled_training_goes_on_from_its_tar_as_if_nothing_had_been(traine
         assert {"config.json", "train.jsonl"} <= set(tar.getnames())
         state = tar.extractfile("run.safetensors").read()
     header = json.loads(state[8 : 8 + int.from_bytes(state[:8], "little")])
-    steps = json.loads(header["__metadata__"]["run"])["step"] + 5
-    resumed = trained(trainer, steps=steps, resume_from=data_uri(left, "application/x-tar"))
-    whole = trained(trainer, steps=steps)
+    done = json.loads(header["__metadata__"]["run"])["step"]
+    resumed = trained(trainer, steps=done + 5, resume_from=data_uri(left, "application/x-tar"))
+    whole = trained(trainer, steps=done + 5)
+    assert [progress(answer["logs"])[0][1] for answer in (resumed, whole)] == [done + 1, 0]
     assert resumed["metrics"]["fixed_loss"] == whole["metrics"]["fixed_loss"]
 
 
