@@ -18,10 +18,11 @@ TEXTS = {
 }
 
 
-def dealt(usual: str = "uniform", **settings: Any) -> Draw:
-    """Of three examples and two of the class, whose cells are about their number; a batch has one."""
-    std = torch.full((4, 2, 2), 0.05)
-    views = [View(Posterior(torch.full((4, 2, 2), float(number)), std), torch.zeros(6), None) for number in range(5)]
+def dealt(usual: str = "uniform", masked: bool = False, **settings: Any) -> Draw:
+    """Of three examples and two of the class, whose cells are about their number, as are their masks; a batch has
+    one."""
+    cells, std = [torch.full((4, 2, 2), float(number)) for number in range(5)], torch.full((4, 2, 2), 0.05)
+    views = [View(Posterior(mean, std), torch.zeros(6), mean[:1] if masked else None) for mean in cells]
     examples = [Example((view,), "a sbu dog", (16, 16)) for view in views]
     return Draw(Material(examples[:3], examples[3:], TEXTS), config(**settings), usual, CPU)
 
@@ -53,6 +54,13 @@ def test_the_loss_is_compared_at_even_noise_levels_of_the_examples_in_turn(monke
     assert not torch.equal(points[0].noise, points[3].noise)
 
 
+def test_a_mask_goes_with_its_picture_also_where_the_loss_is_compared() -> None:
+    dealer = dealt(masked=True)
+    batches = [*dealer.fixed(), *(dealer.batch(number) for number in range(3))]
+    masks = [batch.mask for batch in batches if batch.mask is not None]
+    assert [mask.mean() for mask in masks] == numbers(batches) and {mask.shape for mask in masks} == {(1, 1, 2, 2)}
+
+
 def test_every_epoch_has_an_order_and_draws_of_its_own_and_so_has_the_class() -> None:
     dealer = dealt(seed=3)
     ours, theirs = [dealer.batch(number) for number in range(18)], [dealer.class_batch(n) for n in range(18)]
@@ -61,7 +69,9 @@ def test_every_epoch_has_an_order_and_draws_of_its_own_and_so_has_the_class() ->
         epochs = [found[start : start + len(members)] for start in range(0, 18, len(members))]
         assert all(sorted(epoch) == members for epoch in epochs) and len({*map(tuple, epochs)}) > 1
         assert len({batch.noise.numpy().tobytes() for batch in shown}) == 18
-        assert len({tuple((batch.latents - batch.latents.round()).flatten().tolist()) for batch in shown}) == 18
+        spread = torch.cat([batch.latents - batch.latents.round() for batch in shown])
+        assert len({tuple(part.flatten().tolist()) for part in spread}) == 18
+        assert float(spread.std()) == pytest.approx(0.05, rel=0.15)
     assert not any(torch.equal(one.noise, two.noise) for one, two in zip(ours, theirs, strict=True) if two)
     assert torch.equal(dealer.batch(0).latents, ours[0].latents)
     others = [dealt(seed=4).batch(number) for number in range(18)]
