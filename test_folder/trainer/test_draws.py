@@ -66,17 +66,17 @@ def test_pictures_keep_their_captions_whatever_the_order(load: Load, pictures: l
     assert len(pairs) == len(pictures)
 
 
-def test_a_training_is_shown_these_batches(sdxl: Load, pictures: list[Picture], tmp_path: Path) -> None:
+def test_a_training_is_shown_these_batches(load: Load, pictures: list[Picture], tmp_path: Path) -> None:
     """Those that the following tests look at, one after the other, and after each the class's of its number."""
     heard: list[dict[str, Any]] = []
     settings = config(steps=3, gradient_accumulation_steps=2, caption_dropout_rate=0.5, horizontal_flip=True)
     settings = replace(settings, prior_preservation="class_images", class_word="toy")
     of_the_class = [replace(picture, caption=None) for picture in pictures[:2]]
-    train_lora(spied(sdxl, heard), pictures, settings, tmp_path, class_pictures=lambda: of_the_class)
+    train_lora(spied(load, heard), pictures, settings, tmp_path, class_pictures=lambda: of_the_class)
     seen = [draw for draw in heard if draw["grad"]]
-    material = encode(sdxl, pictures, lambda: of_the_class, settings, CPU)
+    material = encode(load, pictures, lambda: of_the_class, settings, CPU)
     assert [example.caption for example in material.class_examples] == ["a toy"] * 2
-    draw = Draw(material, settings, FAMILIES["sdxl"].recipe.times, CPU)
+    draw = Draw(material, settings, load(device=CPU, parts=()).recipe.times, CPU)
     expected_batches = [batch for n in range(6) for batch in (draw.batch(n), draw.class_batch(n)) if batch]
     for batch, shown in zip(expected_batches, seen, strict=True):
         expected = {"latents": batch.latents, "noise": batch.noise, "times": batch.times, **batch.conditioning}

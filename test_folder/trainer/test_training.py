@@ -22,6 +22,7 @@ from klora.models.linears import linear_shapes
 from klora.training import loop
 from klora.training.dataset import Picture
 from klora.training.loop import Load, Progress, new_layers, train_lora
+from klora.training.memory import Mode
 from test_folder.tiny import BASES
 from test_folder.trainer.material import CPU, QUICK, config, picture, png
 
@@ -90,9 +91,11 @@ def test_nothing_is_trained_through_cudnn_attention_however_the_base_is_held(
             model.denoiser.compile_repeated_blocks = lambda **options: compiled.append(options)
         return model
 
-    settings = config(steps=2, gradient_checkpointing="on", compile="on", lora_rank=None)
-    lora = train_lora(recording(watched, models), pictures, settings, tmp_path)
+    settings = config(steps=2, gradient_checkpointing="on", compile="on", lora_rank=None, learning_rate=None)
+    heard: list[Progress] = []
+    lora = train_lora(recording(watched, models), pictures, settings, tmp_path, on_progress=heard.append)
     assert {len(pair.A) for pair in lora.values()} == {models[-1].recipe.rank}
+    assert heard[-1].learning_rate == models[-1].recipe.learning_rate
     assert allowed == {False} and torch.backends.cuda.cudnn_sdp_enabled() == before
     assert models[-1].denoiser.is_gradient_checkpointing and compiled == [{"dynamic": True}]
 
@@ -145,16 +148,36 @@ def test_training_lowers_the_loss_on_fixed_draws(
     assert measured[-1] < 0.95 * measured[0]
 
 
-def test_a_bf16_base_does_not_hold_small_steps_back(bases: Path, pictures: list[Picture], tmp_path: Path) -> None:
+def test_a_bf16_base_is_sampled_and_does_not_hold_small_steps_back(
+    bases: Path, pictures: list[Picture], tmp_path: Path
+) -> None:
     load = partial(load_model, "flux", bases / "flux-dev")
-    settings = config(steps=3, learning_rate=5e-5, precision="bf16")
+    settings = config(steps=3, learning_rate=5e-5, precision="bf16", sample_steps=1, sample_prompts="a dog")
     shapes = linear_shapes(load(device=CPU, parts=()).denoiser)
     start = new_layers({name: shapes[name] for name in settings.targets(shapes)}, 4, settings.seed, CPU)
     models: list[Family] = []
     lora = train_lora(recording(load, models), pictures, settings, tmp_path)
     assert models[-1].denoiser.dtype == torch.bfloat16
+    assert (tmp_path / "samples" / "step_000003_0.png").is_file()
     unmoved = [float((start[name].A == pair.A).float().mean()) for name, pair in lora.items()]
     assert np.mean(unmoved) < 0.01
+
+
+def test_the_base_is_held_as_there_is_room_for(
+    sdxl: Load, pictures: list[Picture], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def loading(**options: Any) -> Family:
+        asked.update(options)
+        if "denoiser" in options["parts"]:
+            raise KeyboardInterrupt
+        return sdxl(**options)
+
+    monkeypatch.setattr(loop, "mode_for", lambda *_: Mode(torch.bfloat16, "nf4", checkpointing=True, compiled=False))
+    with pytest.raises(KeyboardInterrupt):
+        train_lora(loading, pictures, QUICK, tmp_path)
+    assert (asked["dtype"], asked["quantized"]) == (torch.bfloat16, "nf4")
 
 
 def test_stock_diffusers_applies_the_file_as_we_do(load: Load, pictures: list[Picture], tmp_path: Path) -> None:
@@ -282,10 +305,11 @@ def test_samples_show_the_lora_and_disturb_nothing(load: Load, pictures: list[Pi
     files = sorted(path.name for path in (tmp_path / "sampled" / "samples").iterdir())
     assert files == ["step_000002_0.png", "step_000002_1.png", "step_000004_0.png", "step_000004_1.png"]
     assert bits(plain) == bits(sampled)
-    request = Request("a sbu toy", num_inference_steps=2, seed=QUICK.seed)
-    [shown] = generate(load(device=CPU), request, content=sampled)
-    with Image.open(tmp_path / "sampled" / "samples" / "step_000004_0.png") as image:
-        assert np.abs(np.asarray(image, int) - np.asarray(shown, int)).max() <= 1
+    for number, prompt in enumerate(("a sbu toy", "a dog")):  # all from the same seed
+        request = Request(prompt, num_inference_steps=2, seed=QUICK.seed)
+        [shown] = generate(load(device=CPU), request, content=sampled)
+        with Image.open(tmp_path / "sampled" / "samples" / f"step_000004_{number}.png") as image:
+            assert np.abs(np.asarray(image, int) - np.asarray(shown, int)).max() <= 1
 
 
 # What is refused before it begins
