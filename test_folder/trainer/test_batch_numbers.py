@@ -19,10 +19,10 @@ TEXTS = {
 
 
 def dealt(usual: str = "uniform", masked: bool = False, **settings: Any) -> Draw:
-    """Of three examples and two of the class, whose cells are about their number, as are their masks; a batch has
-    one."""
+    """Of three examples and two of the class, whose cells are about their number, as are their masks and sizes; a batch
+    has one."""
     cells, std = [torch.full((4, 2, 2), float(number)) for number in range(5)], torch.full((4, 2, 2), 0.05)
-    views = [View(Posterior(mean, std), torch.zeros(6), mean[:1] if masked else None) for mean in cells]
+    views = [View(Posterior(mean, std), mean[0, 0, 0].expand(6), mean[:1] if masked else None) for mean in cells]
     examples = [Example((view,), "a sbu dog", (16, 16)) for view in views]
     return Draw(Material(examples[:3], examples[3:], TEXTS), config(**settings), usual, CPU)
 
@@ -54,11 +54,13 @@ def test_the_loss_is_compared_at_even_noise_levels_of_the_examples_in_turn(monke
     assert not torch.equal(points[0].noise, points[3].noise)
 
 
-def test_a_mask_goes_with_its_picture_also_where_the_loss_is_compared() -> None:
+def test_mask_and_size_go_with_their_picture_also_where_the_loss_is_compared() -> None:
     dealer = dealt(masked=True)
     batches = [*dealer.fixed(), *(dealer.batch(number) for number in range(3))]
     masks = [batch.mask for batch in batches if batch.mask is not None]
     assert [mask.mean() for mask in masks] == numbers(batches) and {mask.shape for mask in masks} == {(1, 1, 2, 2)}
+    sizes = [batch.conditioning["time_ids"].tolist() for batch in batches]
+    assert sizes == [[[number] * 6] for number in numbers(batches)]
 
 
 def test_every_epoch_has_an_order_and_draws_of_its_own_and_so_has_the_class() -> None:
