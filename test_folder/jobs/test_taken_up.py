@@ -54,6 +54,17 @@ def test_a_folder_that_was_kept_is_taken_up_as_the_tar_that_a_shell_makes_of_it(
     assert replace(again, folder=before.folder) == before
 
 
+def test_all_samples_and_checkpoints_are_taken_up_and_no_other_files(tmp_path: Path) -> None:
+    ours = {"samples/step_000002_0.png", "samples/step_010000_12.png", "checkpoints/lora_000002.safetensors"}
+    with tarfile.open(tmp_path / "made.tar", "w") as tar:
+        for name in (*ours, "lora.safetensors", "samples/../step_000002_0.png", "checkpoints/other.safetensors"):
+            (member := tarfile.TarInfo(name)).size = 1
+            tar.addfile(member, io.BytesIO(b"-"))
+    taken_up._unpack(tmp_path / "made.tar", tmp_path / "earlier")
+    files = (path for path in (tmp_path / "earlier").rglob("*") if path.is_file())
+    assert {path.relative_to(tmp_path / "earlier").as_posix() for path in files} == ours
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit], ids=["inside a step", "between two"])
 def test_an_interruption_leaves_a_tar_that_can_be_taken_up_in_its_place(
     stop: type[BaseException], quick: Path, monkeypatch: pytest.MonkeyPatch
