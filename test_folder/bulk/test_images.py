@@ -94,16 +94,44 @@ def test_images_come_in_the_format_that_is_asked_for(runs: Runs, tmp_path: Path,
     assert runs(prompts)[-1].startswith("0 images made")
 
 
+@pytest.mark.parametrize("kind", ["jpg", "webp"])
+def test_images_are_of_the_quality_that_is_asked_for(runs: Runs, tmp_path: Path, kind: str) -> None:
+    for quality in (10, 90):
+        asked = {"output_format": kind, "output_quality": quality}
+        runs(read(written(tmp_path / "p.txt", "a dog"), **asked), tmp_path / str(quality))
+    low, high = (tmp_path / name / f"00000.{kind}" for name in ("10", "90"))
+    assert low.stat().st_size < high.stat().st_size
+
+
 # Again.
 
 
-def test_what_is_lost_is_made_again_to_the_bit_and_no_more(runs: Runs, prompts: PromptFile, tmp_path: Path) -> None:
+def test_an_image_without_its_caption_is_not_done(runs: Runs, prompts: PromptFile, tmp_path: Path) -> None:
+    (blocked := tmp_path / "out" / ".00001.txt.part").mkdir(parents=True)
+    with pytest.raises(OSError, match="00001"):
+        runs(prompts)
+    blocked.rmdir()
+    runs(prompts)
+    assert (tmp_path / "out" / "00001.txt").read_text() == "a red house by the sea, inky style"
+
+
+def test_what_is_lost_is_made_again_to_the_bit_and_no_more(
+    runs: Runs, draw: DrawBatch, prompts: PromptFile, tmp_path: Path
+) -> None:
+    """In the batches of the first time, lest it be rounded otherwise."""
+    batches: list[list[str]] = []
+
+    def drawing(asked: Sequence[Request], check: Check) -> Mapping[int, Image.Image]:
+        batches.append([one.prompt for one in asked])
+        return draw(asked, check)
+
     runs(prompts)
     before = contents(tmp_path / "out")
     (tmp_path / "out" / "00001.json").unlink()
     (tmp_path / "out" / "00004.png").unlink()
     (tmp_path / "out" / ".00001.png.part").write_bytes(b"half a")  # as a kill leaves it
-    assert runs(prompts)[-1] == f"2 images made in {tmp_path / 'out'}, 3 were there before."
+    assert runs(prompts, drawing=drawing)[-1] == f"2 images made in {tmp_path / 'out'}, 3 were there before."
+    assert batches == [[*PROMPTS[:2]], ["a toy"]]
     after = contents(tmp_path / "out")
     assert {name: content for name, (_, content) in after.items()} == {n: content for n, (_, content) in before.items()}
     assert {name for name in before if before[name][0] != after[name][0]} == {
