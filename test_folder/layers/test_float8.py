@@ -82,13 +82,15 @@ def test_rows_of_zeros_give_the_bias():
 @pytest.mark.parametrize("scale", [2.0, -1.0])
 @pytest.mark.parametrize("magnitude", [0.0, 1e-6, 1.0], ids="weights of {}".format)
 def test_nothing_saturates_however_strong_a_lora_is(magnitude, scale):
-    """As of a layer that a base's training has left at zero; beside one in which the LoRA never acts."""
+    """As of a layer that a base's training has left at zero; beside one in which the LoRA never acts, and from the
+    second step on."""
     model = nn.ModuleDict({name: nn.Linear(64, 32, bias=False) for name in ("idle", "linear")})
     model["linear"].weight.data *= magnitude
     pair = LowRank(torch.full((4, 64), 30.0), torch.full((32, 4), -20.0))
     lora = {"idle": pair, "linear": pair}
-    plan = Plan(tuple(lora), (lora,), torch.tensor([[[0.0], [scale]]]))
-    with attached(model, plan, engine="merged", float8=lora):
+    plan = Plan(tuple(lora), (lora,), torch.tensor([[[0.0], [0.0]], [[0.0], [scale]]]))
+    with attached(model, plan, engine="merged", float8=lora) as gate:
+        gate.set_step(1)
         assert all(part.quantized.float().abs().max() <= LARGEST for part in model.values())
         product = model["linear"](torch.ones(1, 64))
     torch.testing.assert_close(product, torch.full((1, 32), -4 * 600 * scale * 64), rtol=0.07, atol=0.0)
