@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from klora.fusion import Schedule, fuse
 from klora.generation import combine, generate
+from klora.generation.acting import acting_loras, encoder_plan
 from klora.layers import attached
 from test_folder import tiny
 from test_folder.fusion.drawn import naive_gamma, naive_sums
@@ -159,6 +160,14 @@ def test_fusions_make_different_images(model, both):
 def test_without_a_choice_each_lora_acts_at_its_own_scale(both, fusion, scales):
     plan = combine(asked(fusion=fusion, content_scale=2.0, style_scale=0.5), 8, **both)
     assert torch.equal(plan.gates, torch.tensor(scales).expand(1, len(plan.layers), len(scales)))
+
+
+def test_in_the_text_encoders_each_lora_acts_at_its_own_scale(model, both):
+    acting = acting_loras(asked(content_scale=2.0, style_scale=0.5), **both)
+    for component in model.text_encoders:
+        plan = encoder_plan(acting, component)
+        assert plan.loras == tuple(lora.text_encoders[component] for lora in both.values())
+        assert torch.equal(plan.gates, torch.tensor([2.0, 0.5]).expand(1, len(plan.layers), 2))
 
 
 def test_every_input_of_the_choice_steers_it_and_each_lora_acts_at_its_own_scale(both):

@@ -40,13 +40,14 @@ def test_the_log_names_each_lora_and_what_changes_nothing(
 
 
 def test_layers_of_a_text_encoder_act_at_their_loras_scale(studio: Studio, loras: Path) -> None:
-    def draw(**given: Any) -> Images:
-        files = {"style_lora": Borrowed(loras / "encoder.safetensors")} if given else {}
-        return made(studio, request(model="sdxl", **given), files)
+    def draw(scale: float | None = None, **given: Any) -> Images:
+        files = {} if scale is None else {"style_lora": Borrowed(loras / "encoder.safetensors")}
+        return made(studio, request(model="sdxl", style_scale=scale or 0.0, **given), files)
 
-    assert not same(draw(style_scale=1.0), draw())
-    assert not same(draw(style_scale=1.0), draw(style_scale=2.0))
-    assert same(draw(style_scale=0.0), draw())
+    assert not same(draw(1.0), draw())
+    assert not same(draw(1.0), draw(2.0))
+    for negative in ("", "rain"):
+        assert same(draw(0.0, negative_prompt=negative), draw(negative_prompt=negative))
 
 
 def test_a_pair_without_layers_of_the_denoiser_has_no_style_share(studio: Studio, loras: Path) -> None:
