@@ -67,6 +67,16 @@ def test_none_is_added_when_none_shall_be(studio: Studio, lora: Path) -> None:
     assert drawn(studio, lora, "a dog", fusion="sum", style_scale=0.5)[1] == "zork style"
 
 
+@pytest.mark.parametrize(("fusion", "added"), [("content", "sks"), ("style", "zork style"), ("sum", "sks, zork style")])
+def test_a_lora_that_does_not_act_adds_no_word(studio: Studio, lora: Path, fusion: str, added: str) -> None:
+    called = {"content_lora": "sks", "style_lora": "zork style"}
+    files = {name: Borrowed(lora, triggers=(word,)) for name, word in called.items()}
+    facts: dict[str, Any] = {}
+    request = Request("a dog", num_inference_steps=1, disable_safety_checker=True, fusion=fusion)
+    studio.make(request, files, facts.__setitem__)
+    assert facts["triggers_added"] == added
+
+
 @pytest.mark.parametrize("key", ["trigger", "modelspec.trigger_phrase", "ss_trigger", "instance_prompt"])
 def test_what_the_file_states_goes_before_what_others_say_and_is_what_inspect_shows(
     studio: Studio, lora: Path, key: str
