@@ -35,6 +35,7 @@ def test_every_input_is_told(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
+        ({"fusion": "sum"}, {"content_scale", "style_scale", "prompt_strength"}),
         ({"image": None}, {"content_scale", "style_scale"}),
         ({"fusion": "content"}, {"content_scale", "prompt_strength"}),
         ({"style_lora": None}, {"content_scale", "prompt_strength"}),
