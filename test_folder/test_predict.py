@@ -137,13 +137,12 @@ def test_an_old_cog_sdxl_request_runs_unchanged(server: Server) -> None:
     assert answer["status"] == "succeeded", answer["error"]
 
 
-def test_an_alias_means_its_new_name(server: Server) -> None:
-    old = {"lora_weights": SDXL["content_lora"], "lora_scale": 0.5, "guidance": 4}
-    new = {"content_lora": SDXL["content_lora"], "content_scale": 0.5, "guidance_scale": 4}
-    lucatacos = {"hf_lora": SDXL["content_lora"], "lora_scale": 0.5, "guidance_scale": 4}
-    meant = server.images(**QUICK, **new)[0]
-    for names in (old, lucatacos):
-        assert np.array_equal(server.images(**QUICK, **names)[0], meant)
+@pytest.mark.parametrize("weights", ["lora_weights", "replicate_weights", "hf_lora"])
+def test_an_alias_means_its_new_name(server: Server, weights: str) -> None:
+    content, style = SDXL.values()
+    old = {weights: content, "lora_scale": 0.5, "extra_lora": style, "extra_lora_scale": 1.5, "guidance": 4}
+    new = SDXL | {"content_scale": 0.5, "style_scale": 1.5, "guidance_scale": 4}
+    assert np.array_equal(server.images(**QUICK, **old)[0], server.images(**QUICK, **new)[0])
 
 
 def tar_of(answer: dict[str, Any]) -> dict[str, bytes]:
