@@ -12,6 +12,7 @@ import pytest
 
 import weights
 from klora.cache import Borrowed
+from klora.fusion import fuse
 from klora.generation import generate
 from klora.models import linears
 from klora.studio import Studio
@@ -96,6 +97,21 @@ def test_loras_of_a_loaded_base_wait_for_nothing_that_is_known(
     monkeypatch.setattr("klora.studio.provenance.version", None)
     assert not same(before, made(fresh, request(content_scale=0.5), files))
     assert same(before, made(fresh, request(), files))
+
+
+def test_the_scores_that_are_kept_for_the_next_time_are_each_loras_own(
+    studio: Studio, loras: Path, tmp_path: Path
+) -> None:
+    files = pair_of(loras, scores=tmp_path)
+    made(studio, request(), files)
+    model = studio.load(*weights.find_base("sdxl"))
+    read = {name: model.read_lora(file.path) for name, file in files.items()}
+    fuse(*read.values())
+    for name, file in files.items():
+        assert file.scores
+        kept = json.loads(file.scores.read_text())["scores"]
+        own = {layer: {str(k): total for k, total in sums.items()} for layer, sums in read[name].scores.items()}
+        assert kept == own
 
 
 @pytest.mark.parametrize("fusion", ["klora", "sum", "content", "style"])
