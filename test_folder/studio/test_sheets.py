@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import weights
 from klora import cli
+from klora.cache import Borrowed
 from klora.errors import RequestError, SafetyError
 from klora.form.request import Request
-from klora.fusion import Fusion, Schedule, fuse
+from klora.fusion import Fusion, Schedule, fuse, style_share
 from klora.lora import LowRank
 from klora.studio import Studio, save_images
 from klora.studio.provenance import read_provenance
@@ -219,15 +221,37 @@ def test_a_sheet_tells_the_most_memory_that_one_image_took() -> None:
     assert facts == {"peak_bytes": 9}
 
 
+def test_a_sheet_tells_the_share_of_each_way_by_the_requests_own_schedule() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(2, 9, generator=generator, dtype=torch.float64) + 0.5
+    fusion = Fusion(tuple("abcdefghi"), {}, {}, *scores, gamma=1.0, gammas={})
+    ways = ways_of(asked(compare=True, sweep=True, alpha=1.25, beta=0.5), fusion, 7)
+    choices = [("s", 1.0), ("s*", 1.0), *(("s*", bias) for bias in SWEEP)]
+    wins = [fusion.content_wins(Schedule.from_pattern(name, 1.25, 0.5), 7, bias) for name, bias in choices]
+    shares = [way.style_share for way in [*ways["compare"], *ways["sweep"]] if way.request.fusion == "klora"]
+    assert shares == [style_share(each) for each in wins]
+    assert len(set(shares)) == len(SWEEP) + 1
+
+
 def test_a_report_of_a_request_is_about_its_own_choice(studio: Studio, loras: Path) -> None:
-    report = studio.report(asked(style_bias=1.4, pattern="s"), pair_of(loras))
+    report = studio.report(asked(style_bias=1.4, pattern="s", alpha=1.25, beta=0.75), pair_of(loras))
     content, style = (
         studio.load(*weights.find_base("sdxl")).read_lora(loras / f"sdxl_{role}.safetensors")
         for role in ("content", "style")
     )
     fusion: Fusion = fuse(content, style)
-    assert torch.equal(report.content_wins, fusion.content_wins(Schedule.from_pattern("s"), 3, 1.4))
+    assert torch.equal(report.content_wins, fusion.content_wins(Schedule.from_pattern("s", 1.25, 0.75), 3, 1.4))
     assert report.order == "execution"
+
+
+def test_a_report_of_a_request_tells_the_alphas_of_either_file(studio: Studio, loras: Path, tmp_path: Path) -> None:
+    files = pair_of(loras)
+    tensors = load_file(files["style_lora"].path)
+    A = next(key for key in tensors if key.startswith("unet.") and key.endswith("lora_A.weight"))
+    alpha = {A.replace("lora_A.weight", "alpha"): torch.tensor(2.0)}
+    save_file(tensors | alpha, tmp_path / "style.safetensors")
+    files["style_lora"] = Borrowed(tmp_path / "style.safetensors")
+    assert studio.report(asked(), files).alphas == {"content": {}, "style": {2.0: 1}}
 
 
 def test_the_command_makes_a_sheet_and_makes_it_again(models: Path, loras: Path, tmp_path: Path) -> None:
