@@ -40,6 +40,6 @@ def test_an_image_of_a_batch_comes_again_to_a_few_levels_and_the_words_say_why(s
 def test_a_few_levels_are_a_batchs_and_more_are_not(tmp_path: Path, levels: int, said: str) -> None:
     pixels = np.full((4, 4, 3), 100, np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    pixels[1, 2, 0] += levels
+    pixels[1, 2, 2] += levels
     Image.fromarray(pixels).save(tmp_path / "b.png")
     assert difference(tmp_path / "a.png", tmp_path / "b.png") == said
