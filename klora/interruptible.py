@@ -76,7 +76,8 @@ class _Starter:
 
     def __init__(self) -> None:
         self.begin()
-        os.register_at_fork(after_in_child=self.begin)
+        if hasattr(os, "register_at_fork"):  # Windows has no forks
+            os.register_at_fork(after_in_child=self.begin)
 
     def begin(self) -> None:
         self.unborn: SimpleQueue[tuple[Thread, SimpleQueue[Future[Any]]]] = SimpleQueue()
