@@ -102,9 +102,11 @@ def _fits(linears: list[nn.Linear], float8: list[bool], pixels: int) -> bool:
 
 
 def _obstacle(denoiser: nn.Module, linears: list[nn.Linear]) -> str:
-    """What the base is where its weights cannot be replaced by W + dW: of a quantiser's own layers, or elements of one
-    byte; or offloaded by diffusers, which brings the parameters that it knows and no others. "" where they can."""
-    if any(type(linear) is not nn.Linear or linear.weight.itemsize < 2 for linear in linears):
+    """What the base is where its weights cannot be replaced by W + dW: of a quantiser's own layers, its own tensors in
+    torch's layers, or elements of one byte; or offloaded by diffusers, which brings the parameters that it knows and no
+    others. "" where they can."""
+    kinds = {(type(linear), type(linear.weight)) for linear in linears}
+    if kinds - {(nn.Linear, nn.Parameter)} or any(linear.weight.itemsize < 2 for linear in linears):
         return "quantised"
     hooks = (part.__dict__.get("_diffusers_hook") for part in (denoiser, *linears))
     return "offloaded in groups" if any(each.get_hook("group_offloading") for each in hooks if each) else ""

@@ -48,13 +48,11 @@ def padded(plan: Plan, denoiser: nn.Module, names: Iterable[str]) -> Plan:
     linears = {name: linear_in(denoiser, name) for name in (*plan.layers, *names)}
     ranks = {name: sum(lora[name].rank for lora in plan.loras if name in lora) for name in linears}
     common = -(-max(ranks.values()) // ALIGNED) * ALIGNED
-    zeros = {
-        name: LowRank(
-            linear.weight.new_zeros(common - ranks[name], linear.in_features, dtype=compute_dtype(linear.weight)),
-            linear.weight.new_zeros(linear.out_features, common - ranks[name], dtype=compute_dtype(linear.weight)),
-        )
-        for name, linear in linears.items()
-    }
+    zeros = {}
+    for name, linear in linears.items():
+        rank, weight = common - ranks[name], linear.weight  # which, of a quantiser's, may make no tensors like itself
+        like = torch.empty(0, device=weight.device, dtype=compute_dtype(weight))
+        zeros[name] = LowRank(like.new_zeros(rank, linear.in_features), like.new_zeros(linear.out_features, rank))
     return extended(plan, linears, zeros)
 
 

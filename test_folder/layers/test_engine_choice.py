@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from klora import layers as subject
 from klora.errors import RequestError
@@ -23,6 +23,34 @@ class Quantized(nn.Linear):
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype) * self.unit)
+
+
+class Int8(Tensor):
+    """A weight of int8, as torchao puts it into torch's own linears: it says that it is float32, and can little more
+    than to be multiplied by."""
+
+    @staticmethod
+    def __new__(cls, elements, unit):
+        return Tensor._make_wrapper_subclass(cls, elements.shape, dtype=torch.float32, device=elements.device)
+
+    def __init__(self, elements, unit):
+        self.elements, self.unit = elements, unit
+
+    @classmethod
+    def __torch_dispatch__(cls, call, types, arguments=(), options=None):
+        (weight,) = (part for part in arguments if isinstance(part, cls))
+        if call == torch.ops.aten.detach.default:
+            return cls(weight.elements, weight.unit)
+        if call not in (torch.ops.aten.t.default, torch.ops.aten.linear.default):
+            raise NotImplementedError(f"{call} of {cls.__name__}")
+        return call(*(part.elements * part.unit if part is weight else part for part in arguments), **(options or {}))
+
+
+def of_int8_tensors(linear):
+    """The linear with such a weight."""
+    quantized = Quantized(linear)
+    linear.weight = nn.Parameter(Int8(quantized.weight, quantized.unit), requires_grad=False)
+    return linear
 
 
 class Renamed(nn.Linear):
@@ -63,8 +91,13 @@ def test_an_engine_that_there_is_not_is_refused_and_nothing_is_lent(network):
 
 @pytest.mark.parametrize(
     "layer",
-    [Quantized(nn.Linear(6, 8)), Renamed(6, 8, bias=False), nn.Linear(6, 8, bias=False).to(torch.float8_e4m3fn)],
-    ids=["int8", "subclass", "float8"],
+    [
+        Quantized(nn.Linear(6, 8)),
+        Renamed(6, 8, bias=False),
+        nn.Linear(6, 8, bias=False).to(torch.float8_e4m3fn),
+        of_int8_tensors(nn.Linear(6, 8, bias=False)),
+    ],
+    ids=["int8", "subclass", "float8", "int8 tensor"],
 )
 def test_engine_is_gated_for_weights_that_cannot_be_written(monkeypatch, network, layer):
     monkeypatch.setattr(subject, "free_bytes", lambda device: 1 << 60)
@@ -82,11 +115,12 @@ def test_beside_quantised_weights_a_lora_is_bfloat16_and_beside_others_of_their_
     assert compute_dtype(torch.empty(1, dtype=torch.float16)) == torch.float16
 
 
-def test_lora_acts_on_int8_weights(monkeypatch, network, x):
-    network.to_q = Quantized(network.to_q)
+@pytest.mark.parametrize("quantized", [Quantized, of_int8_tensors])
+def test_lora_acts_on_int8_weights(network, x, quantized):
+    network.to_q = quantized(network.to_q)
     lora = random_lora(network, ["to_q"], 2, seed=1)
     expected = network.to_q(x) + F.linear(x, lora["to_q"].B @ lora["to_q"].A)
-    with attached(network, Plan.constant((lora,), (1.0,))):
+    with attached(network, Plan.constant((lora,), (1.0,)), alike=LAYERS):
         # 2 in 100: the factors are bfloat16 there, 2**-9 each
         torch.testing.assert_close(network.to_q(x), expected, rtol=0.02, atol=0.02)
 
