@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, get_args
 
+import torch
 from torch import nn
 
 from klora.device import free_bytes
@@ -23,7 +24,7 @@ from klora.errors import RequestError
 from klora.layers.engines import Engine, Gate, LazyDict, LoRALinear, lend_gated, lend_linear, lend_merged
 from klora.layers.float8 import takes_float8
 from klora.layers.loans import clear, lend, lending
-from klora.layers.pairs import extended, linear_in, padded, pairs_of, placed
+from klora.layers.pairs import compute_dtype, extended, linear_in, padded, pairs_of, placed
 from klora.lora import Plan
 
 __all__ = [
@@ -85,8 +86,10 @@ def attached(
     if engine == "gated" and (alike or float8):
         plan = padded(requested, denoiser, alike) if requested.layers and alike else requested
         linears = [linear_in(denoiser, name) for name in plan.layers]
-    loras = [placed(lora, linears) for lora in plan.loras]
-    pairs = LazyDict(lambda index: pairs_of(loras, plan.layers[index], linears[index]))
+    # A model of diffusers says in which dtype it computes, whatever its weights are stored in.
+    otherwise = compute_dtype(getattr(denoiser, "dtype", torch.bfloat16)) if obstacle else torch.bfloat16
+    loras = [placed(lora, linears, otherwise) for lora in plan.loras]
+    pairs = LazyDict(lambda index: pairs_of(loras, plan.layers[index], linears[index], otherwise))
     with lending() as loans:
         if engine == "merged":
             yield lend_merged(denoiser, linears, plan, pairs, loans, float8)
@@ -105,8 +108,7 @@ def _obstacle(denoiser: nn.Module, linears: list[nn.Linear]) -> str:
     """What the base is where its weights cannot be replaced by W + dW: of a quantiser's own layers, its own tensors in
     torch's layers, or elements of one byte; or offloaded by diffusers, which brings the parameters that it knows and no
     others. "" where they can."""
-    kinds = {(type(linear), type(linear.weight)) for linear in linears}
-    if kinds - {(nn.Linear, nn.Parameter)} or any(linear.weight.itemsize < 2 for linear in linears):
+    if any((type(one), type(one.weight)) != (nn.Linear, nn.Parameter) or one.weight.itemsize < 2 for one in linears):
         return "quantised"
     hooks = (part.__dict__.get("_diffusers_hook") for part in (denoiser, *linears))
     return "offloaded in groups" if any(each.get_hook("group_offloading") for each in hooks if each) else ""

@@ -5,7 +5,7 @@ from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from klora.errors import LoRAError
 from klora.lora import LoRA, LowRank, Plan
@@ -51,29 +51,30 @@ def padded(plan: Plan, denoiser: nn.Module, names: Iterable[str]) -> Plan:
     zeros = {}
     for name, linear in linears.items():
         rank, weight = common - ranks[name], linear.weight  # which, of a quantiser's, may make no tensors like itself
-        like = torch.empty(0, device=weight.device, dtype=compute_dtype(weight))
+        like = torch.empty(0, device=weight.device, dtype=compute_dtype(weight.dtype))
         zeros[name] = LowRank(like.new_zeros(rank, linear.in_features), like.new_zeros(linear.out_features, rank))
     return extended(plan, linears, zeros)
 
 
-def placed(lora: Mapping[str, LowRank], linears: list[nn.Linear]) -> Mapping[str, LowRank]:
+def placed(lora: Mapping[str, LowRank], linears: list[nn.Linear], otherwise: torch.dtype) -> Mapping[str, LowRank]:
     """A LoRA's own cached copy beside the first of these linears, as LoRA.placed() keeps it; most often the others are
     on the same device. What is no LoRA is returned as it is."""
     if not isinstance(lora, LoRA) or not linears:
         return lora
     weight = linears[0].weight
-    return lora.placed(weight.device, compute_dtype(weight))
+    return lora.placed(weight.device, compute_dtype(weight.dtype, otherwise))
 
 
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype in which a LoRA's products are computed beside this weight: its own, or bfloat16 if it is quantised."""
-    return weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else torch.bfloat16  # quantised bases
+def compute_dtype(stored: torch.dtype, otherwise: torch.dtype = torch.bfloat16) -> torch.dtype:
+    """The dtype in which a LoRA's products are computed beside a weight stored in this one: the same, or another if the
+    weight is quantised."""
+    return stored if stored.is_floating_point and stored.itemsize > 1 else otherwise
 
 
-def pairs_of(loras: list[Mapping[str, LowRank]], name: str, linear: nn.Linear) -> Pairs:
+def pairs_of(loras: list[Mapping[str, LowRank]], name: str, linear: nn.Linear, otherwise: torch.dtype) -> Pairs:
     """The pairs of one layer, on its weight's device and in its compute_dtype(). Raises LoRAError for another shape."""
     weight, expected = linear.weight, (linear.out_features, linear.in_features)
-    placement = weight.device, compute_dtype(weight)
+    placement = weight.device, compute_dtype(weight.dtype, otherwise)
     pairs: Pairs = [lora.get(name) for lora in loras]
     for lora, pair in enumerate(pairs):
         if pair is None:

@@ -111,8 +111,19 @@ def test_engine_is_gated_for_weights_that_cannot_be_written(monkeypatch, network
 
 @pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.int8, torch.int32], ids=str)
 def test_beside_quantised_weights_a_lora_is_bfloat16_and_beside_others_of_their_dtype(stored):
-    assert compute_dtype(torch.empty(1, dtype=stored)) == torch.bfloat16
-    assert compute_dtype(torch.empty(1, dtype=torch.float16)) == torch.float16
+    assert compute_dtype(stored) == torch.bfloat16
+    assert compute_dtype(torch.float16) == torch.float16
+
+
+@pytest.mark.parametrize("said", [torch.float16, torch.float8_e4m3fn, None], ids=str)
+def test_beside_quantised_weights_a_lora_is_of_the_dtype_that_its_base_says_and_that_products_are_made_in(
+    network, said
+):
+    network.to_q = Quantized(network.to_q)
+    if said:
+        network.dtype = said
+    with attached(network, switching_plan(network)):
+        assert network.to_q.lora_A.dtype == (torch.float16 if said is torch.float16 else torch.bfloat16)
 
 
 @pytest.mark.parametrize("quantized", [Quantized, of_int8_tensors])

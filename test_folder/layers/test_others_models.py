@@ -3,6 +3,7 @@ and LoRAs that are being trained."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import cpu_offload
 from diffusers.hooks import apply_group_offloading
 from diffusers.models.attention_processor import Attention
@@ -11,6 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from klora.errors import LoRAError, RequestError
 from klora.layers import attached
 from klora.lora import Plan
+from test_folder import tiny
 from test_folder.layers.network import ENGINES, dense, random_lora, switching_plan
 
 
@@ -86,6 +88,18 @@ def test_a_base_that_diffusers_offloads_in_groups_keeps_its_parameters(groups, n
         for step, right in enumerate(expected):
             gate.set_step(step)
             torch.testing.assert_close(network(x), right)
+
+
+def test_a_base_that_diffusers_stores_in_fewer_bits_than_it_computes_in_has_factors_as_exact_as_its_products():
+    model, name = tiny.full_topology_flux(), "transformer_blocks.0.attn.to_q"
+    lora = random_lora(model, [name], 2, seed=1)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    linear = model.get_submodule(name)
+    x = torch.randn(5, linear.in_features, generator=torch.Generator().manual_seed(1))
+    expected = linear(x) + F.linear(x, lora[name].B @ lora[name].A)
+    with attached(model, Plan.constant((lora,), (1.0,))):
+        torch.testing.assert_close(model.get_submodule(name)(x), expected)
+    assert model.get_submodule(name) is linear and linear.weight.dtype is torch.float8_e4m3fn
 
 
 def test_projections_that_run_fused_are_refused():
