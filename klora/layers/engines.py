@@ -34,9 +34,11 @@ class LoRALinear(InPlaceOf):
         self.lora_A, self.lora_B = lora_A, lora_B
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)  # of this call alone, and so added to where it lies
+        y: Tensor = self.base(x)
         hidden = F.linear(x, self.lora_A.to(x)).reshape(-1, self.lora_A.shape[0])
-        return y.reshape(-1, self.out_features).addmm_(hidden, self.lora_B.to(hidden).t()).view(y.shape)
+        # y is of this call alone, and so added to where it lies; a quantiser's own tensor would add to a copy.
+        add = Tensor.addmm_ if type(y) is Tensor else Tensor.addmm
+        return add(y.reshape(-1, self.out_features), hidden, self.lora_B.to(hidden).t()).view(y.shape)
 
 
 class Gate:

@@ -61,8 +61,7 @@ def placed(lora: Mapping[str, LowRank], linears: list[nn.Linear], otherwise: tor
     on the same device. What is no LoRA is returned as it is."""
     if not isinstance(lora, LoRA) or not linears:
         return lora
-    weight = linears[0].weight
-    return lora.placed(weight.device, compute_dtype(weight.dtype, otherwise))
+    return lora.placed(linears[0].weight.device, compute_dtype(linears[0].weight.dtype, otherwise))
 
 
 def compute_dtype(stored: torch.dtype, otherwise: torch.dtype = torch.bfloat16) -> torch.dtype:

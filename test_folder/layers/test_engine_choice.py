@@ -26,8 +26,8 @@ class Quantized(nn.Linear):
 
 
 class Int8(Tensor):
-    """A weight of int8, as torchao puts it into torch's own linears: it says that it is float32, and can little more
-    than to be multiplied by."""
+    """A tensor of int8, as torchao puts it into torch's own linears and optimum-quanto between them: it says that it is
+    float32, can little more than to be multiplied by, and what is written to it is lost."""
 
     @staticmethod
     def __new__(cls, elements, unit):
@@ -39,9 +39,9 @@ class Int8(Tensor):
     @classmethod
     def __torch_dispatch__(cls, call, types, arguments=(), options=None):
         (weight,) = (part for part in arguments if isinstance(part, cls))
-        if call == torch.ops.aten.detach.default:
-            return cls(weight.elements, weight.unit)
-        if call not in (torch.ops.aten.t.default, torch.ops.aten.linear.default):
+        if call in (torch.ops.aten.detach.default, torch.ops.aten.view.default):
+            return cls(call(weight.elements, *arguments[1:]), weight.unit)
+        if call._schema.name.removeprefix("aten::") not in ("t", "linear", "addmm", "addmm_"):
             raise NotImplementedError(f"{call} of {cls.__name__}")
         return call(*(part.elements * part.unit if part is weight else part for part in arguments), **(options or {}))
 
@@ -51,6 +51,15 @@ def of_int8_tensors(linear):
     quantized = Quantized(linear)
     linear.weight = nn.Parameter(Int8(quantized.weight, quantized.unit), requires_grad=False)
     return linear
+
+
+class Requantized(Quantized):
+    """It quantises what it gives, too."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        unit = y.abs().max() / 127
+        return Int8((y / unit).round().to(torch.int8), unit)
 
 
 class Renamed(nn.Linear):
@@ -133,6 +142,14 @@ def test_lora_acts_on_int8_weights(network, x, quantized):
     expected = network.to_q(x) + F.linear(x, lora["to_q"].B @ lora["to_q"].A)
     with attached(network, Plan.constant((lora,), (1.0,)), alike=LAYERS):
         # 2 in 100: the factors are bfloat16 there, 2**-9 each
+        torch.testing.assert_close(network.to_q(x), expected, rtol=0.02, atol=0.02)
+
+
+def test_lora_acts_on_what_a_layer_gives_as_a_quantisers_own_tensor(network, x):
+    network.to_q = Requantized(network.to_q)
+    lora, given = random_lora(network, ["to_q"], 2, seed=1), network.to_q(x)
+    expected = given.elements * given.unit + F.linear(x, lora["to_q"].B @ lora["to_q"].A)
+    with attached(network, Plan.constant((lora,), (1.0,))):
         torch.testing.assert_close(network.to_q(x), expected, rtol=0.02, atol=0.02)
 
 
