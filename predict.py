@@ -23,7 +23,8 @@ from klora.bulk.run import run
 from klora.errors import RequestError
 from klora.form.fields import random_seed
 from klora.form.inputs import filled, progress_line, uploaded
-from klora.form.request import Request, open_images
+from klora.form.pictures import open_images
+from klora.form.request import Request
 from klora.models import silence_progress_bars
 from klora.report.pair import save_report
 from klora.studio import Check, Studio, save_images

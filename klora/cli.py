@@ -27,7 +27,8 @@ from klora.form.inputs import progress_line
 from klora.form.options import FILE, options_of
 from klora.form.outputs import check_new, check_writable, kept
 from klora.form.pair import Export, Question
-from klora.form.request import Request, open_images
+from klora.form.pictures import open_images
+from klora.form.request import Request
 from klora.training.config import TrainConfig
 from klora.training.publishing import Publishing
 

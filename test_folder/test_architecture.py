@@ -71,7 +71,8 @@ LAYERS = {
     },
     "klora/training/kohya.py": {"klora.errors", "klora.lora"},
     "klora/training/trainable.py": {"klora.layers", "klora.lora"},
-    "klora/form/request.py": {"klora.errors", "klora.form.fields"},
+    "klora/form/pictures.py": {"klora.errors"},
+    "klora/form/request.py": {"klora.errors", "klora.form.fields", "klora.form.pictures"},
     "klora/form/pair.py": {"klora.errors", "klora.form.fields", "klora.form.request"},
     "klora/models/": {
         *("klora.errors", "klora.device", "klora.lora", "klora.form.request", "klora.models.family"),

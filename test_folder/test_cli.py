@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from klora import cli
-from klora.form.request import Request, open_image
+from klora.form.pictures import open_image
+from klora.form.request import Request
 from klora.generation import generate
 from klora.models.family import Family
 from test_folder.pairs import named_pair

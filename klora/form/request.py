@@ -4,16 +4,15 @@ predict.py repeats the names and bounds, because Cog reads its form from source 
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from klora.errors import RequestError
 from klora.form.fields import MAX_SEED, ask, check, random_seed
+from klora.form.pictures import MODES, flat
 
 MODELS = ("sdxl", "illustrious-xl", "flux-dev", "flux-schnell")
 FUSIONS = ("klora", "sum", "content", "style")
@@ -27,11 +26,6 @@ ASPECT_RATIOS = {
 
 CHOICE = ("pattern", "style_bias", "alpha", "beta")
 """Inputs of K-LoRA's choice, which mean nothing where it makes none."""
-
-MODES = {"image": "RGB", "mask": "L"}
-"""Of pictures that a request works with, by input."""
-
-MAX_PIXELS = 64 << 20  # of an uploaded image, once decoded
 
 
 @dataclass(frozen=True)
@@ -107,7 +101,8 @@ class Request:
     def _convert_pictures(self) -> None:
         """To what pipelines take: they come in any mode that Pillow has. Those of open_image() stay as they are."""
         for name, mode in MODES.items():
-            if (picture := getattr(self, name)) is not None and picture.mode != mode:
+            picture = getattr(self, name)
+            if picture is not None and (picture.mode != mode or "icc_profile" in picture.info):
                 object.__setattr__(self, name, flat(picture, mode))
 
     def check_roles(self, roles: Collection[str]) -> None:
@@ -195,46 +190,3 @@ class Request:
     def pixels(self, native: int, multiple: int) -> int:
         """Of an image of this size()."""
         return math.prod(self.size(native, multiple))
-
-
-def open_images(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """A request's inputs, its image and mask opened: they come as paths. Raises RequestError."""
-    return {**inputs, **{name: open_image(name, inputs[name], mode) for name, mode in MODES.items() if name in inputs}}
-
-
-def open_image(name: str, path: Path, mode: str) -> Image.Image:
-    """An upload as its maker saw it, turned as its EXIF says, in this mode. Raises RequestError naming the input."""
-    try:
-        with Image.open(path, formats=("PNG", "JPEG", "WEBP", "AVIF")) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise RequestError(f"{name} has {file.width}x{file.height} pixels. Expected at most {MAX_PIXELS}.")
-            return flat(upright(file), mode)
-    except RequestError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise RequestError(f"{name} has more than {MAX_PIXELS} pixels. Expected at most so many.") from error
-    except Exception as error:  # of a damaged file Pillow raises whatever it stumbles on
-        raise RequestError(f"{name} cannot be read as an image. Expected a PNG, JPEG, WebP or AVIF file.") from error
-
-
-def upright(file: Image.Image) -> Image.Image:
-    """A file's image, turned as its EXIF says, of which nothing is kept. Raises what Pillow does of damaged files."""
-    file.load()  # a PNG may have it behind its pixels
-    file.getexif()  # kept by Pillow, which reads it no more, and does not write it again: odd tags break that
-    for name in ("exif", "Raw profile type exif"):
-        file.info.pop(name, None)
-    return ImageOps.exif_transpose(file)
-
-
-def flat(picture: Image.Image, mode: str) -> Image.Image:
-    """In this one of MODES, over white; what is transparent in a mask is not repainted."""
-    return opaque(picture, "white" if mode == "RGB" else "black").convert(mode)
-
-
-def opaque(image: Image.Image, backdrop: str) -> Image.Image:
-    """RGB, over a backdrop of this colour."""
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, backdrop), image.convert("RGBA"))
-    return image.convert("RGB")

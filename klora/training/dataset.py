@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from klora.errors import RequestError
 from klora.form.fields import HALF_CHARACTER
-from klora.form.request import MAX_PIXELS, opaque, upright
+from klora.form.pictures import MAX_PIXELS, opaque, upright
 from klora.training.archive import CAPTION_KEYS, Intake, Limits, Skipped, unpack
 from klora.training.config import whole_word
 

@@ -1,17 +1,21 @@
 """Every kind of picture that is uploaded becomes RGB or grey, or is refused."""
 
+import io
+import re
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from klora.errors import RequestError
-from klora.form.request import Request, open_image
+from klora.form.pictures import flat, open_image
+from klora.form.request import Request
 from test_folder.photographs import ODD_EXIF
 
 
@@ -110,6 +114,60 @@ def test_where_nothing_is_an_image_is_white_and_a_mask_keeps(tmp_path: Path) -> 
 def test_print_colours_become_rgb(tmp_path: Path) -> None:
     path = save(tmp_path / "image.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)), quality=100)
     assert np.abs(np.asarray(open_image("image", path, "RGB"), int) - RED).max() <= 2
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+# sRGB with the colours of red and blue exchanged.
+BGR = SRGB.replace(b"rXYZ", b"----").replace(b"bXYZ", b"rXYZ").replace(b"----", b"bXYZ")
+# Of greys, whose numbers are the light itself: the curve is y = x.
+CURVE = struct.pack(">4sIHH5i", b"para", 0, 3, 0, 1 << 16, 1 << 16, 0, 1 << 16, 0)
+LINEAR = SRGB.replace(b"rTRC", b"kTRC").replace(b"RGB XYZ ", b"GRAYXYZ ")
+LINEAR = re.sub(re.escape(CURVE[:10]) + b".{22}", lambda match: CURVE, LINEAR, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "avif", "tiff"])
+def test_a_pictures_numbers_mean_what_its_profile_says(suffix: str) -> None:
+    """Those of telephones are Display P3's, of many cameras Adobe RGB's."""
+    shown = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(shown[..., ::-1]).save(
+        buffer, suffix, icc_profile=BGR, lossless=True, quality=100, subsampling="4:4:4"
+    )
+    with Image.open(buffer) as file:
+        assert np.abs(np.asarray(flat(file, "RGB"), int) - shown).mean() < 2
+
+
+def test_transparent_and_grey_pictures_have_profiles_too(tmp_path: Path) -> None:
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
+    opened = open_image("image", save(tmp_path / "clear.png", clear, icc_profile=BGR), "RGB")
+    assert opened.getpixel((0, 0)) == (127, 127, 255)
+    for grey in (Image.new("L", (4, 4), 55), Image.new("LA", (4, 4), (55, 255))):
+        light = open_image("image", save(tmp_path / "grey.png", grey, icc_profile=LINEAR), "RGB").getpixel((0, 0))
+        assert light == pytest.approx((255 * (1.055 * (55 / 255) ** (1 / 2.4) - 0.055),) * 3, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("image", "profile"),
+    [
+        (Image.new("RGB", (4, 4), RED), b"no profile"),
+        (Image.new("RGB", (4, 4), RED), BGR.replace(b"RGB XYZ ", b"RG\xff XYZ ")),
+        (Image.new("RGB", (4, 4), RED), LINEAR),
+        (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), BGR),
+        (Image.new("L", (4, 4), 200), SRGB),
+    ],
+    ids=["damaged", "of no colours", "of greys", "not of print", "sRGB"],
+)
+def test_a_profile_of_another_kind_or_of_srgb_changes_nothing(image: Image.Image, profile: bytes) -> None:
+    image.info["icc_profile"] = profile
+    assert np.array_equal(flat(image, "RGB"), image.convert("RGB"))
+
+
+def test_a_requests_picture_is_in_srgb_and_stays_as_it_is() -> None:
+    picture = Image.new("RGB", (64, 64), RED)
+    picture.info["icc_profile"] = BGR
+    request = Request("a dog", image=picture)
+    assert request.image is not None and request.image.getpixel((0, 0)) == (0, 0, 255)
+    assert replace(request, seed=1).image is request.image and "icc_profile" in picture.info
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "avif", "mpo"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from klora.training.dataset import Picture, read_upload
 from test_folder.photographs import ODD_EXIF
@@ -70,6 +70,13 @@ def test_sides_below_64_pixels_and_areas_above_64_megapixels_are_skipped(tmp_pat
         "65536x1025": "has 65536x1025 pixels, more than 67108864",
         "bomb": "has more than 67108864 pixels",
     }
+
+
+def test_a_picture_is_learnt_in_the_colours_of_its_profile() -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exchanged = srgb.replace(b"rXYZ", b"----").replace(b"bXYZ", b"rXYZ").replace(b"----", b"bXYZ")
+    shown = np.asarray(opened(encoded(drawn(), icc_profile=exchanged)), int)
+    assert np.abs(shown - np.asarray(drawn(), int)[..., ::-1]).max() <= 1
 
 
 def test_exif_turns_the_picture() -> None:
