@@ -39,6 +39,7 @@ ALIASES = {
     "extra_lora_scale": "style_scale",
     "guidance": "guidance_scale",
 }
+OLD_MODELS = {"dev": "flux-dev", "schnell": "flux-schnell"}
 TOKENS = {"hf_api_token": "hf", "civitai_api_token": "civitai", "replicate_api_token": "replicate"}
 
 
@@ -71,8 +72,8 @@ class Predictor(BasePredictor):
             default=None,
         ),
         model: Optional[str] = Input(
-            description="Base model. Leave blank for the one that the LoRAs were made for.",
-            choices=["sdxl", "illustrious-xl", "flux-dev", "flux-schnell"],
+            description="Base model. Leave blank for the one that the LoRAs were made for. dev and schnell are old names of the FLUX.1 bases.",
+            choices=["sdxl", "illustrious-xl", "flux-dev", "flux-schnell", "dev", "schnell"],
             default=None,
         ),
         negative_prompt: str = Input(description="What the image should not show. SDXL bases only.", default=""),
@@ -251,13 +252,13 @@ class Predictor(BasePredictor):
         started = time.perf_counter()
         if "prompts" in given:
             return [Path(self._make_lines(_inputs(given), _tokens(given)))]
-        request = Request(**_inputs(given))
-        _record("seed", request.seed)
+        request, record = Request(**_inputs(given)), current_scope().record_metric
+        record("seed", request.seed)
         print(f"seed {request.seed}")
         bases = weights.runnable(request.model)
         with self.loras.borrowed(request.loras, _tokens(given), bases) as files:
-            _record("fetch_seconds", time.perf_counter() - started)
-            images = self.studio.make(request, files, _record, lambda *at: print(progress_line(*at), flush=True))
+            record("fetch_seconds", time.perf_counter() - started)
+            images = self.studio.make(request, files, record, lambda *at: print(progress_line(*at), flush=True))
             report = self.studio.report(request, files) if request.report else None
         paths = save_images(images, self.outputs, request) + (save_report(report, self.outputs) if report else [])
         return [Path(path) for path in paths]
@@ -265,7 +266,7 @@ class Predictor(BasePredictor):
     def _make_lines(self, inputs: dict[str, Any], tokens: dict[str, str]) -> LocalPath:
         """The tar of an image for each line of the prompts, by the other inputs."""
         lines, template, folder = inputs.pop("prompts"), inputs.pop("prompt"), self.outputs / "images"
-        _record("seed", seed := inputs.setdefault("seed", random_seed()))
+        current_scope().record_metric("seed", seed := inputs.setdefault("seed", random_seed()))
         print(f"seed {seed}")
         allowance = weights.Allowance(weights.FETCH_SECONDS)
 
@@ -286,6 +287,8 @@ def _inputs(given: dict[str, Any]) -> dict[str, Any]:
         if alias in given and given[alias] != inputs.setdefault(name, given[alias]):
             # Without the values: signed links are keys.
             raise RequestError(f"{alias} is an old name of {name}, of which another value is given, too. Give one.")
+    if "model" in inputs:
+        inputs["model"] = OLD_MODELS.get(inputs["model"], inputs["model"])
     uploads = {name: uploaded(name, inputs[name]) for name in ("image", "mask", "prompts") if name in inputs}
     return open_images(inputs | uploads)
 
@@ -293,7 +296,3 @@ def _inputs(given: dict[str, Any]) -> dict[str, Any]:
 def _tokens(given: dict[str, Any]) -> dict[str, str]:
     """The user's tokens, by authority."""
     return {authority: given[name].get_secret_value() for name, authority in TOKENS.items() if name in given}
-
-
-def _record(name: str, value: Any) -> None:
-    current_scope().record_metric(name, value)

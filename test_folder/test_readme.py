@@ -55,6 +55,9 @@ OTHERS = {  # their inputs, as predict.py of replicate/cog-flux, lucataco/cog-fl
         extra_lora_scale hf_api_token civitai_api_token""",
     "lucataco/flux-dev-lora": """prompt aspect_ratio image prompt_strength num_outputs num_inference_steps
         guidance_scale seed output_format output_quality disable_safety_checker hf_lora lora_scale""",
+    "flux-fine-tuner": """prompt image mask aspect_ratio height width num_outputs lora_scale num_inference_steps model
+        guidance_scale prompt_strength seed extra_lora extra_lora_scale megapixels replicate_weights go_fast
+        disable_safety_checker output_format output_quality""",
     "cog-sdxl": """prompt negative_prompt image mask width height num_outputs scheduler num_inference_steps
         guidance_scale prompt_strength seed refine high_noise_frac refine_steps apply_watermark replicate_weights
         lora_scale disable_safety_checker""",
@@ -67,8 +70,11 @@ def test_of_other_models_inputs_those_that_are_not_taken_are_named() -> None:
     lacking = {name for names in OTHERS.values() for name in names.split()} - taken
     said = re.search(r"cog-sdxl's ([^.]*?) have no\s+effect", README)
     assert said and {*re.findall(r"`(\w+)`", said[1])} == lacking
-    old_names = re.search(r"run unchanged: (.*?) are accepted as old names", README, re.DOTALL)
-    assert old_names and {*re.findall(r"`(\w+)`", old_names[1])} == {*predict.ALIASES}
+    for names, what in ((predict.ALIASES, "of our inputs"), (predict.OLD_MODELS, "of models")):
+        told = re.search(
+            r"(?:`\w+`[, ]*(?:and )?)+(?=(?:are accepted )?as old names " + what + ")", " ".join(README.split())
+        )
+        assert told and {*re.findall(r"`(\w+)`", told[0])} == {*names}
 
 
 TRAINERS = """input_images trigger_word autocaption autocaption_prefix autocaption_suffix steps learning_rate batch_size

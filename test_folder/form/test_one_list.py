@@ -16,7 +16,7 @@ import train
 import weights
 from klora import cli
 from klora.errors import RequestError
-from klora.form.request import Request
+from klora.form.request import MODELS, Request
 from klora.training.config import TrainConfig
 from klora.training.publishing import Publishing
 
@@ -40,7 +40,8 @@ def test_the_form_has_a_requests_bounds_choices_default_and_type(name: str) -> N
     item = next(item for item in fields(Request) if item.name == name)
     form, kind = FORM[name], get_type_hints(Request)[name]
     assert (form.ge, form.le) == (item.metadata.get("ge"), item.metadata.get("le"))
-    assert form.choices == (list(item.metadata["choices"]) if "choices" in item.metadata else None)
+    old = [*predict.OLD_MODELS] if name == "model" else []
+    assert form.choices == ([*item.metadata["choices"], *old] if "choices" in item.metadata else None)
     assert form.default == (None if name in OWN_DEFAULT or item.default is MISSING else item.default)
     kind = typing.Optional[kind] if name in OWN_DEFAULT else kind  # noqa: UP045
     form_kind = get_type_hints(predict.Predictor.predict)[name]
@@ -62,6 +63,12 @@ def test_two_values_of_one_input_are_refused_by_its_names_alone(given: tuple[str
     with pytest.raises(RequestError, match="is an old name of content_lora") as error:
         predict._inputs({"prompt": "x"} | values)
     assert "CANARY" not in str(error.value) and str(error.value).split()[0] in given
+
+
+def test_an_old_name_of_a_model_means_its_new_one() -> None:
+    assert {*predict.OLD_MODELS.values()} < {*MODELS}
+    for old, new in {**predict.OLD_MODELS, "sdxl": "sdxl"}.items():
+        assert predict._inputs({"prompt": "x", "model": old})["model"] == new
 
 
 def test_every_token_of_the_form_is_a_secret() -> None:
