@@ -75,8 +75,9 @@ LAYERS = {
     "klora/form/request.py": {"klora.errors", "klora.form.fields", "klora.form.pictures"},
     "klora/form/pair.py": {"klora.errors", "klora.form.fields", "klora.form.request"},
     "klora/models/": {
-        *("klora.errors", "klora.device", "klora.lora", "klora.form.request", "klora.models.family"),
+        *("klora.errors", "klora.device", "klora.lora", "klora.form.pictures", "klora.form.request"),
         *(
+            "klora.models.family",
             "klora.models.following",
             "klora.models.linears",
             "klora.models.prompts",

@@ -64,6 +64,30 @@ def opaque(image: Image.Image, backdrop: str) -> Image.Image:
     return image
 
 
+def framed(image: Image.Image | None, mask: Image.Image | None, size: tuple[int, int]) -> dict[str, Image.Image]:
+    """What is given of "image" and its "mask", as that lies on the image: cut about their middle to the shape of this
+    size in pixels, for nothing is to be stretched, and resized to it."""
+    if image is None:
+        return {}
+    given = {"image": ImageOps.fit(image, size, Image.Resampling.LANCZOS)}
+    if mask:  # bilinear, because Lanczos rings: an edge would leave traces where the mask is black
+        bilinear = Image.Resampling.BILINEAR
+        given["mask"] = ImageOps.fit(mask.resize(image.size, bilinear), size, bilinear)
+    return given
+
+
+def cellwise(mask: Image.Image, side: int) -> Image.Image:
+    """A mask where each square of so many pixels a side is as white as its whitest: of a latent cell pipelines ask one
+    pixel alone, and would pass over a fine line. overlaid() keeps the others."""
+    cells = np.asarray(mask).reshape(mask.height // side, side, mask.width // side, side).max((1, 3))
+    return Image.fromarray(cells).resize(mask.size, Image.Resampling.NEAREST)
+
+
+def overlaid(images: list[Image.Image], given: Mapping[str, Image.Image]) -> list[Image.Image]:
+    """The images, over the one that is framed() where its mask is black: the VAE alters what is to be kept, too."""
+    return [Image.composite(image, given["image"], given["mask"]) for image in images] if "mask" in given else images
+
+
 def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     """RGB, of an image whose numbers mean what an ICC profile says: a telephone's are not sRGB's, nor are a press's. A
     profile that is damaged, or of another kind of image, is not heeded, as in browsers."""

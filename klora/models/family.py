@@ -11,7 +11,7 @@ import diffusers
 import torch
 import transformers
 from diffusers.loaders.single_file_utils import SingleFileComponentError
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 from klora.errors import BaseModelError, RequestError
@@ -242,14 +242,6 @@ def denoise(
     if not latents.isfinite().all():
         raise RequestError("The latents overflowed: the LoRAs are too strong for this base. Lower their scales.")
     return latents
-
-
-def framed(request: Request, width: int, height: int) -> dict[str, Image.Image]:
-    """A request's "image", and its "mask" as it lies on the image, if they are given: cut about their middle to the
-    shape of this size in pixels, for nothing is to be stretched, and resized to it."""
-    given = {"image": request.image, "mask": request.image and request.mask and request.mask.resize(request.image.size)}
-    size, lanczos = (width, height), Image.Resampling.LANCZOS
-    return {name: ImageOps.fit(picture, size, lanczos) for name, picture in given.items() if picture}
 
 
 def inventory_of(model: Family, inputs: Callable[[Any], Mapping[str, Any]]) -> Inventory:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from klora.files import read_lora
 from klora.files.names import Inventory
+from klora.form.pictures import cellwise, framed, overlaid
 from klora.form.request import Request
 from klora.lora import LoRA
 from klora.models.family import (
@@ -26,7 +27,6 @@ from klora.models.family import (
     Recipe,
     denoise,
     encoders,
-    framed,
     inventory_of,
     load_parts,
     quantization,
@@ -122,7 +122,7 @@ class Flux:
         scheduler = type(scheduler).from_config(scheduler.config)  # of the request's own: it keeps state between steps
         width, height = request.size(self.native_size, self.size_multiple)
         pipeline, options = FluxPipeline, dict[str, Any](width=width, height=height)
-        given = framed(request, width, height)
+        given = framed(request.image, request.mask, (width, height))
         if "image" in given:
             latents, strength = self.encode_images(processor.preprocess(given["image"])).mean, request.prompt_strength
             # The pipeline rounds steps up: 0.8 of schnell's four to all of them, which start from noise alone.
@@ -130,11 +130,13 @@ class Flux:
             pipeline, options = FluxImg2ImgPipeline, options | {"image": latents, "strength": min(strength, most)}
         if "mask" in given:
             pipeline = FluxInpaintPipeline
-            options |= {"mask_image": given["mask"], "masked_image_latents": options["image"]}
+            mask = cellwise(given["mask"], self.pipe.vae_scale_factor)
+            options |= {"mask_image": mask, "masked_image_latents": options["image"]}
         pipe = pipeline(**self.pipe.components | {"scheduler": scheduler})
         packed = denoise(pipe, self, conditioning, request, on_step, seeds, **options)
         latents = FluxPipeline._unpack_latents(packed, height, width, self.pipe.vae_scale_factor)
-        return processor.postprocess(vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample)
+        decoded = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
+        return overlaid(processor.postprocess(decoded), given)
 
     @cached_property
     def inventory(self) -> Inventory:

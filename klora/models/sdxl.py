@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from klora.errors import BaseModelError
 from klora.files import read_lora
 from klora.files.names import Inventory
+from klora.form.pictures import cellwise, framed, overlaid
 from klora.form.request import Request
 from klora.lora import LoRA
 from klora.models.family import (
@@ -30,7 +31,6 @@ from klora.models.family import (
     checkpoint_in,
     denoise,
     encoders,
-    framed,
     inventory_of,
     load_parts,
     quantization,
@@ -149,18 +149,20 @@ class SDXL:
         scheduler = scheduler.from_config(self.pipe.scheduler.config, **options)
         width, height = request.size(self.native_size, self.size_multiple)
         pipeline, options = StableDiffusionXLPipeline, {"width": width, "height": height}
-        given = framed(request, width, height)
+        given = framed(request.image, request.mask, (width, height))
         # Without a mask strength 1 starts from noise alone, of which SDXL's last beta would leave a trace of the image.
         if "image" in given and ("mask" in given or request.prompt_strength < 1):
             latents = self.encode_images(processor.preprocess(given["image"])).mean
             image = {"image": latents, "strength": request.prompt_strength}
             if "mask" in given:
-                pipeline, options = StableDiffusionXLInpaintPipeline, options | image | {"mask_image": given["mask"]}
+                image["mask_image"] = cellwise(given["mask"], self.pipe.vae_scale_factor)
+                pipeline, options = StableDiffusionXLInpaintPipeline, options | image
             else:  # this pipeline takes its size from the image
                 pipeline, options = StableDiffusionXLImg2ImgPipeline, image
         pipe = pipeline(**self.pipe.components | {"scheduler": scheduler}, add_watermarker=False)
         latents = denoise(pipe, self, conditioning, request, on_step, seeds, **options)
-        return processor.postprocess(vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample)
+        decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+        return overlaid(processor.postprocess(decoded), given)
 
     @cached_property
     def inventory(self) -> Inventory:

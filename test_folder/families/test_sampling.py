@@ -76,7 +76,8 @@ def test_an_image_of_another_shape_is_cut_to_it_and_never_stretched(model: Famil
     if painted:
         narrow = mask.resize((32, 64))
         stretched = [
-            paint(model, image=wide, mask=one, prompt_strength=0.6) for one in (narrow, narrow.resize(wide.size))
+            paint(model, image=wide, mask=one, prompt_strength=0.6)
+            for one in (narrow, narrow.resize(wide.size, Image.Resampling.BILINEAR))
         ]
         assert np.array_equal(*stretched)
 
@@ -130,3 +131,29 @@ def test_inpainting_keeps_what_the_mask_leaves_black(model: Family) -> None:
     painted, kept = seen
     torch.testing.assert_close(painted[..., :4], kept[..., :4], rtol=0, atol=1e-4)
     assert (painted - kept)[..., 4:].abs().mean() > 1
+
+
+@pytest.mark.parametrize("zoom", [1, 3])
+def test_what_a_mask_leaves_black_is_the_images_own_to_the_last_bit(model: Family, zoom: int) -> None:
+    """Also where both are made smaller. What is white is all new, and a light grey a mixture."""
+    mask = Image.new("L", (64, 64))
+    mask.paste(153, (0, 32, 64, 48))
+    mask.paste(255, (0, 48, 64, 64))
+    image, mask = (each.resize((64 * zoom, 64 * zoom), Image.Resampling.NEAREST) for each in (photo(), mask))
+    own = np.asarray(image.resize((64, 64), Image.Resampling.LANCZOS), dtype=int)
+    options = {"image": image, "prompt_strength": 0.6, "num_outputs": 2, "num_inference_steps": 2}
+    seen, sharp = (paint(model, mask=m, **options) for m in (mask, mask.point([0] * 128 + [255] * 128)))
+    assert np.array_equal(seen[:, :31], [own[:31]] * 2)
+    assert np.array_equal(seen[:, 49:], sharp[:, 49:]) and np.abs(sharp - own)[:, 49:].mean() > 5
+    assert np.abs(seen - (0.6 * sharp + 0.4 * own))[:, 33:47].max() <= 1
+
+
+def test_inpainting_repaints_the_finest_line(model: Family) -> None:
+    """Of one pixel, which is at no corner of a latent cell."""
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 37, 64, 38))
+    with decoded_latents(model) as seen:
+        painted = paint(model, image=photo(), mask=mask, prompt_strength=1.0)[0]
+        reconstruction(model, photo())
+    assert [row for row in range(8) if (seen[0] - seen[1])[..., row, :].abs().mean() > 1] == [4]
+    assert [row for row in range(64) if (painted[row] != np.asarray(photo(), int)[row]).any()] == [37]
