@@ -55,6 +55,8 @@ def opaque(image: Image.Image, backdrop: str) -> Image.Image:
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode == "P":
+        image = image.convert("RGBA")  # at once, because Pillow warns of alpha that a palette loses on its way to RGB
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     image = _in_srgb(image, profile) if profile else image.convert("RGB")
     image.info.pop("icc_profile", None)

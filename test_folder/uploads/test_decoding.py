@@ -102,6 +102,16 @@ def test_transparency_lies_over_white() -> None:
     assert opened(encoded(palette)).getpixel((40, 40)) == (255, 255, 255)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("profile", [None, ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()])
+def test_half_transparent_colours_of_a_palette_lie_over_white_without_a_warning(profile: bytes | None) -> None:
+    """As pngquant and its like write them."""
+    palette = Image.new("P", (80, 80))
+    palette.putpalette([255, 0, 0])
+    data = encoded(palette, transparency=b"\x80", icc_profile=profile)
+    assert opened(data).getpixel((0, 0)) == (255, 127, 127)
+
+
 def test_palettes_grey_and_cmyk_become_rgb() -> None:
     assert opened(encoded(drawn().quantize(4))).getpixel((40, 40)) == (255, 0, 0)
     assert opened(encoded(Image.new("LA", (80, 80), (90, 255)))).getpixel((0, 0)) == (90, 90, 90)
