@@ -154,7 +154,7 @@ class Predictor(BasePredictor):
             description="Input image, cropped to the output shape. Blank: noise.", accept="image/*", default=None
         ),
         mask: Optional[Path] = Input(
-            description="Where to repaint the image: white is repainted, black is kept. Leave blank to redraw all of it.",
+            description="Where to repaint the image: white is repainted, black is kept, lighter greys mix both. Leave blank to redraw all of it.",
             accept="image/*",
             default=None,
         ),

@@ -58,7 +58,9 @@ class Request:
     height: int | None = ask(None, "Height in pixels, for a custom aspect ratio.", ge=64, le=2048)
     megapixels: str = ask("1", "Area of the image, as a share of the base's own.", choices=("0.25", "0.5", "1", "2"))
     image: Image.Image | None = ask(None, "Image to start from, cropped at its centre to the shape asked for.")
-    mask: Image.Image | None = ask(None, "Where to repaint the image: white is repainted.")
+    mask: Image.Image | None = ask(
+        None, "Where to repaint the image: white is repainted, black is kept, lighter greys mix both."
+    )
     prompt_strength: float = ask(0.8, "How much of the input image is redrawn.", ge=0, le=1)
     num_outputs: int = ask(1, "Number of images.", ge=1, le=4)
     num_inference_steps: int | None = ask(None, "Denoising steps. Default: the base's own.", ge=1, le=500)
