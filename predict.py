@@ -8,7 +8,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path as LocalPath
 from typing import Any, Optional
 
@@ -25,6 +24,7 @@ from klora.form.fields import random_seed
 from klora.form.inputs import filled, progress_line, uploaded
 from klora.form.pictures import open_images
 from klora.form.request import Request
+from klora.interruptible import patch_thread_start
 from klora.models import silence_progress_bars
 from klora.report.pair import save_report
 from klora.studio import Check, Studio, save_images
@@ -50,6 +50,7 @@ class Predictor(BasePredictor):
         """Load the bases named by KLORA_BASES, or every installed one, as many as fit."""
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         silence_progress_bars()
+        patch_thread_start()
         self.scratch = tempfile.TemporaryDirectory(prefix="klora-")  # its own alone, and gone when the server is
         self.outputs = LocalPath(self.scratch.name, "outputs")
         self.studio = Studio(weights.find_base, weights.safety_checker_path(), compiled=weights.compiled_blocks())
@@ -276,7 +277,7 @@ class Predictor(BasePredictor):
                 return self.studio.draw(requests, files, check)
 
         prompts = read_prompts(lines, inputs, template=template, most=MAX_LINES, called="prompts")
-        made = run(prompts, Bulk(on_error="skip"), folder, lambda: draw, partial(print, flush=True))
+        made = run(prompts, Bulk(on_error="skip"), folder, lambda: draw, lambda line: print(line, flush=True))
         return packed(folder, made.faults, self.outputs / "images.tar")
 
 

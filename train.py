@@ -14,6 +14,7 @@ from cog import BaseModel, Input, Path, Secret, current_scope
 
 import weights
 from klora.form.inputs import filled, progress_line, uploaded
+from klora.interruptible import patch_thread_start
 from klora.models import silence_progress_bars
 from klora.training.job import TrainingBase, run_training
 from klora.training.loop import Progress
@@ -21,6 +22,7 @@ from klora.training.publishing import Publishing
 
 # What is imported stays: the collector, which every training calls several times, need not go through it.
 gc.freeze()
+patch_thread_start()  # here, for Cog starts a thread before it calls train()
 
 
 class TrainingOutput(BaseModel):

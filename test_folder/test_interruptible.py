@@ -1,9 +1,11 @@
 """Work in another thread: its result, its errors, and an interruption at each place where Python lets one in."""
 
+import _thread
 import _weakrefset
 import ctypes
 import dis
 import gc
+import os
 import signal
 import sys
 import threading
@@ -12,13 +14,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, repeat
 from multiprocessing import get_context
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 
 import klora.interruptible
-from klora.interruptible import in_threads, interruptible
+from klora.errors import BaseModelError
+from klora.interruptible import in_threads, interruptible, patch_thread_start
 from test_folder.waiting import soon, timed
 
 FORK = get_context("fork")  # what is left locked in the child stays there
@@ -192,11 +196,22 @@ def test_after_an_interruption_no_other_item_is_begun() -> None:
     assert begun == [0]
 
 
-def interrupted_at_birth() -> None:
+def by_interruptible(work: Callable[[], Any]) -> None:
+    interruptible(work)
+
+
+def by_thread_start(work: Callable[[], Any]) -> None:
+    """As Cog does with a request's files, and tqdm with its first bar."""
+    patch_thread_start()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result()
+
+
+def interrupted_at_birth(in_a_thread: Callable[[Callable[[], Any]], None]) -> None:
     """Before a new thread's first bytecode, which it waits for while this one has the interpreter. In CPython 3.11 it
     has its parent's number until then."""
     sys.setswitchinterval(60)
-    main, start, done = threading.get_ident(), threading._start_new_thread, list[bool]()
+    main, start, done = threading.get_ident(), _thread.start_new_thread, list[bool]()
 
     def start_and_interrupt(*work: Any) -> int:
         number = start(*work)
@@ -205,14 +220,69 @@ def interrupted_at_birth() -> None:
 
     threading._start_new_thread = klora.interruptible.start_new_thread = start_and_interrupt
     with pytest.raises(Interruption):
-        interruptible(lambda: done.append(True))
+        in_a_thread(lambda: done.append(True))
     threading._start_new_thread = klora.interruptible.start_new_thread = start
-    interruptible(lambda: done.append(False))
+    in_a_thread(lambda: done.append(False))
     assert done[-1] is False
 
 
-def test_an_interruption_that_comes_as_a_thread_is_born_is_heard() -> None:
-    process = FORK.Process(target=interrupted_at_birth)
+@pytest.mark.parametrize("in_a_thread", [by_interruptible, by_thread_start])
+def test_an_interruption_that_comes_as_a_thread_is_born_is_heard(in_a_thread: Callable[..., None]) -> None:
+    process = FORK.Process(target=interrupted_at_birth, args=(in_a_thread,))
+    process.start()
+    process.join(20)
+    process.kill()
+    assert process.exitcode == 0
+
+
+def begin_to_train() -> None:
+    import train  # noqa: F401
+
+
+def begin_to_predict() -> None:
+    from predict import Predictor
+
+    with pytest.raises(BaseModelError):  # of a folder without bases
+        Predictor().setup()
+
+
+def begun(begin: Callable[[], None], folder: Path) -> None:
+    os.environ["KLORA_MODELS"] = str(folder)
+    threading._start_new_thread, parents = _thread.start_new_thread, list[int]()
+
+    def start(*work: Any) -> int:
+        parents.append(threading.get_ident())
+        return _thread.start_new_thread(*work)
+
+    begin()
+    klora.interruptible.start_new_thread = start
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(time.time).result()
+    assert parents
+    assert threading.get_ident() not in parents
+
+
+@pytest.mark.parametrize("begin", [begin_to_train, begin_to_predict])
+def test_what_libraries_start_in_a_server_is_born_elsewhere(begin: Callable[[], None], tmp_path: Path) -> None:
+    process = FORK.Process(target=begun, args=(begin, tmp_path))
+    process.start()
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 0
+
+
+def fails_to_start_once_patched() -> None:
+    def start(*_: Any) -> int:
+        raise RuntimeError("can't start new thread")
+
+    patch_thread_start()
+    klora.interruptible.start_new_thread = start
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        threading.Thread().start()
+
+
+def test_no_more_threads_is_an_error_once_thread_start_is_patched() -> None:
+    process = FORK.Process(target=fails_to_start_once_patched)
     process.start()
     process.join(20)
     process.kill()
