@@ -71,7 +71,7 @@ def in_threads(
 
 
 def patch_thread_start() -> None:
-    """From now on no thread of this process is born of one that may be interrupted."""
+    """From now on no thread of this process is born of one that may be interrupted. Needed below Python 3.12."""
     threading._start_new_thread = _start_safely  # type: ignore[attr-defined]
 
 
