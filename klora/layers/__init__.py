@@ -87,9 +87,9 @@ def attached(
         plan = padded(requested, denoiser, alike) if requested.layers and alike else requested
         linears = [linear_in(denoiser, name) for name in plan.layers]
     # A model of diffusers says in which dtype it computes, whatever its weights are stored in.
-    otherwise = compute_dtype(getattr(denoiser, "dtype", torch.bfloat16)) if obstacle else torch.bfloat16
-    loras = [placed(lora, linears, otherwise) for lora in plan.loras]
-    pairs = LazyDict(lambda index: pairs_of(loras, plan.layers[index], linears[index], otherwise))
+    for_quantised = compute_dtype(getattr(denoiser, "dtype", torch.bfloat16)) if obstacle else torch.bfloat16
+    loras = [placed(lora, linears, for_quantised) for lora in plan.loras]
+    pairs = LazyDict(lambda index: pairs_of(loras, plan.layers[index], linears[index], for_quantised))
     with lending() as loans:
         if engine == "merged":
             yield lend_merged(denoiser, linears, plan, pairs, loans, float8)

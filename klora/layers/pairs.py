@@ -56,24 +56,24 @@ def padded(plan: Plan, denoiser: nn.Module, names: Iterable[str]) -> Plan:
     return extended(plan, linears, zeros)
 
 
-def placed(lora: Mapping[str, LowRank], linears: list[nn.Linear], otherwise: torch.dtype) -> Mapping[str, LowRank]:
+def placed(lora: Mapping[str, LowRank], linears: list[nn.Linear], for_quantised: torch.dtype) -> Mapping[str, LowRank]:
     """A LoRA's own cached copy beside the first of these linears, as LoRA.placed() keeps it; most often the others are
     on the same device. What is no LoRA is returned as it is."""
     if not isinstance(lora, LoRA) or not linears:
         return lora
-    return lora.placed(linears[0].weight.device, compute_dtype(linears[0].weight.dtype, otherwise))
+    return lora.placed(linears[0].weight.device, compute_dtype(linears[0].weight.dtype, for_quantised))
 
 
-def compute_dtype(stored: torch.dtype, otherwise: torch.dtype = torch.bfloat16) -> torch.dtype:
-    """The dtype in which a LoRA's products are computed beside a weight stored in this one: the same, or another if the
-    weight is quantised."""
-    return stored if stored.is_floating_point and stored.itemsize > 1 else otherwise
+def compute_dtype(stored: torch.dtype, for_quantised: torch.dtype = torch.bfloat16) -> torch.dtype:
+    """The dtype in which a LoRA's products are computed beside a weight stored in this one: the same, or for_quantised
+    if that is not one to compute in."""
+    return stored if stored.is_floating_point and stored.itemsize > 1 else for_quantised
 
 
-def pairs_of(loras: list[Mapping[str, LowRank]], name: str, linear: nn.Linear, otherwise: torch.dtype) -> Pairs:
+def pairs_of(loras: list[Mapping[str, LowRank]], name: str, linear: nn.Linear, for_quantised: torch.dtype) -> Pairs:
     """The pairs of one layer, on its weight's device and in its compute_dtype(). Raises LoRAError for another shape."""
     weight, expected = linear.weight, (linear.out_features, linear.in_features)
-    placement = weight.device, compute_dtype(weight.dtype, otherwise)
+    placement = weight.device, compute_dtype(weight.dtype, for_quantised)
     pairs: Pairs = [lora.get(name) for lora in loras]
     for lora, pair in enumerate(pairs):
         if pair is None:

@@ -20,18 +20,17 @@ def following(pipe: Any, on_step: Callable[[int], Any]) -> Iterator[Callable[...
     progress: list[Any] = [None, 0]  # of the pipeline's last call: its list of timesteps, and how many steps are over
 
     def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        times, end = pipe.scheduler.timesteps, getattr(pipe, "denoising_end", None)  # SDXL's alone have one
-        total = len(times)
-        last = int((times >= round((1 - end) * pipe.scheduler.config.num_train_timesteps)).sum()) if end else total
+        scheduler, end = pipe.scheduler, getattr(pipe, "denoising_end", None)  # SDXL's alone have one
+        times, total = scheduler.timesteps, len(scheduler.timesteps)
+        last = int((times >= round((1 - end) * scheduler.config.num_train_timesteps)).sum()) if end else total
         begin = max(0, last - getattr(pipe, "num_timesteps", last))  # some pipelines tell it uncut, some not at all
         counted = begin + (progress[1] if progress[0] is times else 0)  # each call has a list of its own
-        known = [getattr(pipe.scheduler, name, None) for name in ("step_index", "begin_index")]
+        known = [getattr(scheduler, name, None) for name in ("step_index", "begin_index")]
         given = (*args[1:2], kwargs.get("timestep"))  # to U-Nets by its place, to most transformers by its name
         tellers = (known, (_place(time, times) for time in given), [counted])  # the timestep is not always needed
         place = next(at for places in tellers for at in places if at is not None)
         # DDPM does not count timesteps of one's own, and keeps the number of the call before.
-        counts = not getattr(pipe.scheduler, "custom_timesteps", False)
-        steps = (counts and pipe.scheduler.num_inference_steps) or total
+        steps = (not getattr(scheduler, "custom_timesteps", False) and scheduler.num_inference_steps) or total
         on_step(Step(place * steps // total, steps))
 
     def on_step_end(_: Any, index: int, __: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -53,5 +52,6 @@ def following(pipe: Any, on_step: Callable[[int], Any]) -> Iterator[Callable[...
 def _place(time: Any, times: Any) -> int | None:
     """Where a timestep is in a list of them that it is a view of, as the denoiser of SDXL has it from its pipelines. By
     address: a value may be there twice, and to compare it would wait for the GPU."""
-    addresses = [other.data_ptr() for other in times] if isinstance(times, Tensor) else []
-    return addresses.index(time.data_ptr()) if isinstance(time, Tensor) and time.data_ptr() in addresses else None
+    if not (isinstance(time, Tensor) and isinstance(times, Tensor)):
+        return None
+    return next((at for at, other in enumerate(times) if other.data_ptr() == time.data_ptr()), None)
