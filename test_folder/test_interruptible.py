@@ -236,6 +236,7 @@ def test_an_interruption_that_comes_as_a_thread_is_born_is_heard(in_a_thread: Ca
 
 
 def begin_to_train() -> None:
+    sys.modules.pop("train", None)  # which another test may have imported
     import train  # noqa: F401
 
 
