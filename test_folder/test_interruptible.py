@@ -113,6 +113,7 @@ def at_every_place_of_several_looks() -> None:
     assert set(map(interrupted, range(1, 80), repeat(60.0))) == {(), ("begun", "stopped")}
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="signals are heard at other bytecodes")
 @pytest.mark.parametrize("all_places", [at_every_place_of_one_look, at_every_place_of_several_looks])
 def test_an_interruption_at_any_place_leaves_no_work_and_no_thread_and_blocks_nothing(
     all_places: Callable[[], None],

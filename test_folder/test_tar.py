@@ -2,9 +2,10 @@
 
 import gzip
 import io
+import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -136,6 +137,16 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
+@pytest.fixture
+def pythons_recursion_limit() -> Iterator[None]:
+    """Which torch's compiler raises where it is imported."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(before)
+
+
+@pytest.mark.usefixtures("pythons_recursion_limit")
 @pytest.mark.parametrize("case", REFUSED)
 def test_any_other_tar_is_refused_in_one_sentence(read: Read, tmp_path: Path, case: str) -> None:
     """R3."""
