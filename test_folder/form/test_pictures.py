@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from klora.errors import RequestError
 from klora.form.pictures import flat, open_image
 from klora.form.request import Request
-from test_folder.photographs import ODD_EXIF
+from test_folder.photographs import BGR, ODD_EXIF, SRGB
 
 
 def save(path: Path, image: Image.Image, **options: Any) -> Path:
@@ -116,9 +116,6 @@ def test_print_colours_become_rgb(tmp_path: Path) -> None:
     assert np.abs(np.asarray(open_image("image", path, "RGB"), int) - RED).max() <= 2
 
 
-SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-# sRGB with the colours of red and blue exchanged.
-BGR = SRGB.replace(b"rXYZ", b"----").replace(b"bXYZ", b"rXYZ").replace(b"----", b"bXYZ")
 # Of greys, whose numbers are the light itself: the curve is y = x.
 CURVE = struct.pack(">4sIHH5i", b"para", 0, 3, 0, 1 << 16, 1 << 16, 0, 1 << 16, 0)
 LINEAR = SRGB.replace(b"rTRC", b"kTRC").replace(b"RGB XYZ ", b"GRAYXYZ ")
